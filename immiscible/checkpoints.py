@@ -1,0 +1,203 @@
+"""``checkpoint-{step}``: written beside its final name and renamed, checked when read, pruned only after its successor is safe."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from diffusers import UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "training_state.json"
+PARTIAL, DISCARDED = ".partial-", ".discarded-"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, step: int, ema: EMAModel | None, identity: Mapping[str, Any], limit: int | None
+) -> Path:
+    """Writes ``folder/checkpoint-{step}``; every rank calls it.
+
+    The checkpoint holds ``unet/`` and, with EMA, ``unet_ema/`` (both load with plain diffusers), accelerate's optimizer and scaler
+    state, and `STATE_FILE` with the step, the run's identity and the size of every file.
+
+    Args:
+        accelerator: its one prepared model and its optimizer are saved.
+        folder: the run's folder.
+        step: optimizer steps taken.
+        ema: saved if not None.
+        identity: what defines the run, compared on resume by `check_identity`.
+        limit: this many checkpoints are kept, the newest; None keeps all.
+    """
+    target = folder / f"checkpoint-{step}"
+    partial = folder / f"{PARTIAL}{target.name}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+
+    def save_models(models: list[torch.nn.Module], weights: list[Any], output_dir: str) -> None:
+        if accelerator.is_main_process:
+            unwrapped(accelerator, models[0]).save_pretrained(os.path.join(output_dir, "unet"))
+            if ema is not None:
+                ema.save_pretrained(os.path.join(output_dir, "unet_ema"))
+        weights.clear()
+
+    hook = accelerator.register_save_state_pre_hook(save_models)
+    try:
+        accelerator.save_state(str(partial))
+    finally:
+        hook.remove()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _seal(partial, step, identity)
+        replace(partial, target)
+        if limit is not None:
+            for old in checkpoints(folder)[:-limit]:
+                discard(old)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None) -> int:
+    """Restores model, optimizer, scaler and EMA from a complete checkpoint; returns the optimizer steps taken. Every rank calls it."""
+    from diffusers import UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+    def load_models(models: list[torch.nn.Module], input_dir: str) -> None:
+        saved = UNet2DModel.from_pretrained(input_dir, subfolder="unet")
+        unwrapped(accelerator, models.pop()).load_state_dict(saved.state_dict())
+
+    hook = accelerator.register_load_state_pre_hook(load_models)
+    try:
+        accelerator.load_state(str(path))
+    finally:
+        hook.remove()
+    if ema is not None:
+        ema.load_state_dict(EMAModel.from_pretrained(str(path / "unet_ema"), UNet2DModel).state_dict())
+        ema.to(accelerator.device)
+    return int(read_state(path)["step"])
+
+
+def resolve_checkpoint(folder: Path, request: str | None) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means: ``latest`` is the newest complete one in ``folder``, or None.
+
+    Raises:
+        UserError: an explicit path, absolute or inside ``folder``, that does not exist or is incomplete.
+    """
+    if request is None:
+        return None
+    if request == "latest":
+        for path in reversed(checkpoints(folder)):
+            problem = _incompleteness(path)
+            if not problem:
+                return path
+            logger.warning("%s is incomplete (%s); looking for an older one", path, problem)
+        return None
+    found_at = [candidate for candidate in (Path(request), folder / request) if candidate.is_dir()]
+    if not found_at:
+        known = ", ".join(found.name for found in checkpoints(folder)) or "none"
+        raise UserError(f"--resume_from_checkpoint {request}: no such folder; checkpoints in {folder}: {known}")
+    problem = _incompleteness(found_at[0])
+    if problem:
+        raise UserError(f"--resume_from_checkpoint {request}: incomplete ({problem}); `latest` takes the newest complete checkpoint")
+    return found_at[0]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The `STATE_FILE` of a checkpoint: ``step``, ``identity`` and ``files``."""
+    return json.loads((path / STATE_FILE).read_text())
+
+
+def check_identity(path: Path, identity: Mapping[str, Any]) -> None:
+    """Refuses to continue a checkpoint as another run.
+
+    Raises:
+        UserError: naming everything that differs, with both values.
+    """
+    saved = read_state(path)["identity"]
+    keys = [key for key in {**saved, **identity} if saved.get(key) != identity.get(key)]
+    if keys:
+        differences = "; ".join(f"{key} was {saved.get(key)}, is now {identity.get(key)}" for key in keys)
+        raise UserError(f"{path} belongs to another run: {differences}. Give its settings again, or another --output_dir")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders named ``checkpoint-{number}`` in ``folder``, oldest first; foreign names are left out and left alone."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := NAME.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def clean_up(folder: Path) -> None:
+    """Removes what a killed process left half written or half deleted."""
+    for path in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{DISCARDED}*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def discard(path: Path) -> None:
+    """Deletes a file or folder so that a kill in between cannot leave half of it under its name."""
+    doomed = path.with_name(f"{DISCARDED}{path.name}")
+    if doomed.exists():
+        clean_up(path.parent)
+    path.rename(doomed)
+    shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
+
+
+def replace(new: Path, target: Path) -> None:
+    """Renames ``new`` to ``target``, whose old content is discarded only when the new stands complete beside it."""
+    flush(new)
+    if target.is_dir():
+        discard(target)
+    os.replace(new, target)
+    _flush_one(target.parent)
+
+
+def flush(path: Path) -> None:
+    """Forces a file, or all files of a folder, to the disk."""
+    for item in [path, *path.rglob("*")]:
+        _flush_one(item)
+
+
+def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> UNet2DModel:
+    """The diffusers model below the wrappers of DDP, mixed precision and torch.compile."""
+    return accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
+
+
+def _seal(partial: Path, step: int, identity: Mapping[str, Any]) -> None:
+    files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
+    (partial / STATE_FILE).write_text(json.dumps({"step": step, "identity": identity, "files": files}, indent=1))
+
+
+def _incompleteness(path: Path) -> str:
+    """What is missing from a checkpoint, or an empty string."""
+    try:
+        files = read_state(path)["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{STATE_FILE} is missing or broken"
+    for name, size in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (path / name).stat().st_size != size:
+            return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
+    return ""
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,345 @@
+"""Flags: flat dataclasses whose field names are the flag names, ``--config`` files on top, one resolved file per run.
+
+Flags that the diffusers example scripts have keep their name, meaning and default. A ``--config a.yaml b.yaml`` puts ``--key value``
+for each key before the command line, so that files apply from left to right and the command line wins. Each file is checked alone
+first: a misspelt key, a wrong choice or a wrong type is an error that names the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from .assignment import COST_DTYPES, METRICS
+from .coupling import COUPLINGS, SCORES
+from .data import BUNDLED
+from .errors import UserError
+from .models import PRESETS
+from .process import BETA_SCHEDULES
+from .timesteps import TIMESTEP_SAMPLINGS
+from .weighting import LOSS_WEIGHTINGS
+
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+def _flag(default: Any, text: str, **options: Any) -> Any:
+    return field(default=default, metadata={"help": text.replace("%", "%%"), **options})
+
+
+@dataclass
+class DataArguments:
+    """Which images, and how they are cropped."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = _flag(None, "a data set on the hub (its `train` split), or a local folder that `datasets` can load")
+    dataset_config_name: str | None = _flag(None, "the configuration of --dataset_name")
+    train_data_dir: str | None = _flag(None, "a folder of images (subfolders allowed) or of parquet files")
+    bundled_data: str | None = _flag(
+        None, "real images that install with the packages: 1,797 digits of 8x8, or random crops of photographs", choices=BUNDLED
+    )
+    image_column: str = _flag("image", "the column of the data set that holds the images")
+    cache_dir: str | None = _flag(None, "where downloaded data sets are kept")
+    resolution: int = _flag(64, "images are resized and cropped to this many pixels a side")
+    center_crop: bool = _flag(False, "crop the center instead of a random place")
+    random_flip: bool = _flag(False, "flip half of the images left to right")
+    preserve_input_precision: bool = _flag(False, "keep 16 and 32-bit images at their precision instead of converting to 8-bit")
+    max_train_samples: int | None = _flag(None, "train on at most this many images, a fixed random subset")
+    skip_bad_images: bool = _flag(False, "replace unreadable images by the next one and count them, instead of stopping")
+    dataloader_num_workers: int = _flag(0, "processes that decode images; 0 decodes in the training process")
+
+
+@dataclass
+class ModelArguments:
+    """The network and the noise process it learns to reverse."""
+
+    _argument_group_name = "model and noise process"
+
+    model_config_name_or_path: str | None = _flag(None, "a UNet2DModel configuration: folder, file, or name on the hub")
+    model_preset: str | None = _flag(
+        None, "a U-Net by name; by default the diffusers example's where the resolution divides by 32, else unet-small", choices=PRESETS
+    )
+    dropout: float | None = _flag(None, "dropout in the U-Net; by default what the configuration says")
+    prediction_type: str = _flag("epsilon", "what the network predicts", choices=("epsilon", "sample", "v_prediction", "flow_prediction"))
+    noise_process: str = _flag("ddpm", "ddpm, or flow: x_t = (1-s) x0 + s noise (needs flow_prediction)", choices=("ddpm", "flow"))
+    ddpm_num_steps: int = _flag(1000, "T: the number of noise levels, of either process")
+    ddpm_beta_schedule: str = _flag(
+        "linear",
+        "the noise schedule; the papers' quadratic is scaled_linear, Stable Diffusion's too with betas 0.00085 and 0.012",
+        choices=BETA_SCHEDULES,
+    )
+    ddpm_beta_start: float = _flag(1e-4, "beta of the first step")
+    ddpm_beta_end: float = _flag(0.02, "beta of the last step")
+    image_scale: float = _flag(
+        1.0,
+        "c: diffuse c times the image (the paper's image projection); x_t is divided by its deviation, which multiplies the "
+        "signal-to-noise ratio by c^2 and lets plain diffusers sample the result",
+    )
+
+
+@dataclass
+class MethodArguments:
+    """How noise and time are drawn, and what an error costs: the axes this suite adds to the diffusers scripts."""
+
+    _argument_group_name = "method"
+
+    noise_coupling: str = _flag(
+        "independent",
+        "which noise belongs to which image: assignment is Immiscible Diffusion, nearest takes the best of k "
+        "(biases the noise), flipped_assignment is the rebuttal's control",
+        choices=COUPLINGS,
+    )
+    coupling_metric: str = _flag("l2", "the distance that the assignment minimizes", choices=METRICS)
+    coupling_dtype: str = _flag("float32", "precision of the assignment's cost; the paper quantizes to float16", choices=COST_DTYPES)
+    coupling_candidates: int = _flag(8, "k of the nearest coupling")
+    coupling_score: str = _flag("l2", "nearest by l2, or by dot (keeps the length of the noise)", choices=SCORES)
+    coupling_min_timestep: int = _flag(0, "pair only images at or above this timestep; the others keep their own noise")
+    coupling_start_step: int = _flag(0, "train with independent noise until this optimizer step")
+    timestep_sampling: str = _flag(
+        "uniform",
+        "how often each noise level is trained: asymmetric is SpeeD's eq. 3, asymmetric_released what its code does",
+        choices=TIMESTEP_SAMPLINGS,
+    )
+    asymmetric_k: float = _flag(5.0, "k of SpeeD: steps before the threshold are drawn k times as often as those after")
+    asymmetric_r: float | None = _flag(
+        None,
+        "r of SpeeD: the threshold tau is the first step with alpha_bar <= 1/r; 143.55 (tau = 700 on the linear schedule) if "
+        "neither this nor --asymmetric_tau is given",
+    )
+    asymmetric_tau: int | None = _flag(None, "tau of SpeeD, directly: steps 0..tau-1 are boosted; not together with --asymmetric_r")
+    logit_mean: float = _flag(0.0, "m of logit_normal; positive means noisier")
+    logit_std: float = _flag(1.0, "s of logit_normal")
+    loss_weighting: str = _flag(
+        "none",
+        "what an error at each level costs: none is the plain MSE, change_aware SpeeD's, snr the diffusers script's for "
+        "--prediction_type sample",
+        choices=LOSS_WEIGHTINGS,
+    )
+    change_aware_lambda: float = _flag(0.6, "lambda of SpeeD's weighting, 0.5 (flat) to 1")
+    snr_gamma: float | None = _flag(None, "gamma of min_snr; 5 if not given")
+    p2_k: float = _flag(1.0, "k of p2")
+    p2_gamma: float = _flag(1.0, "gamma of p2")
+    noise_offset: float = _flag(0.0, "add this times a normal number per image and channel to the noise, after the coupling")
+    input_perturbation: float = _flag(0.0, "perturb the noise by this in x_t but not in the target, after coupling and offset")
+
+
+@dataclass
+class OptimizationArguments:
+    """Batches, optimizer, EMA and precision."""
+
+    _argument_group_name = "optimization"
+
+    seed: int | None = _flag(None, "seed of everything drawn; if not given one is drawn, printed and written into the run's config")
+    train_batch_size: int = _flag(16, "images per process and micro-batch")
+    num_epochs: int = _flag(100, "passes over the data")
+    max_train_steps: int | None = _flag(None, "optimizer steps; overrides --num_epochs")
+    gradient_accumulation_steps: int = _flag(1, "micro-batches per optimizer step")
+    learning_rate: float = _flag(1e-4, "peak learning rate of AdamW")
+    lr_scheduler: str = _flag("cosine", "the learning rate's course over the optimizer steps", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = _flag(500, "optimizer steps over which the learning rate rises")
+    adam_beta1: float = _flag(0.95, "AdamW's beta1")
+    adam_beta2: float = _flag(0.999, "AdamW's beta2")
+    adam_weight_decay: float = _flag(1e-6, "AdamW's weight decay")
+    adam_epsilon: float = _flag(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm; 0 does not clip")
+    use_ema: bool = _flag(False, "keep an exponential moving average of the weights; samples and the final pipeline use it")
+    ema_inv_gamma: float = _flag(1.0, "warm-up of the EMA decay 1 - (1 + step / inv_gamma)^-power: inverse gamma")
+    ema_power: float = _flag(0.75, "warm-up of the EMA decay: power")
+    ema_max_decay: float = _flag(0.9999, "where the EMA decay stops rising")
+    mixed_precision: str = _flag("no", "precision inside the network; the noise process stays in fp32", choices=("no", "fp16", "bf16"))
+    gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass to save memory")
+    channels_last: bool = _flag(False, "channels-last memory format for the network")
+    torch_compile: bool = _flag(False, "compile the network with torch.compile")
+    torch_compile_backend: str = _flag("inductor", "the backend of --torch_compile")
+    allow_tf32: bool = _flag(False, "TF32 matrix products on Ampere GPUs and later")
+    enable_xformers_memory_efficient_attention: bool = _flag(False, "attention by xformers; torch's own is used otherwise")
+    local_rank: int = _flag(-1, "set by old distributed launchers; goes into LOCAL_RANK if the environment has none")
+
+
+@dataclass
+class RunArguments:
+    """Where the run goes, what it leaves, and how it continues."""
+
+    _argument_group_name = "run"
+
+    output_dir: str = _flag("ddpm-model-64", "the run's folder")
+    overwrite_output_dir: bool = _flag(False, "delete the run that --output_dir holds (its own files only) and start anew")
+    resume_from_checkpoint: str | None = _flag(None, "`latest`, or a checkpoint's path; continues bit-exactly")
+    checkpointing_steps: int = _flag(500, "optimizer steps between checkpoints; one is always left at the end")
+    checkpoints_total_limit: int | None = _flag(None, "keep this many checkpoints, the newest")
+    save_images_epochs: int = _flag(10, "epochs between sample grids; 0 samples at the end only")
+    save_model_epochs: int = _flag(10, "epochs between saves of the pipeline; 0 saves at the end only")
+    eval_batch_size: int = _flag(16, "images in a sample grid")
+    ddpm_num_inference_steps: int = _flag(1000, "steps with which samples are drawn")
+    sampling_scheduler: str = _flag(
+        "ddpm", "sampler of a ddpm process, in the run and in the saved pipeline (ddim has eta 0)", choices=("ddpm", "ddim")
+    )
+    timestep_spacing: str = _flag("leading", "which of the T steps the sampler visits", choices=SPACINGS)
+    logger: str = _flag("tensorboard", "experiment tracker; metrics.jsonl is written with each", choices=("tensorboard", "wandb", "none"))
+    logging_dir: str = _flag("logs", "the tracker's folder, inside --output_dir")
+    logging_steps: int = _flag(10, "optimizer steps between lines of metrics.jsonl")
+    push_to_hub: bool = _flag(False, "upload the pipeline to the hub")
+    hub_token: str | None = _flag(None, "the token for --push_to_hub")
+    hub_model_id: str | None = _flag(None, "the repository for --push_to_hub; by default the name of --output_dir")
+    hub_private_repo: bool = _flag(False, "create the repository private")
+    plan: bool = _flag(False, "print what would run, with sizes and an estimate after a few timed steps, and exit")
+
+
+@dataclass
+class UnconditionalConfig(RunArguments, OptimizationArguments, MethodArguments, ModelArguments, DataArguments):
+    """Every flag of ``train_unconditional.py``."""
+
+
+# What may differ between a checkpoint and the run that resumes it. All else defines the run. Data and
+# network are compared by what they are (fingerprint, configuration), not by the flags that name them.
+FREE_ON_RESUME = frozenset(
+    [
+        "max_train_steps",
+        "num_epochs",
+        "learning_rate",
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "torch_compile",
+        "torch_compile_backend",
+        "allow_tf32",
+        "enable_xformers_memory_efficient_attention",
+        "gradient_checkpointing",
+        "channels_last",
+        "local_rank",
+        "dataloader_num_workers",
+        "cache_dir",
+        "skip_bad_images",
+        "dataset_name",
+        "dataset_config_name",
+        "train_data_dir",
+        "bundled_data",
+        "image_column",
+        "max_train_samples",
+        "model_config_name_or_path",
+        "model_preset",
+    ]
+) | {item.name for item in fields(RunArguments)}
+
+Config = TypeVar("Config", bound=UnconditionalConfig)
+
+
+class _Parser(HfArgumentParser):
+    """argparse that raises, so that the caller can say which file an error is in."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse_config(config_class: type[Config], argv: Sequence[str], *, program: str, description: str, no_data_config: Path) -> Config:
+    """Reads ``argv`` and the ``--config`` files it names into a ``config_class``.
+
+    Args:
+        config_class: a dataclass made of argument groups (its dataclass bases).
+        argv: the command line without the program.
+        program: the script's name, for ``--help``.
+        description: what the script does, for ``--help``.
+        no_data_config: a config file that stands first when neither files nor command line name any data.
+
+    Raises:
+        UserError: anything wrong with a flag or a file.
+    """
+    groups = [base for base in reversed(config_class.__mro__) if base.__name__.endswith("Arguments")]
+    parser = _Parser(groups, prog=program, description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--config", nargs="+", default=[], metavar="FILE", help="YAML files of flags, applied left to right before the command line"
+    )
+    paths = [Path(path) for path in parser.parse_args(argv).config]
+    arguments = [word for path in paths for word in _file_arguments(path, parser)]
+    namespace = vars(parser.parse_args([*arguments, *argv]))
+    if not any(namespace[name] for name in ("dataset_name", "train_data_dir", "bundled_data")):
+        namespace = vars(parser.parse_args([*_file_arguments(no_data_config, parser), *arguments, *argv]))
+    namespace.pop("config")
+    config = config_class(**namespace)
+    _validate(config)
+    return config
+
+
+def given(config: UnconditionalConfig, group: type) -> dict[str, Any]:
+    """The values of one argument group, without those that are not given, for functions that have a default of their own."""
+    values = {item.name: getattr(config, item.name) for item in fields(group)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def save_config(config: UnconditionalConfig, path: Path) -> None:
+    """Writes every flag's value; a run restarts from the file by ``--config``. A flag that is not given has an empty value."""
+    values = {item.name: getattr(config, item.name) for item in fields(config)}
+    lines = yaml.safe_dump(values, sort_keys=False).replace(": null\n", ":\n")
+    path.write_text(f"# Every flag of this run; restart it with --config {path.name} --output_dir ANOTHER_FOLDER\n{lines}")
+
+
+def _file_arguments(path: Path, parser: _Parser) -> list[str]:
+    """The file's keys as ``--key value`` words, checked by parsing them alone. BaseLoader keeps `no` and `1e-4` as written."""
+    try:
+        content = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path}: not a text file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML: {error}") from None
+    if content is None or content == "":
+        return []
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected lines of `flag: value`")
+    words: list[str] = []
+    for key, value in content.items():
+        if isinstance(value, dict):
+            raise UserError(f"--config {path}: {key} holds a mapping; flags are flat, one `flag: value` a line")
+        if value != "":
+            words += [f"--{key}", *(value if isinstance(value, list) else [value])]
+    if "config" in content:
+        raise UserError(f"--config {path}: a config file cannot name further config files; give them all on the command line")
+    try:
+        parser.parse_args(words)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    return words
+
+
+def _validate(config: UnconditionalConfig) -> None:
+    """Ranges that no constructor checks. Laws, weightings, couplings and schedules check their own options when they are built."""
+    given = [f"--{name}" for name in ("dataset_name", "train_data_dir", "bundled_data") if getattr(config, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are given together; choose one source of images")
+    at_least_one = (
+        "resolution train_batch_size num_epochs max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit "
+        "eval_batch_size ddpm_num_inference_steps logging_steps max_train_samples"
+    )
+    not_negative = (
+        "lr_warmup_steps learning_rate adam_epsilon adam_weight_decay max_grad_norm save_images_epochs save_model_epochs "
+        "dataloader_num_workers coupling_min_timestep coupling_start_step noise_offset input_perturbation"
+    )
+    for names, least in ((at_least_one, 1), (not_negative, 0)):
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not value >= least:
+                raise UserError(f"--{name} must be at least {least}, not {value}")
+    for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "dropout"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"--{name} must be at least 0 and below 1, not {value}")
+    if config.coupling_min_timestep >= config.ddpm_num_steps:
+        raise UserError(
+            f"--coupling_min_timestep {config.coupling_min_timestep} exceeds the last step, {config.ddpm_num_steps - 1}: no image would be paired"
+        )
+    if config.ddpm_num_inference_steps > config.ddpm_num_steps:
+        raise UserError(f"--ddpm_num_inference_steps {config.ddpm_num_inference_steps} exceeds --ddpm_num_steps {config.ddpm_num_steps}")
+    if config.snr_gamma is not None and config.loss_weighting != "min_snr":
+        raise UserError(f"--snr_gamma belongs to --loss_weighting min_snr, not to {config.loss_weighting}")
+    if config.model_preset and config.model_config_name_or_path:
+        raise UserError("--model_preset and --model_config_name_or_path are given together; choose one")
+    if config.resume_from_checkpoint and config.overwrite_output_dir:
+        raise UserError("--resume_from_checkpoint continues a run and --overwrite_output_dir deletes it; choose one")
+    if not isinstance(config.seed, int | None) or (config.seed is not None and config.seed < 0):
+        raise UserError(f"--seed must be at least 0, not {config.seed}")

@@ -1,0 +1,652 @@
+"""Images to training batches: where they come from, how they become pixels, and in which order.
+
+A run's data is a function, not a state: the global batch at a position is fixed by (seed, position), and the crop and the flip of
+an image by (seed, epoch, index). So it is the same with any number of ranks and loader workers, and a resumed run begins in the
+middle of an epoch without reading what came before.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import logging
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .choices import build_choice
+from .errors import UserError
+from .randomness import derive_seed, seeded_generator
+
+logger = logging.getLogger(__name__)
+
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's 8-bit mode
+
+
+class ImageSource(Protocol):
+    """A finite, indexable collection of images. What `load` raises makes that image a `BadImage`; it does not end the run."""
+
+    @property
+    def channels(self) -> int:
+        """The natural number of channels, 1 or 3."""
+
+    @property
+    def description(self) -> str:
+        """One line for summaries."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A short line that tells this data from other data, so that a run is not resumed on the wrong images."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+
+    def load(self, index: int) -> Image.Image | np.ndarray:
+        """The decoded image; an array is what `PIL.Image.fromarray` takes, e.g. uint8 [H,W] or [H,W,3]."""
+
+    def name(self, index: int) -> str:
+        """What a user needs to find the image: its path, or its row and table."""
+
+
+@dataclass(frozen=True)
+class TableImages:
+    """The images of one column of a `datasets.Dataset`, decoded here and not by `datasets`, so that an unreadable one can be named.
+
+    Args:
+        table: rows whose ``column`` is ``{"bytes": bytes | None, "path": str | None}`` or None.
+        column: the column's name.
+        origin: what the user asked for: a dataset's name or a folder.
+        fingerprint: see `ImageSource`.
+    """
+
+    table: Any
+    column: str
+    origin: str
+    fingerprint: str
+    channels: int = 3
+
+    @property
+    def description(self) -> str:
+        """One line for summaries."""
+        return f"{self.origin}: {len(self)} images"
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def load(self, index: int) -> Image.Image:
+        """The decoded image, turned upright as its EXIF orientation says."""
+        cell = self.table[index][self.column]
+        if cell is None:
+            raise ValueError("the row holds no image")
+        with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+
+    def name(self, index: int) -> str:
+        """The image's path, or its row with the file name that the table remembers."""
+        cell = self.table[index][self.column] or {"bytes": None, "path": None}
+        if cell["path"] and cell["bytes"] is None:
+            return str(cell["path"])
+        return f"row {index} of {self.origin}" + (f" ({cell['path']})" if cell["path"] else "")
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images held in memory.
+
+    Args:
+        images: uint8 [N,H,W] or [N,H,W,3].
+        origin: their name.
+    """
+
+    images: np.ndarray
+    origin: str
+
+    @property
+    def channels(self) -> int:
+        """1 for [N,H,W], 3 for [N,H,W,3]."""
+        return 1 if self.images.ndim == 3 else self.images.shape[-1]
+
+    @property
+    def description(self) -> str:
+        """One line for summaries."""
+        return f"{self.origin} (bundled): {len(self)} images of {self.images.shape[1]}x{self.images.shape[2]}"
+
+    @property
+    def fingerprint(self) -> str:
+        """See `ImageSource`."""
+        return f"bundled {self.origin}, {len(self)} images"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> np.ndarray:
+        """uint8 [H,W] or [H,W,3]."""
+        return self.images[index]
+
+    def name(self, index: int) -> str:
+        """The image's number."""
+        return f"image {index} of {self.origin}"
+
+
+def load_digits() -> ArrayImages:
+    """The 1797 handwritten digits that scikit-learn installs, 8x8, their 17 grey levels spread over 0..255."""
+    with _needs("scikit-learn", "digits"):
+        images = import_module("sklearn.datasets").load_digits().images
+    return ArrayImages(np.rint(images * (255 / 16)).astype(np.uint8), "digits")
+
+
+PHOTOGRAPHS = {
+    "skimage": [
+        *("data/astronaut.png", "data/chelsea.png", "data/coffee.png", "data/hubble_deep_field.jpg", "data/ihc.png"),
+        *("data/motorcycle_left.png", "data/motorcycle_right.png", "data/retina.jpg", "data/rocket.jpg"),
+    ],
+    "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
+}
+
+
+@lru_cache(maxsize=1)
+def _photographs() -> list[Image.Image]:
+    with _needs("scikit-image and scikit-learn", "photo_crops"):
+        return [_open_rgb(files(package) / path) for package, paths in PHOTOGRAPHS.items() for path in paths]
+
+
+def _open_rgb(file: Any) -> Image.Image:
+    with file.open("rb") as stream, Image.open(stream) as image:
+        return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class PhotoCrops:
+    """8192 square crops of the eleven photographs that scikit-image and scikit-learn install: natural colour images without a download.
+
+    Crop ``i`` depends on ``i`` and ``resolution`` alone, never on a run's seed. Its side is log-uniform between ``resolution`` (at
+    most the short side of its photograph) and that short side, its position uniform; it is area-averaged to ``resolution``.
+    """
+
+    resolution: int
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        _photographs()  # now: a missing package is an error of the run, not of one image, and forked workers share the pixels
+
+    @property
+    def description(self) -> str:
+        """One line for summaries."""
+        return f"photo_crops (bundled): {len(self)} crops of {len(_photographs())} photographs, {self.resolution}x{self.resolution}"
+
+    @property
+    def fingerprint(self) -> str:
+        """See `ImageSource`."""
+        return f"bundled photo_crops, {len(self)} images of {self.resolution}x{self.resolution}"
+
+    def __len__(self) -> int:
+        return 8192
+
+    def load(self, index: int) -> Image.Image:
+        """RGB, ``resolution`` x ``resolution``."""
+
+        def draw(what: str) -> int:
+            return derive_seed("photo_crops", index, what)
+
+        photograph = _photographs()[draw("photograph") % len(_photographs())]
+        short = min(photograph.size)
+        smallest = min(self.resolution, short)
+        side = round(smallest * (short / smallest) ** ((draw("side") >> 10) / 2**53))
+        left, top = draw("left") % (photograph.width - side + 1), draw("top") % (photograph.height - side + 1)
+        box = (left, top, left + side, top + side)
+        return photograph.resize((self.resolution, self.resolution), Image.Resampling.BOX, box)
+
+    def name(self, index: int) -> str:
+        """The crop's number."""
+        return f"crop {index} of photo_crops"
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The images of ``source`` at ``indices``."""
+
+    source: ImageSource
+    indices: Sequence[int]
+
+    @property
+    def channels(self) -> int:
+        """Those of the source."""
+        return self.source.channels
+
+    @property
+    def description(self) -> str:
+        """One line for summaries."""
+        return f"{self.source.description}, of which {len(self)} are used"
+
+    @property
+    def fingerprint(self) -> str:
+        """See `ImageSource`."""
+        return f"{self.source.fingerprint}, of which {len(self)} are used"
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> Image.Image | np.ndarray:
+        """See `ImageSource`."""
+        return self.source.load(self.indices[index])
+
+    def name(self, index: int) -> str:
+        """The name in the source."""
+        return self.source.name(self.indices[index])
+
+
+BUNDLED: dict[str, Callable[..., ImageSource]] = {"digits": load_digits, "photo_crops": PhotoCrops}
+
+
+def load_images(
+    *,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    bundled_data: str = "digits",
+    image_column: str = "image",
+    cache_dir: str | None = None,
+    max_train_samples: int | None = None,
+    resolution: int = 64,
+) -> ImageSource:
+    """The training images: a dataset of the Hub, else a local folder, else bundled data.
+
+    Args:
+        dataset_name: what `datasets.load_dataset` takes; its ``train`` split is used.
+        dataset_config_name: the dataset's configuration.
+        train_data_dir: a folder of images (with or without a subfolder per class), or one that holds ``.parquet`` files at any depth.
+        bundled_data: a key of `BUNDLED`; used when the two above are None.
+        image_column: the column of images in a Hub dataset or in parquet files.
+        cache_dir: where `datasets` keeps its tables; None for its default.
+        max_train_samples: use that many images, the same ones for every seed; more than there are means all.
+        resolution: side of the crops of ``photo_crops``; the other sources keep their sizes.
+
+    Raises:
+        UserError: nothing there, no such column, both sources given, or a number below 1.
+    """
+    if dataset_name is not None and train_data_dir is not None:
+        raise UserError("--dataset_name and --train_data_dir are both given; choose one")
+    if max_train_samples is not None and max_train_samples < 1:
+        raise UserError(f"--max_train_samples {max_train_samples} is below 1")
+    if dataset_name is not None:
+        source: ImageSource = _hub_images(dataset_name, dataset_config_name, image_column, cache_dir)
+    elif train_data_dir is not None:
+        source = _folder_images(train_data_dir, image_column, cache_dir)
+    else:
+        source = build_choice(BUNDLED, "--bundled_data", bundled_data, resolution=resolution)
+    if max_train_samples is not None and max_train_samples < len(source):
+        chosen = torch.randperm(len(source), generator=seeded_generator("max_train_samples"))[:max_train_samples]
+        source = Subset(source, chosen.tolist())
+    return source
+
+
+def _hub_images(name: str, config: str | None, column: str, cache_dir: str | None) -> TableImages:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, config, cache_dir=cache_dir, split="train")
+    except Exception as error:  # whatever the network, the Hub or the dataset's own files can do wrong
+        raise UserError(f"--dataset_name {name}: cannot load its train split: {_first_line(error)}", exit_code=1) from error
+    origin = name if config is None else f"{name}/{config}"
+    return TableImages(_only_images(table, column, origin), column, origin, f"{origin}, {_summary(table)}")
+
+
+def _folder_images(folder: str, column: str, cache_dir: str | None) -> TableImages:
+    import datasets
+
+    root = Path(folder).expanduser().resolve()
+    if not root.is_dir():
+        raise UserError(f"--train_data_dir {folder}: no such folder")
+    parquet = _parquet_files(root)
+    # Neither builder serves a stale table: the key of its cache has every file's path and modification time.
+    try:
+        with _no_progress_bars():
+            if parquet:
+                table = datasets.load_dataset(
+                    "parquet", data_files=[str(root / file) for file in parquet], cache_dir=cache_dir, split="train"
+                )
+            else:
+                table = datasets.load_dataset("imagefolder", data_dir=str(root), cache_dir=cache_dir, split="train")
+    except Exception as error:  # an empty folder alone comes as three types
+        wanted = "cannot read its .parquet files" if parquet else "no training images found in it, nor .parquet files"
+        raise UserError(f"--train_data_dir {folder}: {wanted} ({_first_line(error)})") from error
+    images = _only_images(table, column, str(root))
+    names = parquet or [os.path.relpath(path, root) for path in _paths(images, column)]
+    digest = hashlib.blake2b("\n".join(sorted(names)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    return TableImages(images, column, str(root), f"{root}, {_summary(table)}, file names {digest}")
+
+
+def _summary(table: Any) -> str:
+    return f"{len(table)} images, columns {' '.join(sorted(table.column_names))}"
+
+
+def _parquet_files(root: Path) -> list[str]:
+    """Relative paths. As `datasets` does, files named after a split (``train-00000.parquet``) count only if that is ``train``."""
+    found = sorted(glob.glob("**/*.parquet", root_dir=root, recursive=True))
+    found = [file for file in found if Path(file).name != "metadata.parquet"]  # that one describes an image folder
+    return [file for file in found if re.search(r"(?:^|[^a-z0-9])train(?:ing)?(?![a-z0-9])", file.lower())] or found
+
+
+def _only_images(table: Any, column: str, origin: str) -> Any:
+    """The table's one column, each cell ``{"bytes", "path"}`` or None."""
+    import datasets
+
+    if column not in table.column_names:
+        raise UserError(f"--image_column {column!r} is not in {origin}; its columns: {', '.join(table.column_names)}")
+    if len(table) == 0:
+        raise UserError(f"{origin} holds no images")
+    try:
+        return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except Exception as error:  # Arrow's and datasets' own types for "neither bytes, paths nor images"
+        kind = table.features[column]
+        raise UserError(
+            f"--image_column {column!r} of {origin} holds {kind}, not images; columns: {', '.join(table.column_names)}"
+        ) from error
+
+
+def _paths(table: Any, column: str) -> list[str]:
+    chunks = table.data.column(column).chunks  # from Arrow: a million rows in a second
+    return [path or "" for chunk in chunks for path in chunk.field("path").to_pylist()]
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    import datasets
+
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+@contextmanager
+def _needs(packages: str, choice: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, OSError) as error:
+        raise UserError(f"--bundled_data {choice} needs the files that {packages} install: {_first_line(error)}", exit_code=1) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """From an image of any size and mode to ``[channels, resolution, resolution]``, float32 in [-1, 1], as diffusers' example does it.
+
+    The short side is resized to ``resolution`` (bilinear, antialiased), a square is cut out, and perhaps mirrored. Crop and flip are
+    functions of (seed, epoch, index), drawn apart, so that turning one off leaves the other as it was.
+
+    Args:
+        resolution: side in pixels.
+        channels: 1, 3 or 4.
+        center_crop: cut the square from the middle and not at a random place.
+        random_flip: mirror left-right with probability 1/2.
+        preserve_input_precision: keep the 16 or 32 bits of such images through the resizing; else every image becomes 8-bit first.
+            Either way 16 bits span 0..65535, integers of 32 bits 0..2**31-1 and floats 0..1.
+        seed: the run's seed.
+
+    Raises:
+        UserError: another number of channels, or a resolution below 1.
+    """
+
+    resolution: int
+    channels: int = 3
+    center_crop: bool = False
+    random_flip: bool = False
+    preserve_input_precision: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.channels not in PIL_MODES:
+            raise UserError(f"{self.channels} image channels are not supported; use 1 (gray), 3 (RGB) or 4 (RGBA)")
+        if self.resolution < 1:
+            raise UserError(f"--resolution {self.resolution} is below 1")
+
+    def __call__(self, image: Image.Image | np.ndarray, epoch: int, index: int) -> Tensor:
+        """`decode`, then `augment`."""
+        return self.augment(self.decode(image), epoch, index)
+
+    def decode(self, image: Image.Image | np.ndarray) -> Image.Image | Tensor:
+        """The image in the wanted channels: 8-bit as a PIL image, or float32 [C,H,W] in [0,1] with ``preserve_input_precision``.
+
+        Raises:
+            ValueError: pixels that are NaN or infinite, or a mode that Pillow cannot convert.
+        """
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        if image.mode.startswith(("I", "F")):
+            gray = _unit_gray(image)
+            if self.preserve_input_precision:
+                return torch.cat([gray.expand(min(self.channels, 3), -1, -1), torch.ones_like(gray).expand(self.channels // 4, -1, -1)])
+            # Pillow's own conversion would clip at 255, which turns most 16-bit images white and floats in 0..1 black.
+            image = Image.fromarray(gray[0].clamp(0, 1).mul(255).round().to(torch.uint8).numpy())
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # straight to RGB is the same but warns once per image
+        image = image.convert(PIL_MODES[self.channels])
+        return _bytes_tensor(image).div(255) if self.preserve_input_precision else image
+
+    def augment(self, pixels: Image.Image | Tensor, epoch: int, index: int) -> Tensor:
+        """Resize, crop, flip and scale what `decode` returned: float32 [channels, resolution, resolution] in [-1, 1]."""
+        if isinstance(pixels, Tensor):
+            size = self._resized(*pixels.shape[-2:])
+            if size != tuple(pixels.shape[-2:]):
+                pixels = torch.nn.functional.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+        else:
+            height, width = self._resized(pixels.height, pixels.width)
+            pixels = _bytes_tensor(pixels.resize((width, height), Image.Resampling.BILINEAR))
+        top, left = (self._offset(side, extra, epoch, index) for side, extra in zip(("top", "left"), self._extra(pixels), strict=True))
+        pixels = pixels[:, top : top + self.resolution, left : left + self.resolution]
+        if self.random_flip and derive_seed(self.seed, "flip", epoch, index) % 2:
+            pixels = pixels.flip(-1)
+        unit = pixels if pixels.is_floating_point() else pixels.to(torch.float32).div(255)
+        return unit.sub(0.5).div(0.5).contiguous()
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        short, long = sorted((height, width))
+        other = int(self.resolution * long / short)  # torchvision's rule: rounded down
+        return (self.resolution, other) if height <= width else (other, self.resolution)
+
+    def _extra(self, pixels: Tensor) -> tuple[int, int]:
+        return pixels.shape[-2] - self.resolution, pixels.shape[-1] - self.resolution
+
+    def _offset(self, side: str, extra: int, epoch: int, index: int) -> int:
+        if self.center_crop:
+            return round(extra / 2)  # torchvision's rule: halves go to the even neighbour
+        return derive_seed(self.seed, "crop", side, epoch, index) % (extra + 1)
+
+
+def _bytes_tensor(image: Image.Image) -> Tensor:
+    """uint8 [C,H,W] from a mode L, RGB or RGBA."""
+    array = torch.from_numpy(np.array(image))
+    return array[None] if array.ndim == 2 else array.permute(2, 0, 1)
+
+
+def _unit_gray(image: Image.Image) -> Tensor:
+    """float32 [1,H,W] from a 16 or 32-bit mode, 1 being the largest value of its integers."""
+    array = np.array(image)
+    largest = {"u": 65535, "i": 2**31 - 1, "f": 1}[array.dtype.kind]
+    gray = torch.from_numpy((array.astype(np.float64) / largest).astype(np.float32))[None]
+    if not gray.isfinite().all():
+        raise ValueError("it has NaN or infinite pixels")
+    return gray
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that could not be used: its name in the source, and why."""
+
+    name: str
+    reason: str
+
+
+class Batch(TypedDict):
+    """``pixel_values`` float32 [B,C,H,W], contiguous; ``bad`` the images that were met and not used. Give it to `check_batch`."""
+
+    pixel_values: Tensor
+    bad: list[BadImage]
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """The pixels of ``(epoch, index)``; a bad image is reported and raises nothing, as a worker's traceback would hide which it is.
+
+    Args:
+        source: the images.
+        transform: what makes pixels of them.
+        skip_bad_images: use the next readable image in place of a bad one.
+    """
+
+    def __init__(self, source: ImageSource, transform: ImageTransform, skip_bad_images: bool = False):
+        self.source = source
+        self.transform = transform
+        self.skip_bad_images = skip_bad_images
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """``{"pixel_values": float32 [C,H,W], "bad": list[BadImage]}``, without ``pixel_values`` if there are none to give."""
+        epoch, index = key
+        bad: list[BadImage] = []
+        for step in range(len(self.source) if self.skip_bad_images else 1):
+            position = (index + step) % len(self.source)
+            try:
+                pixels = self.transform.decode(self.source.load(position))
+            except Exception as error:  # Pillow's decoders raise nearly any type on broken files
+                bad.append(BadImage(self.source.name(position), _why_unreadable(error)))
+            else:
+                # Drawn for the index that was asked for: a substitute differs from its own appearance in the epoch.
+                return {"pixel_values": self.transform.augment(pixels, epoch, index), "bad": bad}
+        return {"bad": bad}
+
+
+def _why_unreadable(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image format that Pillow knows"  # its own message names a buffer in memory
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return _first_line(error)
+
+
+def collate(items: Sequence[dict[str, Any]]) -> Batch:
+    """A `Batch` of items of `ImageDataset`; those without pixels leave their row out, and ``pixel_values`` is [0] if all do."""
+    pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
+    return {"pixel_values": torch.stack(pixels) if pixels else torch.empty(0), "bad": [bad for item in items for bad in item["bad"]]}
+
+
+def check_batch(batch: Batch, skip_bad_images: bool) -> list[BadImage]:
+    """The images that were skipped in this batch, once each; to be called in the main process, where an error ends the run.
+
+    On several ranks only the one that met the bad image raises.
+
+    Raises:
+        UserError: there is a bad image and ``skip_bad_images`` is off, or no image of the data can be read.
+    """
+    if batch["bad"] and not skip_bad_images:
+        first = batch["bad"][0]
+        raise UserError(f"cannot read image {first.name}: {first.reason}; remove it or pass --skip_bad_images", exit_code=1)
+    if len(batch["pixel_values"]) == 0:
+        first = batch["bad"][0]
+        raise UserError(f"none of the images can be read; the first tried was {first.name}: {first.reason}", exit_code=1)
+    return list(dict.fromkeys(batch["bad"]))
+
+
+class GlobalBatchOrder(Sampler[list[tuple[int, int]]]):
+    """The keys ``(epoch, index)`` of one rank's micro-batches, from the run's micro-batch ``start`` to ``stop``.
+
+    Epoch e is a permutation of the images that depends on (seed, e), cut into global micro-batches of ``num_processes * batch_size``
+    rows, of which the last short one is dropped; rank r has rows ``r * batch_size`` to ``(r + 1) * batch_size``. So the global rows
+    depend on the product alone. Data smaller than one global micro-batch is repeated to fill one.
+
+    Args:
+        num_images: at least 1.
+        batch_size: images a rank sees in a micro-batch.
+        seed: the run's seed.
+        start: first micro-batch, counted from the beginning of the run over epochs.
+        stop: the micro-batch after the last.
+        rank: this process.
+        num_processes: ranks.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, *, start: int = 0, stop: int, rank: int = 0, num_processes: int = 1):
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.stop = stop
+        self.rank = rank
+        self.global_batch_size = num_processes * batch_size
+        self.batches_per_epoch = max(1, num_images // self.global_batch_size)
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        permuted_epoch, permutation = -1, torch.empty(0, dtype=torch.int64)
+        for micro_batch in range(self.start, self.stop):
+            epoch, position = divmod(micro_batch, self.batches_per_epoch)
+            if epoch != permuted_epoch:
+                permuted_epoch, permutation = epoch, self._permutation(epoch)
+            first = position * self.global_batch_size + self.rank * self.batch_size
+            yield [(epoch, index) for index in permutation[first : first + self.batch_size].tolist()]
+
+    def _permutation(self, epoch: int) -> Tensor:
+        permutation = torch.randperm(self.num_images, generator=seeded_generator(self.seed, "order", epoch))
+        return permutation.repeat(-(-self.global_batch_size // self.num_images))
+
+
+def build_loader(dataset: ImageDataset, order: GlobalBatchOrder, num_workers: int, device: torch.device) -> DataLoader[dict[str, Any]]:
+    """A loader of `Batch`, on the CPU (pinned if ``device`` is a GPU), in ``order``, that draws nothing from the global generators."""
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),
+    )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The parent must find its workers alive while it finishes the
+    # step and saves; they end when it closes the loader or is gone (torch's watchdog), and torch has made them single-threaded.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Tensor]:
+    """The pixels of each batch, float32 [B,C,H,W] on the CPU; names each skipped image once, and counts them.
+
+    Raises:
+        UserError: as `check_batch`.
+    """
+    skipped: set[BadImage] = set()
+    for batch in loader:
+        for bad in check_batch(batch, skip_bad_images):
+            if bad not in skipped:
+                skipped.add(bad)
+                logger.warning("skipped image %s: %s (%d skipped so far)", bad.name, bad.reason, len(skipped))
+        yield batch["pixel_values"]

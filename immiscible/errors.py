@@ -1,0 +1,33 @@
+"""The one exception type for a user's mistake, and how a script ends on it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """What is wrong, which flag, file or value, and what would be right: one line, shown without a traceback.
+
+    Args:
+        message: the line.
+        exit_code: 2 for wrong usage (flags, config files), 1 for a failure met while running (a bad image, a NaN loss).
+    """
+
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_script(main: Callable[[Sequence[str]], None]) -> int:
+    """Runs a script's ``main(argv)`` and returns its exit code; a `UserError` becomes one line on stderr, from rank 0 only."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            line = " ".join(str(error).split())
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {line}\n")
+        return error.exit_code
+    return 0

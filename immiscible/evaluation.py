@@ -1,0 +1,102 @@
+"""Pipelines of a run, samples and grids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+from PIL import Image
+from torch import nn
+
+from .errors import UserError
+from .randomness import seeded_generator
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+
+def build_pipeline(unet: UNet2DModel, training_scheduler: SchedulerMixin, *, sampler: str, spacing: str) -> DiffusionPipeline:
+    """A pipeline that plain diffusers loads and samples.
+
+    Args:
+        unet: the network.
+        training_scheduler: what it was trained with; its schedule and prediction type are taken over.
+        sampler: ``ddpm`` or ``ddim`` for a ddpm process. A flow process is sampled by its own Euler scheduler inside a
+            `DDPMPipeline`, since `DDIMPipeline` would silently read it as an epsilon model.
+        spacing: ``timestep_spacing`` of the sampler.
+    """
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+    if isinstance(training_scheduler, FlowMatchEulerDiscreteScheduler):
+        return DDPMPipeline(unet, FlowMatchEulerDiscreteScheduler.from_config(training_scheduler.config))
+    pipeline, scheduler = {"ddpm": (DDPMPipeline, DDPMScheduler), "ddim": (DDIMPipeline, DDIMScheduler)}[sampler]
+    config = {**training_scheduler.config, "timestep_spacing": spacing, "clip_sample": True, "clip_sample_range": 1.0}
+    return pipeline(unet, scheduler.from_config({key: value for key, value in config.items() if not key.startswith("_")}))
+
+
+def sample_images(
+    pipeline: DiffusionPipeline, count: int, *, steps: int, seed: int, batch_size: int, device: torch.device
+) -> numpy.ndarray:
+    """Samples with one generator per image, so that image i is the same for every batch size and device.
+
+    Args:
+        pipeline: from `build_pipeline` or loaded by diffusers.
+        count: number of images.
+        steps: inference steps.
+        seed: of the images' generators.
+        batch_size: images sampled together.
+        device: where the network runs.
+
+    Returns:
+        uint8 [count, H, W, C].
+    """
+    pipeline = pipeline.to(device)
+    pipeline.set_progress_bar_config(leave=False, desc="sampling", disable=None)
+    batches = []
+    for start in range(0, count, batch_size):
+        numbers = range(start, min(start + batch_size, count))
+        generators = [seeded_generator(seed, "sample", number) for number in numbers]
+        batches.append(pipeline(batch_size=len(numbers), generator=generators, num_inference_steps=steps, output_type="np").images)
+    images = numpy.concatenate(batches)
+    if not numpy.isfinite(images).all():
+        raise UserError("samples hold NaN values: the network's weights have diverged", exit_code=1)
+    return (images * 255).round().astype(numpy.uint8)
+
+
+def image_grid(images: numpy.ndarray, *, least_side: int = 64) -> Image.Image:
+    """A grid as square as possible; small images are enlarged by whole factors to ``least_side`` pixels so that they can be seen.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        least_side: the least side of a cell in pixels.
+    """
+    from diffusers.utils import make_image_grid
+
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    cells = [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB") for image in images]
+    factor = max(1, math.ceil(least_side / max(cells[0].size)))
+    cells = [cell.resize((cell.width * factor, cell.height * factor), Image.Resampling.NEAREST) for cell in cells]
+    cells += [Image.new("RGB", cells[0].size, "white")] * (rows * columns - len(cells))
+    return make_image_grid(cells, rows=rows, cols=columns)
+
+
+@contextmanager
+def evaluation_weights(model: nn.Module, ema: EMAModel | None) -> Iterator[None]:
+    """Inside the block ``model`` is in evaluation mode and holds the EMA weights, if there are any."""
+    was_training = model.training
+    model.eval()
+    if ema is not None:
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        if ema is not None:
+            ema.restore(model.parameters())
+        model.train(was_training)

@@ -1,0 +1,171 @@
+"""The networks: U-Nets of diffusers, by preset or by configuration, with their average and optimizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+    from .config import UnconditionalConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # 160 thousand parameters: the bundled 8x8 digits.
+    "unet-tiny": {
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "add_attention": False,
+    },
+    # 6.5 million: 32x32 on a CPU or a small GPU.
+    "unet-small": {
+        "block_out_channels": (64, 128, 128),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+    # 36 million: DDPM's CIFAR-10 network (128 channels, 1-2-2-2, attention at 16x16, dropout 0.1).
+    "unet-cifar10": {
+        "block_out_channels": (128, 256, 256, 256),
+        "layers_per_block": 2,
+        "dropout": 0.1,
+        "attention_head_dim": None,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+    # 114 million: what the diffusers example trains when no configuration is given.
+    "unet-diffusers": {
+        "block_out_channels": (128, 128, 256, 256, 512, 512),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+    },
+}
+
+
+def unet_config(
+    *, config_name_or_path: str | None, preset: str | None, resolution: int, channels: int, dropout: float | None
+) -> dict[str, Any]:
+    """The constructor arguments of the U-Net that these flags mean.
+
+    Args:
+        config_name_or_path: a folder with ``config.json``, a JSON file, or a name on the hub; its channels win over ``channels``.
+        preset: a key of `PRESETS`; without both, ``unet-diffusers`` where the resolution divides by 32, else ``unet-small``.
+        resolution: becomes ``sample_size``, at which pipelines sample.
+        channels: of the images, where no configuration says otherwise.
+        dropout: overrides the configuration's if not None.
+
+    Raises:
+        UserError: the configuration cannot be found or is not an unconditional U-Net's, or the resolution does not halve often enough.
+    """
+    if config_name_or_path:
+        config = _load_config(config_name_or_path)
+        flag = f"--model_config_name_or_path {config_name_or_path}"
+    else:
+        name = preset or ("unet-diffusers" if resolution % 32 == 0 else "unet-small")
+        config = {**PRESETS[name], "in_channels": channels, "out_channels": channels}
+        flag = f"--model_preset {name}"
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    if resolution % factor:
+        raise UserError(
+            f"{flag} halves the image {factor.bit_length() - 1} times: --resolution {resolution} must be a multiple of {factor}"
+        )
+    if dropout is not None:
+        config["dropout"] = dropout
+    return {**config, "sample_size": resolution}
+
+
+def build_unet(config: dict[str, Any]) -> UNet2DModel:
+    """A U-Net with fresh weights, drawn from the global generator."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel.from_config(config)
+
+
+def build_ema(unet: UNet2DModel, config: UnconditionalConfig, device: torch.device) -> EMAModel | None:
+    """The moving average of ``unet``'s weights that the flags ask for, with the decay's warm-up, or None."""
+    from diffusers.training_utils import EMAModel
+
+    if not config.use_ema:
+        return None
+    ema = EMAModel(
+        unet.parameters(),
+        decay=config.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=config.ema_inv_gamma,
+        power=config.ema_power,
+        foreach=True,
+        model_cls=type(unet),
+        model_config=unet.config,
+    )
+    ema.to(device)
+    return ema
+
+
+def build_optimizer(unet: UNet2DModel, config: UnconditionalConfig) -> torch.optim.Optimizer:
+    """AdamW as the flags say."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(
+        unet.parameters(), lr=config.learning_rate, betas=betas, weight_decay=config.adam_weight_decay, eps=config.adam_epsilon
+    )
+
+
+def learning_rate(config: UnconditionalConfig, optimizer: torch.optim.Optimizer, max_steps: int) -> Callable[[int], float]:
+    """The rate of optimizer step s, from 0: diffusers' schedule, counted in optimizer steps whatever the accumulation and the ranks."""
+    from diffusers.optimization import get_scheduler
+
+    scheduler = get_scheduler(
+        config.lr_scheduler,
+        getattr(optimizer, "optimizer", optimizer),
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=max_steps,
+    )
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: config.learning_rate * factor(step)
+
+
+def tuned(unet: UNet2DModel, config: UnconditionalConfig) -> nn.Module:
+    """The network with the speed and memory options of the flags switched on."""
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if config.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--enable_xformers_memory_efficient_attention: {reason}; without it torch's own attention is used") from None
+    if config.torch_compile:
+        compiled: nn.Module = torch.compile(unet, backend=config.torch_compile_backend)  # type: ignore[assignment]
+        return compiled
+    return unet
+
+
+def _load_config(name_or_path: str) -> dict[str, Any]:
+    from diffusers import UNet2DModel
+
+    flag = f"--model_config_name_or_path {name_or_path}"
+    try:
+        path = Path(name_or_path)
+        config = json.loads(path.read_text()) if path.is_file() else UNet2DModel.load_config(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: no UNet2DModel configuration found there ({str(error).splitlines()[0]})") from None
+    if not isinstance(config, dict) or "block_out_channels" not in config or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise UserError(f"{flag}: not a UNet2DModel configuration")
+    if config.get("num_class_embeds") or config.get("class_embed_type"):
+        raise UserError(f"{flag}: the network expects class labels; this script trains without")
+    if config.get("in_channels", 3) != config.get("out_channels", 3):
+        raise UserError(f"{flag}: in_channels and out_channels differ; a learned variance is not trained here")
+    return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -1,0 +1,76 @@
+"""Randomness as a function: every draw of a step comes from a seed derived from (seed, purpose, step, block of global rows).
+
+No generator state is kept, so nothing needs to be stored for an exact resume, two runs that differ in one method share every
+other draw, and any rank can regenerate another rank's rows. *Global rows* number the images of one optimizer step across ranks
+and accumulated micro-batches: row ``(micro_batch * num_processes + rank) * batch_size + i``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+
+ROWS_PER_BLOCK = 8  # few enough that any split of a batch over ranks wastes little, enough that seeding costs nothing
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that is a function of ``parts`` alone, equal on every machine and process."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seeded_generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator on ``device`` seeded by `derive_seed` of ``parts``."""
+    return torch.Generator(device).manual_seed(derive_seed(*parts))
+
+
+def reseed_globally(*parts: int | str) -> None:
+    """Seeds the global generators of Python, NumPy and torch (all devices), which library code such as dropout draws from."""
+    seed = derive_seed(*parts)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one micro-batch.
+
+    Args:
+        seed: the run's seed.
+        step: the optimizer step, from 0.
+        first_row: the micro-batch's first global row within the step.
+        device: where the numbers are drawn; CPU and CUDA generators give different numbers.
+    """
+
+    seed: int
+    step: int
+    first_row: int
+    device: torch.device
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """Standard normal numbers, fp32, of ``shape`` [rows, ...], the same for a global row however the rows are split."""
+        return self._rows(purpose, shape, lambda block, generator: block.normal_(generator=generator), torch.float32)
+
+    def uniform(self, purpose: str, rows: int) -> Tensor:
+        """Uniform numbers in [0, 1), float64, of shape [rows], the same for a global row however the rows are split."""
+        return self._rows(purpose, (rows,), lambda block, generator: block.uniform_(generator=generator), torch.float64)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator for draws whose number is not known beforehand; a function of the micro-batch's first global row."""
+        return seeded_generator(self.seed, purpose, self.step, self.first_row, device=self.device)
+
+    def _rows(self, purpose: str, shape: tuple[int, ...], fill: Callable[[Tensor, torch.Generator], Tensor], dtype: torch.dtype) -> Tensor:
+        first_block, last_block = self.first_row // ROWS_PER_BLOCK, (self.first_row + shape[0] - 1) // ROWS_PER_BLOCK
+        blocks = torch.empty(last_block - first_block + 1, ROWS_PER_BLOCK, *shape[1:], dtype=dtype, device=self.device)
+        generator = torch.Generator(self.device)
+        for number, block in enumerate(blocks, start=first_block):
+            fill(block, generator.manual_seed(derive_seed(self.seed, purpose, self.step, number)))
+        offset = self.first_row - first_block * ROWS_PER_BLOCK
+        return blocks.flatten(0, 1)[offset : offset + shape[0]].contiguous()

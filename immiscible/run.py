@@ -1,0 +1,447 @@
+"""A run's folder and its life: opening it safely, logging, saving the pipeline with its method, the final summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from .checkpoints import PARTIAL, check_identity, checkpoints, clean_up, discard, read_state, replace, resolve_checkpoint
+from .config import FREE_ON_RESUME, UnconditionalConfig, save_config
+from .coupling import pairs_batch
+from .data import GlobalBatchOrder
+from .errors import UserError
+from .evaluation import build_pipeline, evaluation_weights, image_grid, sample_images
+from .objectives import DenoisingObjective
+from .training import StepStats
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import SchedulerMixin, UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+logger = logging.getLogger(__name__)
+
+# Everything a run writes into its folder, beside the checkpoints and the tracker's logs. Nothing else there is ever touched.
+OWN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "samples",
+    "model_index.json",
+    "unet",
+    "unet_non_ema",
+    "scheduler",
+    "README.md",
+)
+
+
+@contextmanager
+def session(config: UnconditionalConfig) -> Iterator[Accelerator]:
+    """The accelerator of this process, set up as the flags say, and ended on every path; rank 0 alone logs notices."""
+    if config.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import ProjectConfiguration, is_tensorboard_available, is_wandb_available
+
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "none": lambda: True}
+    if not available[config.logger]():
+        raise UserError(
+            f"--logger {config.logger} is not installed: `pip install {config.logger}`, or --logger none (metrics.jsonl is always written)"
+        )
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.logger == "none" else config.logger,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=os.path.join(config.output_dir, config.logging_dir)
+            ),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
+    except ValueError as error:  # accelerate's word for a precision that this device lacks
+        raise UserError(f"--mixed_precision {config.mixed_precision}: {error}") from None
+    package_logger = logging.getLogger(__package__)
+    package_logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    if not package_logger.handlers:
+        package_logger.addHandler(logging.StreamHandler())
+    try:
+        with logging_redirect_tqdm([package_logger]):
+            yield accelerator
+        accelerator.wait_for_everyone()
+    except UserError:
+        accelerator.wait_for_everyone()  # raised by all ranks alike
+        raise
+    finally:
+        accelerator.end_training()
+
+
+def check_folder(config: UnconditionalConfig) -> Path | None:
+    """The checkpoint to resume, or None for a fresh start; touches nothing.
+
+    Raises:
+        UserError: the output folder holds a run and neither resuming nor overwriting is asked for, or the checkpoint is missing or
+            incomplete.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file; give a folder")
+    resumed = resolve_checkpoint(folder, config.resume_from_checkpoint)
+    if _holds_run(folder) and not config.overwrite_output_dir and config.resume_from_checkpoint is None:
+        state = "a finished run" if (folder / "summary.json").exists() else "an unfinished run"
+        raise UserError(
+            f"--output_dir {folder} holds {state}: continue it with --resume_from_checkpoint latest, delete it with "
+            f"--overwrite_output_dir, or choose another folder"
+        )
+    if config.resume_from_checkpoint == "latest" and resumed is None:
+        logger.warning("--resume_from_checkpoint latest: %s holds no checkpoint; starting anew", folder)
+    return resumed
+
+
+def settle_seed(config: UnconditionalConfig, resumed: Path | None) -> int:
+    """The run's seed: as given, else the resumed checkpoint's, else drawn by rank 0 and shared. It is written into ``config``."""
+    from accelerate.utils import broadcast_object_list
+
+    if config.seed is None:
+        shared = [read_state(resumed)["identity"]["--seed"] if resumed else secrets.randbelow(2**31)]
+        config.seed = int(broadcast_object_list(shared)[0])
+        logger.info("seed %d%s", config.seed, " (the resumed run's)" if resumed else " (drawn; pass --seed to repeat this run)")
+    return config.seed
+
+
+def check_batch_size(config: UnconditionalConfig, objective: DenoisingObjective, images: int, global_batch: int) -> None:
+    """Warns of a batch in which pairing is void or images repeat.
+
+    Raises:
+        UserError: there are too few images for a batch of different ones, and the coupling pairs within the batch.
+    """
+    pairs = pairs_batch(objective.coupling)
+    if images < global_batch:
+        shortage = f"{images} images do not fill a batch of {global_batch} (--train_batch_size x processes)"
+        if pairs:
+            raise UserError(
+                f"{shortage}, which --noise_coupling {config.noise_coupling} needs; lower --train_batch_size to at most {images}"
+            )
+        logger.warning("%s: images repeat within a batch", shortage)
+    if pairs and config.train_batch_size == 1:
+        logger.warning(
+            "--noise_coupling %s with --train_batch_size 1 is the identity: one image has one noise to choose from", config.noise_coupling
+        )
+
+
+def run_identity(config: UnconditionalConfig, *, data: str, network: dict[str, Any], processes: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued: every flag not in `FREE_ON_RESUME`, the data, the network, the ranks."""
+    flags = {f"--{name}": value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
+    return json.loads(json.dumps({**flags, "data": data, "network": network, "processes": processes}))
+
+
+def check_resumed(config: UnconditionalConfig, resumed: Path, identity: dict[str, Any]) -> None:
+    """The checkpoint must belong to the run that is asked for, and the output folder to no other."""
+    check_identity(resumed, identity)
+    folder = Path(config.output_dir)
+    if _holds_run(folder) and folder.resolve() != resumed.resolve().parent:
+        raise UserError(f"--output_dir {folder} holds a run of its own; resume {resumed} into its own folder or into a new one")
+
+
+def prepare_folder(config: UnconditionalConfig, accelerator: Accelerator) -> None:
+    """Creates the output folder; removes what a killed run left half written and, with ``--overwrite_output_dir``, the old run."""
+    folder = Path(config.output_dir)
+    accelerator.wait_for_everyone()  # every rank has looked at the folder as it was
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            clean_up(folder)
+            if config.overwrite_output_dir and _holds_run(folder):
+                old = [*(folder / name for name in (*OWN_FILES, config.logging_dir)), *checkpoints(folder)]
+                for path in filter(Path.exists, old):
+                    discard(path)
+        except OSError as error:
+            raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}", exit_code=1) from None
+    accelerator.wait_for_everyone()
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "config.yaml").exists() or (folder / "model_index.json").exists() or bool(checkpoints(folder))
+
+
+class RunLog:
+    """``metrics.jsonl`` always, and the tracker if there is one; a line holds means since the line before.
+
+    Args:
+        folder: the run's folder.
+        accelerator: rank 0 writes.
+        config: sent to the tracker.
+        start_step: lines of later steps, which a killed run left behind, are dropped.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, config: UnconditionalConfig, start_step: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._accelerator = accelerator
+        self._waiting: list[dict[str, float]] = []
+        if not accelerator.is_main_process:
+            return
+        kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
+        partial = folder / ".partial-metrics.jsonl"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        replace(partial, self._path)
+        save_config(config, folder / "config.yaml")
+        if config.logger != "none":
+            scalars = {
+                name: value for name, value in asdict(config).items() if isinstance(value, int | float | str | bool) and name != "hub_token"
+            }
+            accelerator.init_trackers(Path(__file__).parent.name, config=scalars)
+
+    def add(self, step: int, metrics: dict[str, float], *, write: bool) -> dict[str, float]:
+        """Collects a step's metrics; with ``write`` their means become a line. Returns the means so far."""
+        self._waiting.append(metrics)
+        means = {name: sum(row[name] for row in self._waiting) / len(self._waiting) for name in metrics}
+        before = means["pair_distance_drawn"]
+        means["distance_reduction_percent"] = 100 * (before - means["pair_distance"]) / before
+        if write:
+            self._waiting.clear()
+            if self._accelerator.is_main_process:
+                with self._path.open("a") as file:
+                    file.write(json.dumps({"step": step, **{name: float(f"{value:.8g}") for name, value in means.items()}}) + "\n")
+                self._accelerator.log(means, step=step)
+        return means
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a ``metrics.jsonl``; a half-written last line is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def method_facts(config: UnconditionalConfig, objective: DenoisingObjective) -> dict[str, str]:
+    """What is trained and how, for the start of the run, the model card and the weights' metadata."""
+    coupling = {
+        "assignment": f" ({config.coupling_metric}, cost in {config.coupling_dtype})",
+        "flipped_assignment": f" ({config.coupling_metric}, cost in {config.coupling_dtype})",
+        "nearest": f" (best of {config.coupling_candidates} by {config.coupling_score})",
+    }.get(config.noise_coupling, "")
+    if config.coupling_min_timestep:
+        coupling += f", timesteps from {config.coupling_min_timestep}"
+    if config.coupling_start_step:
+        coupling += f", from optimizer step {config.coupling_start_step}"
+    moved = objective.sampler.moved_share()
+    near_none = " (near none: on this schedule the law hardly differs from uniform)" if 0 < moved < 0.05 else ""
+    schedule = (
+        f" ({config.ddpm_beta_schedule}, {config.ddpm_num_steps} steps)"
+        if config.noise_process == "ddpm"
+        else f" ({config.ddpm_num_steps} steps)"
+    )
+    return {
+        "noise_coupling": config.noise_coupling + coupling,
+        "timestep_sampling": f"{config.timestep_sampling}, moves {100 * moved:.1f} % of the draws{near_none}",
+        "loss_weighting": config.loss_weighting,
+        "noise_process": config.noise_process + schedule + (f", image scale {config.image_scale:g}" if config.image_scale != 1 else ""),
+        "prediction_type": config.prediction_type,
+        "inference_steps": str(config.ddpm_num_inference_steps),
+        "seed": str(config.seed),
+    }
+
+
+def measured_facts(config: UnconditionalConfig) -> dict[str, str]:
+    """Means over the run's ``metrics.jsonl``: what the coupling did and what it cost, and the last loss."""
+    lines = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    mean = {name: sum(line[name] for line in lines) / len(lines) for name in lines[-1]} if lines else {}
+    if not mean:
+        return {}
+    drawn, paired = mean["pair_distance_drawn"], mean["pair_distance"]
+    return {
+        "optimizer_steps": f"{lines[-1]['step']:g}",
+        "pair_distance": f"{drawn:.4f} drawn, {paired:.4f} paired ({mean['distance_reduction_percent']:+.2f} % reduction)",
+        "noise_marginal_drift": f"variance {mean['noise_variance_drift']:+.5f}, norm {mean['noise_norm_drift']:+.5f}",
+        "images_paired_together": f"{mean['paired_images']:.1f}",
+        "coupling_time": f"{1000 * mean['coupling_seconds']:.2f} ms of a {1000 * mean['step_seconds']:.1f} ms step",
+        "final_loss": f"{lines[-1]['loss']:.5f}",
+    }
+
+
+def report_start(
+    facts: dict[str, str], data: str, unet: UNet2DModel, order: GlobalBatchOrder, accumulation: int, start_step: int, max_steps: int
+) -> None:
+    """Logs what is about to run."""
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    ranks = order.global_batch_size // order.batch_size
+    side, images = unet.config.sample_size, order.global_batch_size * accumulation
+    for name, value in {
+        "data": data,
+        "network": f"{type(unet).__name__}, {parameters / 1e6:.2f} million parameters, {unet.config.in_channels}x{side}x{side}",
+        "batch": f"{order.batch_size} images x {ranks} processes x {accumulation} micro-batches = {images} a step",
+        "steps": f"{start_step} to {max_steps} ({order.batches_per_epoch / accumulation:.4g} an epoch)",
+        **facts,
+    }.items():
+        logger.info("%-18s %s", name.replace("_", " "), value)
+
+
+def report_plan(steps: Iterator[StepStats], unet: UNet2DModel, accelerator: Accelerator, remaining: int, *, timed: int = 5) -> None:
+    """Takes a few steps that leave nothing behind and prints sizes and the time that the run would take."""
+    if remaining <= 0:
+        accelerator.print("Plan: nothing is left to train; the checkpoint is at the last step already. Nothing was written.")
+        return
+    seconds = [
+        stats.metrics["step_seconds"]
+        for stats in tqdm(islice(steps, timed + 1), total=min(timed + 1, remaining), desc="timing", leave=False)
+    ]
+    typical = median(seconds[1:] or seconds)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters()) / 2**20
+    if accelerator.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(accelerator.device) / 2**20
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    total = timedelta(seconds=round(typical * remaining))
+    accelerator.print(
+        f"Plan: {remaining} steps of {typical:.3f} s (median of {len(seconds[1:] or seconds)}) = {total}, without sampling and saving\n"
+        f"Plan: weights {weights:.1f} MiB, with AdamW and EMA {4 * weights:.1f} MiB a checkpoint; peak memory so far {memory:.0f} MiB\n"
+        f"Plan: nothing was written"
+    )
+
+
+def is_finished(config: UnconditionalConfig, start_step: int, max_steps: int) -> bool:
+    """Whether the resumed run has nothing left to do; says so."""
+    summary = Path(config.output_dir) / "summary.json"
+    finished = start_step >= max_steps and summary.exists() and json.loads(summary.read_text())["step"] >= max_steps
+    if finished:
+        logger.info("The run in %s is finished (step %d of %d): no step taken, nothing changed", config.output_dir, start_step, max_steps)
+    return finished
+
+
+def report_end(config: UnconditionalConfig, step: int, facts: dict[str, str], grid: Path) -> None:
+    """Writes ``summary.json``, which marks the run as finished, and prints the summary."""
+    folder = Path(config.output_dir)
+    measured = measured_facts(config)
+    partial = folder / f"{PARTIAL}summary.json"
+    partial.write_text(json.dumps({"step": step, **facts, **measured}, indent=1))
+    replace(partial, folder / "summary.json")
+    lines = {
+        **facts,
+        **measured,
+        "pipeline": folder,
+        "samples": grid,
+        "metrics": folder / "metrics.jsonl",
+        "restart": f"--config {folder / 'config.yaml'}",
+    }
+    sys.stdout.write("\n".join(["Finished.", *(f"  {name.replace('_', ' '):<24}{value}" for name, value in lines.items())]) + "\n")
+
+
+def save_pipeline(
+    unet: UNet2DModel, ema: EMAModel | None, scheduler: SchedulerMixin, config: UnconditionalConfig, facts: dict[str, str]
+) -> None:
+    """Leaves in the run's folder a pipeline that plain diffusers samples, with the model card and the method in the weights' metadata.
+
+    With EMA the pipeline holds the averaged weights, and ``unet_non_ema`` beside it the others.
+    """
+    folder = Path(config.output_dir)
+    partial = folder / f"{PARTIAL}pipeline"
+    shutil.rmtree(partial, ignore_errors=True)
+    if ema is not None:
+        unet.save_pretrained(partial / "unet_non_ema")
+    with evaluation_weights(unet, ema):
+        pipeline = build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing)
+        pipeline.save_pretrained(partial)
+    for weights in partial.glob("unet*/*.safetensors"):
+        _add_metadata(weights, facts)
+    (partial / "README.md").write_text(_model_card(folder.resolve().name, type(pipeline).__name__, facts))
+    for item in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):  # last: it makes the folder a pipeline
+        replace(item, folder / item.name)
+    partial.rmdir()
+
+
+def save_samples(
+    unet: UNet2DModel, ema: EMAModel | None, scheduler: SchedulerMixin, config: UnconditionalConfig, seed: int, step: int
+) -> Path:
+    """A grid of samples with the same noises at every step, in ``samples/``; returns its path."""
+    with evaluation_weights(unet, ema):
+        pipeline = build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing)
+        images = sample_images(
+            pipeline,
+            config.eval_batch_size,
+            steps=config.ddpm_num_inference_steps,
+            seed=seed,
+            batch_size=config.eval_batch_size,
+            device=unet.device,
+        )
+    path = Path(config.output_dir) / "samples" / f"step-{step:07d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(images).save(path)
+    return path
+
+
+def push_pipeline(config: UnconditionalConfig, step: int) -> str:
+    """Uploads the pipeline, samples, config and metrics (no checkpoints); returns the repository's name."""
+    from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub.errors import HfHubHTTPError
+
+    folder = Path(config.output_dir)
+    try:
+        name = config.hub_model_id or folder.resolve().name
+        repository = create_repo(name, private=config.hub_private_repo, exist_ok=True, token=config.hub_token).repo_id
+        upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            token=config.hub_token,
+            commit_message=f"step {step}",
+            allow_patterns=[f"{item}/**" if (folder / item).is_dir() else item for item in OWN_FILES if (folder / item).exists()],
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--push_to_hub failed ({first_line}); the run is complete in {folder}", exit_code=1) from None
+    return repository
+
+
+def _add_metadata(path: Path, facts: dict[str, str]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        metadata = {**(file.metadata() or {}), **{f"immiscible.{name}": value for name, value in facts.items()}}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    save_file(tensors, path, metadata=metadata)
+
+
+def _model_card(title: str, pipeline: str, facts: dict[str, str]) -> str:
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
+    return f"""---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [diffusers, unconditional-image-generation, immiscible-diffusion]
+---
+
+# {title}
+
+```python
+from diffusers import {pipeline}
+image = {pipeline}.from_pretrained("THIS_FOLDER")(num_inference_steps={facts["inference_steps"]}).images[0]
+```
+
+How it was trained (`config.yaml` holds every flag):
+
+| | |
+|---|---|
+{rows}
+"""

@@ -1,0 +1,161 @@
+"""What an error at each noise level costs: a loss weighting is one vector over the T steps.
+
+Methods state their weight for the error of the predicted noise. An error of the network means different errors of the noise, the image
+and the velocity, so `from_epsilon` turns such a weight into the one on the mean squared error of the type that is trained; the objective
+is then the same whatever the network predicts. To add a weighting: a function ``weighting(process, prediction_type, *, <options>)`` that
+returns float64 [T], and an entry in `LOSS_WEIGHTINGS`. Its options are flags of the scripts, so its errors name them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .choices import build_choice
+from .errors import UserError
+from .process import NoiseProcess, as_process, check_prediction_type
+from .timesteps import released_threshold
+
+
+def from_epsilon(weights: Tensor, process: NoiseProcess, prediction_type: str) -> Tensor:
+    """Turns weights on the squared error of the noise into equivalent ones on that of ``prediction_type``.
+
+    At a given xt, an error d of the output is an error of the noise of: d (epsilon), sqrt(SNR) d (sample), signal d (v_prediction, with
+    signal^2 = SNR / (SNR + 1)), and signal d (flow_prediction, where n = xt + (1 - sigma) f). The weights take the squares.
+
+    Args:
+        weights: float64 [T].
+        process: the noise process.
+        prediction_type: what the network predicts.
+
+    Returns:
+        float64 [T].
+
+    Raises:
+        UserError: the process cannot be trained with this prediction type.
+    """
+    check_prediction_type(process.kind, prediction_type)
+    if prediction_type == "epsilon":
+        return weights
+    if prediction_type == "sample":
+        return weights * process.snr
+    if prediction_type == "v_prediction":
+        return weights * process.alpha_bar
+    return weights * process.signal.cpu().double() ** 2
+
+
+def none(process: NoiseProcess, prediction_type: str) -> Tensor:
+    """One: the plain mean squared error of whatever is predicted."""
+    return torch.ones_like(process.alpha_bar)
+
+
+def change_aware(process: NoiseProcess, prediction_type: str, *, change_aware_lambda: float = 0.6) -> Tensor:
+    """SpeeD's change-aware weighting (section 3.3): more where the noise's share changes faster.
+
+    ``w = (1 - l) + (2 l - 1) (g - g_min) / (g_max - g_min)`` on the noise's error, g = `NoiseProcess.change_rate`,
+    g_max = min(1, max g) and g_min = max(0, min g), so from 1 - l to l.
+
+    Args:
+        process: the noise process.
+        prediction_type: what the network predicts.
+        change_aware_lambda: l, in [0.5, 1]; 0.5 weighs every step by one half.
+
+    Raises:
+        UserError: l is out of range, or the process changes at one constant rate.
+    """
+    return from_epsilon(_change_aware(process, change_aware_lambda), process, prediction_type)
+
+
+def change_aware_released(
+    process: NoiseProcess, prediction_type: str, *, change_aware_lambda: float = 0.6, asymmetric_tau: int | None = None
+) -> Tensor:
+    """What SpeeD's released code weighs by: `change_aware` below tau (700 unless given) and, unlike the paper, 1 from index tau on.
+
+    Raises:
+        UserError: l or tau is out of range.
+    """
+    weights = _change_aware(process, change_aware_lambda)
+    weights[released_threshold(process, asymmetric_tau) :] = 1.0
+    return from_epsilon(weights, process, prediction_type)
+
+
+def min_snr(process: NoiseProcess, prediction_type: str, *, snr_gamma: float = 5.0) -> Tensor:
+    """Min-SNR-gamma (Hang et al. 2023): ``min(SNR, gamma) / SNR`` on the noise's error, so ``min(SNR, gamma)`` on the image's.
+
+    Raises:
+        UserError: gamma is not above 0.
+    """
+    if not 0 < snr_gamma < math.inf:
+        raise UserError(f"--snr_gamma {snr_gamma:g} is out of range: it must be above 0")
+    return from_epsilon((snr_gamma / process.snr).clamp(max=1), process, prediction_type)
+
+
+def snr(process: NoiseProcess, prediction_type: str) -> Tensor:
+    """One on the noise's error, whatever is predicted: SNR under sample, SNR / (SNR + 1) under v_prediction.
+
+    Under sample this is the weighting of diffusers' unconditional example.
+    """
+    if prediction_type == "sample":
+        check_prediction_type(process.kind, prediction_type)
+        return process.diffusers_snr.cpu().double()  # the example's own fp32 rounding, so that runs agree bit by bit
+    return from_epsilon(torch.ones_like(process.alpha_bar), process, prediction_type)
+
+
+def p2(process: NoiseProcess, prediction_type: str, *, p2_k: float = 1.0, p2_gamma: float = 1.0) -> Tensor:
+    """P2 (Choi et al. 2022): ``1 / (k + SNR)^gamma`` on the noise's error.
+
+    Raises:
+        UserError: k or gamma is negative, or k is 0 on a process that ends without signal.
+    """
+    if not 0 <= p2_k < math.inf:
+        raise UserError(f"--p2_k {p2_k:g} is out of range: it must be at least 0")
+    if not 0 <= p2_gamma < math.inf:
+        raise UserError(f"--p2_gamma {p2_gamma:g} is out of range: it must be at least 0")
+    if p2_k == 0 and bool((process.snr == 0).any()):
+        raise UserError("--p2_k 0 divides by zero on this noise process, which ends without signal: give a --p2_k above 0")
+    return from_epsilon((p2_k + process.snr) ** -p2_gamma, process, prediction_type)
+
+
+LOSS_WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
+    "none": none,
+    "change_aware": change_aware,
+    "change_aware_released": change_aware_released,
+    "min_snr": min_snr,
+    "snr": snr,
+    "p2": p2,
+}
+
+
+def loss_weights(name: str, process_or_scheduler: Any, prediction_type: str, **options: Any) -> Tensor:
+    """The named weighting of `LOSS_WEIGHTINGS` on the squared error of ``prediction_type``; options that it does not have are ignored.
+
+    Args:
+        name: a key of `LOSS_WEIGHTINGS`.
+        process_or_scheduler: a `NoiseProcess` or a diffusers scheduler.
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
+        **options: the weighting's options.
+
+    Returns:
+        float64 [T], on the CPU.
+
+    Raises:
+        UserError: a name is unknown, an option is out of range, or the process and the prediction type do not go together.
+    """
+    process = as_process(process_or_scheduler)
+    check_prediction_type(process.kind, prediction_type)
+    return build_choice(LOSS_WEIGHTINGS, "--loss_weighting", name, process, prediction_type, **options)
+
+
+def _change_aware(process: NoiseProcess, change_aware_lambda: float) -> Tensor:
+    """The weights on the noise's error, float64 [T]."""
+    if not 0.5 <= change_aware_lambda <= 1:
+        raise UserError(f"--change_aware_lambda {change_aware_lambda:g} is out of range: it must be from 0.5 to 1")
+    rate = process.change_rate()
+    most, least = min(1.0, float(rate.max())), max(0.0, float(rate.min()))
+    if not most > least:
+        raise UserError("--loss_weighting change_aware needs a noise process whose rate of change varies: this one's is constant")
+    return (1 - change_aware_lambda) + (2 * change_aware_lambda - 1) * (rate - least) / (most - least)
