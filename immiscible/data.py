@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -632,9 +633,18 @@ def build_loader(dataset: ImageDataset, order: GlobalBatchOrder, num_workers: in
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The parent must find its workers alive while it finishes the
-    # step and saves; they end when it closes the loader or is gone (torch's watchdog), and torch has made them single-threaded.
+    # step and saves; they end when it closes the loader, sends them SIGTERM itself as multiprocessing does at exit, or is gone
+    # (torch's watchdog). Only sigwaitinfo tells the sender; where it is missing, torch's own handler stays, which obeys anyone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_the_parents_sigterm, daemon=True).start()
+
+
+def _end_at_the_parents_sigterm() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Tensor]:

@@ -53,8 +53,9 @@ class NoiseProcess:
         if isinstance(betas, Tensor) and isinstance(alphas_cumprod, Tensor) and not _config_value(scheduler, "use_flow_sigmas"):
             return cls._from_betas(betas.cpu(), alphas_cumprod.cpu().float())
         if _is_flow_match_euler(scheduler):
-            # Built anew from its config: a scheduler that has sampled holds the few sigmas of its last sampling run.
-            fresh = type(scheduler).from_config(scheduler.config)
+            # Built anew from its config: a scheduler that has sampled holds the few sigmas of its last sampling run. The config's private
+            # note of default values is left out, because diffusers counts positional arguments as defaults and would drop them.
+            fresh = type(scheduler).from_config({key: value for key, value in scheduler.config.items() if key != "_use_default_values"})
             return cls._from_sigmas(fresh.sigmas.flip(0), fresh.timesteps.flip(0))
         raise UserError(
             f"{type(scheduler).__name__} gives no noise process to train on: use a scheduler with betas, such as DDPMScheduler, "
@@ -267,7 +268,7 @@ def build_scheduler(
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler  # late, so that --help and usage errors come quickly
 
     if noise_process == "flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps, shift=1 / image_scale)
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps, shift=1 / image_scale)
     settings: dict[str, Any] = {
         "num_train_timesteps": num_train_timesteps,
         "beta_schedule": beta_schedule,

@@ -116,8 +116,9 @@ def test_flow_is_bit_equal_to_diffusers(shift):
 
 
 def test_flow_reads_training_sigmas_from_a_scheduler_that_has_sampled():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    expected = NoiseProcess.from_scheduler(scheduler).noise
+    scheduler = FlowMatchEulerDiscreteScheduler(50, 2.0)  # positional arguments, which diffusers' from_config alone would drop
+    expected = scheduler.sigmas.flip(0)
+    assert len(expected) == 50
     scheduler.set_timesteps(7)
     assert torch.equal(NoiseProcess.from_scheduler(scheduler).noise, expected)
 

@@ -36,7 +36,7 @@ def test_laws_are_distributions_on_every_process(name, scheduler):
         assert p.dtype == torch.float64 and p.shape == (1000,) and (p >= 0).all()
         assert float(p.sum()) == pytest.approx(1, abs=1e-12)
     t = sampler(64, generator=torch.Generator().manual_seed(0))
-    assert t.dtype == torch.int64 and t.shape == (64,) and 0 <= t.min() and t.max() < 1000 and len(t.unique()) > 30
+    assert t.dtype == torch.int64 and t.shape == (64,) and t.min() >= 0 and t.max() < 1000 and len(t.unique()) > 30
 
 
 def test_the_table_holds_what_it_says():
@@ -101,7 +101,7 @@ def test_released_golden_values_on_every_schedule(schedule, reflect_at, beyond, 
 def test_marginal_is_what_batches_of_n_draw(n):
     sampler = TimestepSampler(torch.tensor([0.3, 0.1, 0.0, 0.2, 0.4], dtype=torch.float64), reflect_at=3)
     generator = torch.Generator().manual_seed(n)
-    batches = 60_000 // n
+    batches = 20_000 // n
     counts = histogram(torch.cat([sampler(n, generator=generator) for _ in range(batches)]), 5).double() / (batches * n)
     # rows of a batch depend on each other in pairs at most: 5 deviations of twice the variance of independent draws
     allowed = 5 * (2 * 0.25 / (batches * n)) ** 0.5
@@ -136,9 +136,12 @@ def test_inverse_cdf_of_a_law_follows_its_probabilities():
 
 
 def test_steps_of_probability_zero_are_never_drawn():
-    p = torch.tensor([0.0, 0.1, 0.2, 0.0, 0.3, 0.1, 0.3, 0.0], dtype=torch.float64)  # its running sum ends beside 1
+    p = torch.tensor([0.0, *[0.1] * 5, 0.0, *[0.1] * 5, 0.0], dtype=torch.float64)
+    assert p.cumsum(0)[-1] <= 1 - 2**-53  # a running sum that ends below 1
     t = TimestepSampler(p).from_uniforms(torch.tensor([0.0, 1 - 2**-53, 1.0], dtype=torch.float64))
-    assert t.tolist() == [1, 6, 6]
+    assert t.tolist() == [1, 11, 11]
+    everywhere = TimestepSampler(p).from_uniforms(torch.arange(10_000, dtype=torch.float64) / 10_000)
+    assert sorted(set(everywhere.tolist())) == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
 
 
 def test_draws_are_those_of_the_generator():

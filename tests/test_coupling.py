@@ -1,0 +1,181 @@
+"""Couplings: what each returns, the marginal it leaves, and how one is added."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import immiscible
+from immiscible import COUPLINGS, AboveTimestep, AssignmentCoupling, IndependentCoupling, NearestCoupling, UserError, build_coupling
+from immiscible.coupling import coupling_statistics, paired_together
+
+
+def batch(n=32, seed=0, side=8):
+    generator = torch.Generator().manual_seed(seed)
+    brightness = torch.rand(n, 1, 1, 1, generator=generator) * 2 - 1
+    x0 = (brightness + 0.3 * torch.randn(n, 3, side, side, generator=generator)).clamp(-1, 1)
+    return x0, torch.randn(n, 3, side, side, generator=generator)
+
+
+def rows(noise):
+    return sorted(map(tuple, noise.flatten(1).tolist()))
+
+
+def distance(x0, noise):
+    return float((x0 - noise).flatten(1).norm(dim=1).sum())
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_every_coupling_keeps_shape_dtype_and_draws_its_own_noise_if_none_is_given(name):
+    coupling = build_coupling(name)
+    for dtype in (torch.float32, torch.float16):
+        x0 = batch()[0].to(dtype)
+        noise = coupling(x0, generator=torch.Generator().manual_seed(7))
+        assert noise.shape == x0.shape and noise.dtype == dtype and noise.device == x0.device
+        assert torch.equal(noise, coupling(x0, generator=torch.Generator().manual_seed(7)))
+
+
+def test_independent_keeps_the_pool_in_order():
+    x0, noise = batch()
+    assert torch.equal(IndependentCoupling()(x0, noise), noise)
+
+
+@pytest.mark.parametrize("metric", ["l2", "squared_l2", "l1"])
+def test_assignment_permutes_the_pool_and_brings_it_nearer(metric):
+    x0, noise = batch()
+    paired = AssignmentCoupling(metric=metric)(x0, noise)
+    assert rows(paired) == rows(noise)
+    assert distance(x0, paired) < distance(x0, noise)
+
+
+def test_assignment_of_one_image_is_the_identity():
+    x0, noise = batch(1)
+    assert torch.equal(AssignmentCoupling()(x0, noise), noise)
+
+
+def test_flipped_assignment_is_the_assignment_of_reversed_noises():
+    x0, noise = batch(64)
+    paired = build_coupling("flipped_assignment")(x0, noise)
+    assert rows(paired) == rows(noise) and not torch.equal(paired, noise)
+
+    def reverse(tensor):
+        return tensor.flatten(1).flip(1).view_as(tensor)
+
+    assert torch.equal(reverse(paired), AssignmentCoupling()(x0, reverse(noise)))
+
+
+def test_flipped_assignment_hardly_shortens_the_real_distance_of_structured_images():
+    # A gradient from left to right reversed is its negative: near a reversed noise is far from the noise itself.
+    generator = torch.Generator().manual_seed(3)
+    ramp = torch.linspace(-1, 1, 16).expand(1, 16, 16)
+    x0 = torch.randn(64, 1, 1, 1, generator=generator) * ramp
+    noise = torch.randn(64, 1, 16, 16, generator=generator)
+    before = distance(x0, noise)
+    assert distance(x0, AssignmentCoupling()(x0, noise)) < 0.98 * before
+    assert distance(x0, build_coupling("flipped_assignment")(x0, noise)) > 0.99 * before
+
+
+@pytest.mark.parametrize("score", ["l2", "dot"])
+def test_nearest_takes_the_best_of_its_candidates(score):
+    x0, first = batch(8)
+    paired = NearestCoupling(candidates=5, score=score)(x0, first, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    candidates = torch.stack([first, *(torch.randn(x0.shape, generator=generator) for _ in range(4))])  # [k,B,C,H,W]
+    flat, images = candidates.flatten(2).double(), x0.flatten(1).double()
+    cost = -(flat * images).sum(2) if score == "dot" else (flat - images).square().sum(2)
+    assert torch.equal(paired, candidates[cost.argmin(0), torch.arange(8)])
+
+
+def test_nearest_of_one_is_independent():
+    x0, noise = batch()
+    assert torch.equal(NearestCoupling(candidates=1)(x0, noise), noise)
+
+
+def test_nearest_by_l2_shrinks_the_noise_and_by_dot_does_not():
+    x0, noise = batch(512, side=8)
+    generator = torch.Generator().manual_seed(2)
+    shrunk = NearestCoupling(candidates=32, score="l2")(x0, noise, generator=generator)
+    kept = NearestCoupling(candidates=32, score="dot")(x0, noise, generator=generator)
+    assert shrunk.flatten(1).norm(dim=1).mean() < 0.985 * noise.flatten(1).norm(dim=1).mean()
+    assert kept.flatten(1).norm(dim=1).mean() == pytest.approx(float(noise.flatten(1).norm(dim=1).mean()), rel=0.01)
+
+
+def test_nearest_never_holds_all_candidates():
+    peak = [0]
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                peak[0] = max(peak[0], result.numel())
+            return result
+
+    x0, noise = batch(16)
+    with Watch():
+        NearestCoupling(candidates=64)(x0, noise)
+    assert peak[0] == x0.numel()
+
+
+def test_below_the_least_timestep_noise_stays_and_the_rest_is_its_own_batch():
+    x0, noise = batch(32)
+    timesteps = torch.arange(32) * 30
+    coupling = build_coupling("assignment", min_timestep=500)
+    paired = coupling(x0, noise, timesteps=timesteps)
+    above = timesteps >= 500
+    assert torch.equal(paired[~above], noise[~above])
+    assert torch.equal(paired[above], AssignmentCoupling()(x0[above], noise[above]))
+    assert float(paired_together(coupling, timesteps)) == int(above.sum())
+    assert torch.equal(coupling(x0, noise, timesteps=torch.zeros(32, dtype=torch.int64)), noise)
+    with pytest.raises(UserError, match="timesteps"):
+        coupling(x0, noise)
+
+
+def test_images_paired_together():
+    timesteps = torch.arange(8)
+    assert float(paired_together(IndependentCoupling(), timesteps)) == 1
+    assert float(paired_together(NearestCoupling(), timesteps)) == 1
+    assert float(paired_together(AssignmentCoupling(), timesteps)) == 8
+    assert float(paired_together(AboveTimestep(NearestCoupling(), 4), timesteps)) == 1
+
+
+def test_statistics_by_their_definitions():
+    x0, noise = batch(64)
+    shorter = 0.9 * noise
+    statistics = {name: float(value) for name, value in coupling_statistics(x0, noise, shorter).items()}
+    assert statistics["pair_distance_drawn"] == pytest.approx(distance(x0, noise) / 64, rel=1e-5)
+    assert statistics["pair_distance"] == pytest.approx(distance(x0, shorter) / 64, rel=1e-5)
+    assert statistics["noise_variance"] == pytest.approx(float(shorter.double().var()), rel=1e-5)
+    assert statistics["noise_variance_drift"] == pytest.approx(-0.19 * float(noise.var()), rel=1e-4)
+    assert statistics["noise_norm_drift"] == pytest.approx(-0.1 * float(noise.flatten(1).norm(dim=1).mean()) / 192**0.5, rel=1e-4)
+    permuted = coupling_statistics(x0, noise, AssignmentCoupling()(x0, noise))
+    assert abs(float(permuted["noise_variance_drift"])) < 1e-6 and abs(float(permuted["noise_norm_drift"])) < 1e-6
+
+
+def test_unknown_and_out_of_range():
+    with pytest.raises(UserError, match="independent, assignment, nearest, flipped_assignment"):
+        build_coupling("hungarian")
+    with pytest.raises(UserError, match="--coupling_candidates must be at least 1, not 0"):
+        build_coupling("nearest", candidates=0)
+    with pytest.raises(UserError, match="--coupling_score 'cosine' is unknown; known: l2, dot"):
+        build_coupling("nearest", score="cosine")
+
+
+def test_adding_a_coupling_is_one_class_and_one_entry(monkeypatch):
+    @dataclass(frozen=True)
+    class BrightestFirst:
+        def __call__(self, x0, noise=None, *, timesteps=None, labels=None, generator=None):
+            noise = torch.randn_like(x0) if noise is None else noise
+            order = x0.flatten(1).mean(1).argsort().argsort()
+            return noise[noise.flatten(1).mean(1).argsort()][order]
+
+    monkeypatch.setitem(immiscible.COUPLINGS, "brightest_first", BrightestFirst)
+    x0, noise = batch()
+    paired = build_coupling("brightest_first", metric="l1", candidates=3)(x0, noise)
+    assert rows(paired) == rows(noise) and distance(x0, paired) < distance(x0, noise)
+
+    from immiscible.config import UnconditionalConfig, parse_config
+
+    config = parse_config(
+        UnconditionalConfig, ["--noise_coupling", "brightest_first", "--bundled_data", "digits"], program="x", description="", no_data_config=None
+    )
+    assert config.noise_coupling == "brightest_first"
