@@ -303,7 +303,9 @@ def _hub_images(name: str, config: str | None, column: str, cache_dir: str | Non
     try:
         table = datasets.load_dataset(name, config, cache_dir=cache_dir, split="train")
     except Exception as error:  # whatever the network, the Hub or the dataset's own files can do wrong
-        raise UserError(f"--dataset_name {name}: cannot load its train split: {_first_line(error)}", exit_code=1) from error
+        raise UserError(
+            f"--dataset_name {name}: cannot load its train split ({_first_line(error)}); check the name and the network", exit_code=1
+        ) from error
     origin = name if config is None else f"{name}/{config}"
     return TableImages(_only_images(table, column, origin), column, origin, f"{origin}, {_summary(table)}")
 
@@ -363,7 +365,7 @@ def _only_images(table: Any, column: str, origin: str) -> Any:
 
 def _paths(table: Any, column: str) -> list[str]:
     chunks = table.data.column(column).chunks  # from Arrow: a million rows in a second
-    return [path or "" for chunk in chunks for path in chunk.field("path").to_pylist()]
+    return [path for chunk in chunks for path in chunk.field("path").to_pylist() if path]
 
 
 @contextmanager
