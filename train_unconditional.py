@@ -22,11 +22,13 @@ from immiscible.config import DataArguments, MethodArguments, UnconditionalConfi
 from immiscible.coupling import build_coupling
 from immiscible.data import GlobalBatchOrder, ImageDataset, ImageTransform, build_loader, images_of, load_images
 from immiscible.errors import UserError, run_script
+from immiscible.metrics import split_source
 from immiscible.models import build_ema, build_optimizer, build_unet, learning_rate, tuned, unet_config
 from immiscible.objectives import DenoisingObjective
 from immiscible.process import NoiseProcess, build_scheduler
 from immiscible.randomness import reseed_globally
 from immiscible.run import (
+    RunEvaluation,
     RunLog,
     check_batch_size,
     check_folder,
@@ -101,6 +103,7 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
     seed = settle_seed(config, resumed)
     data = given(config, DataArguments)
     source = load_images(**{name: data[name] for name in signature(load_images).parameters if name in data})
+    source, held_out = split_source(source, config.validation_split) if config.validation_split else (source, None)
     network = unet_config(
         config_name_or_path=config.model_config_name_or_path,
         preset=config.model_preset,
@@ -153,6 +156,9 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
 
     prepare_folder(config, accelerator)
     log = RunLog(Path(config.output_dir), accelerator, config, start_step)
+    evaluate = None
+    if config.eval_steps and accelerator.is_main_process:
+        evaluate = RunEvaluation(config, source, held_out, transform, objective, scheduler, start_step)
     step = saved_at = start_step
 
     def passed(epochs: int) -> bool:
@@ -166,15 +172,20 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
             means = log.add(step, stats.metrics, write=step % config.logging_steps == 0 or step == max_steps)
             bar.update()
             bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
+            if config.eval_steps and (step % config.eval_steps == 0 or step == max_steps):
+                if evaluate:
+                    evaluate(unet, ema, step, log.train_seconds)
+                accelerator.wait_for_everyone()
             if step % config.checkpointing_steps == 0:
                 save_checkpoint(accelerator, Path(config.output_dir), step, ema, identity, config.checkpoints_total_limit)
                 saved_at = step
-            if accelerator.is_main_process and step < max_steps:
-                if passed(config.save_images_epochs):
+            due = step < max_steps and (passed(config.save_images_epochs), passed(config.save_model_epochs))
+            if due and any(due):
+                if accelerator.is_main_process and due[0]:
                     save_samples(unet, ema, scheduler, config, seed, step)
-                if passed(config.save_model_epochs):
+                if accelerator.is_main_process and due[1]:
                     save_pipeline(unet, ema, scheduler, config, {**facts, **measured_facts(config)})
-            accelerator.wait_for_everyone()
+                accelerator.wait_for_everyone()
     if saved_at != step:
         save_checkpoint(accelerator, Path(config.output_dir), step, ema, identity, config.checkpoints_total_limit)
     if stop.error:

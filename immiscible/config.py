@@ -19,6 +19,7 @@ from .assignment import COST_DTYPES, METRICS
 from .coupling import COUPLINGS, SCORES
 from .data import BUNDLED
 from .errors import UserError
+from .metrics import FEATURES
 from .models import PRESETS
 from .process import BETA_SCHEDULES
 from .timesteps import TIMESTEP_SAMPLINGS
@@ -192,7 +193,27 @@ class RunArguments:
 
 
 @dataclass
-class UnconditionalConfig(RunArguments, OptimizationArguments, MethodArguments, ModelArguments, DataArguments):
+class EvaluationArguments:
+    """What is measured while training. Evaluation draws nothing from training's randomness: weights come out bit-equal without it."""
+
+    _argument_group_name = "evaluation"
+
+    eval_steps: int | None = _flag(None, "optimizer steps between evaluations, into evaluation.jsonl; not given, nothing is evaluated")
+    eval_inference_steps: list[int] = field(
+        default_factory=lambda: [5, 20], metadata={"help": "numbers of inference steps at which samples are compared with the data"}
+    )
+    eval_samples: int = _flag(1500, "samples per number of inference steps, from the same noises in every run")
+    eval_features: str | None = _flag(
+        None,
+        "what the Frechet distance compares: digits (a classifier of the bundled digits; FD-digits) or pixels (8x8 pooled; "
+        "FD-pixels-8x8); by default digits for the bundled digits and pixels for other data. Neither is FID",
+        choices=FEATURES,
+    )
+    validation_split: float | None = _flag(None, "share of the images to hold out for a loss per noise level, at --eval_steps")
+
+
+@dataclass
+class UnconditionalConfig(EvaluationArguments, RunArguments, OptimizationArguments, MethodArguments, ModelArguments, DataArguments):
     """Every flag of ``train_unconditional.py``."""
 
 
@@ -224,7 +245,7 @@ FREE_ON_RESUME = frozenset(
         "model_config_name_or_path",
         "model_preset",
     ]
-) | {item.name for item in fields(RunArguments)}
+) | {item.name for group in (RunArguments, EvaluationArguments) for item in fields(group)}
 
 Config = TypeVar("Config", bound=UnconditionalConfig)
 
@@ -274,6 +295,7 @@ def given(config: UnconditionalConfig, group: type) -> dict[str, Any]:
 def save_config(config: UnconditionalConfig, path: Path) -> None:
     """Writes every flag's value; a run restarts from the file by ``--config``. A flag that is not given has an empty value."""
     values = {item.name: getattr(config, item.name) for item in fields(config)}
+    values["hub_token"] = None  # a secret stays out of files
     lines = yaml.safe_dump(values, sort_keys=False).replace(": null\n", ":\n")
     path.write_text(f"# Every flag of this run; restart it with --config {path.name} --output_dir ANOTHER_FOLDER\n{lines}")
 
@@ -300,6 +322,8 @@ def _file_arguments(path: Path, parser: _Parser) -> list[str]:
             words += [f"--{key}", *(value if isinstance(value, list) else [value])]
     if "config" in content:
         raise UserError(f"--config {path}: a config file cannot name further config files; give them all on the command line")
+    if {"help", "h"} & content.keys():
+        raise UserError(f"--config {path}: help belongs on the command line")
     try:
         parser.parse_args(words)
     except UserError as error:
@@ -314,7 +338,7 @@ def _validate(config: UnconditionalConfig) -> None:
         raise UserError(f"{' and '.join(given)} are given together; choose one source of images")
     at_least_one = (
         "resolution train_batch_size num_epochs max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit "
-        "eval_batch_size ddpm_num_inference_steps logging_steps max_train_samples"
+        "eval_batch_size ddpm_num_steps ddpm_num_inference_steps logging_steps max_train_samples"
     )
     not_negative = (
         "lr_warmup_steps learning_rate adam_epsilon adam_weight_decay max_grad_norm save_images_epochs save_model_epochs "
@@ -331,10 +355,16 @@ def _validate(config: UnconditionalConfig) -> None:
             raise UserError(f"--{name} must be at least 0 and below 1, not {value}")
     if config.coupling_min_timestep >= config.ddpm_num_steps:
         raise UserError(
-            f"--coupling_min_timestep {config.coupling_min_timestep} exceeds the last step, {config.ddpm_num_steps - 1}: no image would be paired"
+            f"--coupling_min_timestep must be below --ddpm_num_steps {config.ddpm_num_steps}, not {config.coupling_min_timestep}"
         )
     if config.ddpm_num_inference_steps > config.ddpm_num_steps:
         raise UserError(f"--ddpm_num_inference_steps {config.ddpm_num_inference_steps} exceeds --ddpm_num_steps {config.ddpm_num_steps}")
+    if any(not 1 <= steps <= config.ddpm_num_steps for steps in config.eval_inference_steps):
+        raise UserError(
+            f"--eval_inference_steps {config.eval_inference_steps}: each must be from 1 to --ddpm_num_steps {config.ddpm_num_steps}"
+        )
+    if config.validation_split is not None and config.eval_steps is None:
+        raise UserError("--validation_split holds images out for evaluation: give --eval_steps too")
     if config.snr_gamma is not None and config.loss_weighting != "min_snr":
         raise UserError(f"--snr_gamma belongs to --loss_weighting min_snr, not to {config.loss_weighting}")
     if config.model_preset and config.model_config_name_or_path:

@@ -332,7 +332,7 @@ def _folder_images(folder: str, column: str, cache_dir: str | None) -> TableImag
     images = _only_images(table, column, str(root))
     names = parquet or [os.path.relpath(path, root) for path in _paths(images, column)]
     digest = hashlib.blake2b("\n".join(sorted(names)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    return TableImages(images, column, str(root), f"{root}, {_summary(table)}, file names {digest}")
+    return TableImages(images, column, str(root), f"a folder of {_summary(table)}, file names {digest}")
 
 
 def _summary(table: Any) -> str:

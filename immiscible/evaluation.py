@@ -40,7 +40,7 @@ def build_pipeline(unet: UNet2DModel, training_scheduler: SchedulerMixin, *, sam
 
 
 def sample_images(
-    pipeline: DiffusionPipeline, count: int, *, steps: int, seed: int, batch_size: int, device: torch.device
+    pipeline: DiffusionPipeline, count: int, *, steps: int, seed: int, batch_size: int, device: torch.device, first: int = 0
 ) -> numpy.ndarray:
     """Samples with one generator per image, so that image i is the same for every batch size and device.
 
@@ -51,6 +51,7 @@ def sample_images(
         seed: of the images' generators.
         batch_size: images sampled together.
         device: where the network runs.
+        first: the number of the first image; samples 0..n may be taken in several calls.
 
     Returns:
         uint8 [count, H, W, C].
@@ -58,8 +59,8 @@ def sample_images(
     pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(leave=False, desc="sampling", disable=None)
     batches = []
-    for start in range(0, count, batch_size):
-        numbers = range(start, min(start + batch_size, count))
+    for start in range(first, first + count, batch_size):
+        numbers = range(start, min(start + batch_size, first + count))
         generators = [seeded_generator(seed, "sample", number) for number in numbers]
         batches.append(pipeline(batch_size=len(numbers), generator=generators, num_inference_steps=steps, output_type="np").images)
     images = numpy.concatenate(batches)

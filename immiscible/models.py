@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +143,11 @@ def tuned(unet: UNet2DModel, config: UnconditionalConfig) -> nn.Module:
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
     if config.enable_xformers_memory_efficient_attention:
+        if find_spec("xformers") is None:  # diffusers notices it only on networks with attention
+            raise UserError(
+                "--enable_xformers_memory_efficient_attention: xformers is not installed: `pip install xformers`, "
+                "or leave the flag out for torch's own attention"
+            )
         try:
             unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError) as error:

@@ -25,9 +25,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from .checkpoints import PARTIAL, check_identity, checkpoints, clean_up, discard, read_state, replace, resolve_checkpoint
 from .config import FREE_ON_RESUME, UnconditionalConfig, save_config
 from .coupling import pairs_batch
-from .data import GlobalBatchOrder
+from .data import GlobalBatchOrder, ImageSource, ImageTransform
 from .errors import UserError
 from .evaluation import build_pipeline, evaluation_weights, image_grid, sample_images
+from .metrics import Evaluation, build_features, fixed_images, to_uint8, validation_loss
 from .objectives import DenoisingObjective
 from .training import StepStats
 
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 OWN_FILES = (
     "config.yaml",
     "metrics.jsonl",
+    "evaluation.jsonl",
     "summary.json",
     "samples",
     "model_index.json",
@@ -85,6 +87,8 @@ def session(config: UnconditionalConfig) -> Iterator[Accelerator]:
     if not package_logger.handlers:
         package_logger.addHandler(logging.StreamHandler())
     try:
+        if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in fp32 without a word
+            raise UserError("--mixed_precision fp16 needs a GPU; on a CPU give bf16 or no")
         with logging_redirect_tqdm([package_logger]):
             yield accelerator
         accelerator.wait_for_everyone()
@@ -191,18 +195,19 @@ class RunLog:
         accelerator: rank 0 writes.
         config: sent to the tracker.
         start_step: lines of later steps, which a killed run left behind, are dropped.
+
+    ``train_seconds`` is the time spent in steps since the run began, without evaluation, sampling and saving.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, config: UnconditionalConfig, start_step: int) -> None:
         self._path = folder / "metrics.jsonl"
         self._accelerator = accelerator
         self._waiting: list[dict[str, float]] = []
+        self.train_seconds = 0.0
         if not accelerator.is_main_process:
             return
-        kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
-        partial = folder / ".partial-metrics.jsonl"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        replace(partial, self._path)
+        for line in _drop_later_lines(self._path, start_step)[-1:]:
+            self.train_seconds = line["train_seconds"]
         save_config(config, folder / "config.yaml")
         if config.logger != "none":
             scalars = {
@@ -212,21 +217,83 @@ class RunLog:
 
     def add(self, step: int, metrics: dict[str, float], *, write: bool) -> dict[str, float]:
         """Collects a step's metrics; with ``write`` their means become a line. Returns the means so far."""
+        self.train_seconds += metrics["step_seconds"]
         self._waiting.append(metrics)
         means = {name: sum(row[name] for row in self._waiting) / len(self._waiting) for name in metrics}
         before = means["pair_distance_drawn"]
-        means["distance_reduction_percent"] = 100 * (before - means["pair_distance"]) / before
+        means |= {"distance_reduction_percent": 100 * (before - means["pair_distance"]) / before, "train_seconds": self.train_seconds}
         if write:
             self._waiting.clear()
             if self._accelerator.is_main_process:
-                with self._path.open("a") as file:
-                    file.write(json.dumps({"step": step, **{name: float(f"{value:.8g}") for name, value in means.items()}}) + "\n")
+                _append_line(self._path, {"step": step, **{name: float(f"{value:.8g}") for name, value in means.items()}})
                 self._accelerator.log(means, step=step)
         return means
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a ``metrics.jsonl``; a half-written last line is left out."""
+class RunEvaluation:
+    """``evaluation.jsonl``: what the flags ask to measure every ``--eval_steps``, on rank 0, without disturbing training.
+
+    Args:
+        config: the run's flags; ``eval_steps`` is given.
+        source: the training images, the reference of the Frechet distance.
+        held_out: images for the loss per noise level, or None.
+        transform: training's; reference images are cut from the middle and not flipped.
+        objective: gives process and prediction type.
+        scheduler: of training.
+        start_step: lines of later steps are dropped.
+    """
+
+    def __init__(
+        self,
+        config: UnconditionalConfig,
+        source: ImageSource,
+        held_out: ImageSource | None,
+        transform: ImageTransform,
+        objective: DenoisingObjective,
+        scheduler: SchedulerMixin,
+        start_step: int,
+    ) -> None:
+        self._config, self._objective, self._scheduler = config, objective, scheduler
+        self._path = Path(config.output_dir) / "evaluation.jsonl"
+        self._data = source.fingerprint
+        name = config.eval_features or ("digits" if config.bundled_data == "digits" else "pixels")
+        features = build_features(name, channels=transform.channels, resolution=transform.resolution)
+        reference = map(to_uint8, fixed_images(source, transform, skip_bad_images=config.skip_bad_images))
+        self._evaluation = Evaluation(features, reference, samples=config.eval_samples, inference_steps=config.eval_inference_steps)
+        self._held_out = None
+        if held_out is not None:
+            self._held_out = torch.cat(list(fixed_images(held_out, transform, skip_bad_images=config.skip_bad_images)))
+        _drop_later_lines(self._path, start_step)
+
+    def __call__(self, unet: UNet2DModel, ema: EMAModel | None, step: int, train_seconds: float) -> None:
+        """Measures the weights at ``step`` and appends a line."""
+        pipeline = build_pipeline(unet, self._scheduler, sampler=self._config.sampling_scheduler, spacing=self._config.timestep_spacing)
+        line: dict[str, Any] = {"step": step, "train_seconds": train_seconds, "data": self._data, **self._evaluation(pipeline, ema)}
+        if self._held_out is not None:
+            line["validation_loss"] = validation_loss(
+                unet, self._held_out, self._objective.process, self._objective.prediction_type, ema=ema
+            )
+        _append_line(self._path, {**line, "weights": "raw" if ema is None else "ema"})
+        distances = ", ".join(f"{value:.3f} at {steps} steps" for steps, value in line["frechet_distance"].items())
+        logger.info("step %d: %s %s", step, line["feature"], distances)
+
+
+def _append_line(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _drop_later_lines(path: Path, start_step: int) -> list[dict[str, Any]]:
+    """Leaves and returns the lines of steps up to ``start_step``: a killed run may have written on after its last checkpoint."""
+    kept = [line for line in read_lines(path) if line["step"] <= start_step]
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    replace(partial, path)
+    return kept
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``.jsonl`` file; a half-written last line is left out."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -267,7 +334,7 @@ def method_facts(config: UnconditionalConfig, objective: DenoisingObjective) -> 
 
 def measured_facts(config: UnconditionalConfig) -> dict[str, str]:
     """Means over the run's ``metrics.jsonl``: what the coupling did and what it cost, and the last loss."""
-    lines = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    lines = read_lines(Path(config.output_dir) / "metrics.jsonl")
     mean = {name: sum(line[name] for line in lines) / len(lines) for name in lines[-1]} if lines else {}
     if not mean:
         return {}

@@ -48,7 +48,10 @@ def test_quantized_cost_keeps_nearly_all_of_the_reduction():
     x0 = torch.rand(128, 3, 16, 16, generator=generator).mul(2).sub(1) * torch.rand(128, 1, 1, 1, generator=generator)
     noise = torch.randn(128, 3, 16, 16, generator=generator)
     cost = distances(x0, noise, "l2")
-    gains = {dtype: float((cost.diagonal() - cost[torch.arange(128), assign(x0, noise, dtype=dtype)]).sum()) for dtype in ("float32", "float16", "bfloat16")}
+    gains = {
+        dtype: float((cost.diagonal() - cost[torch.arange(128), assign(x0, noise, dtype=dtype)]).sum())
+        for dtype in ("float32", "float16", "bfloat16")
+    }
     assert gains["float16"] >= 0.999 * gains["float32"]
     assert gains["bfloat16"] >= 0.99 * gains["float32"]
 
@@ -65,7 +68,11 @@ def test_cost_is_the_distance_up_to_row_and_column_constants():
 def test_row_and_column_offsets_do_not_matter():
     generator = torch.Generator().manual_seed(3)
     cost = torch.randn(40, 40, generator=generator, dtype=torch.float64)
-    shifted = cost + 1e6 * torch.randn(40, 1, generator=generator, dtype=torch.float64) + 1e6 * torch.randn(40, generator=generator, dtype=torch.float64)
+    shifted = (
+        cost
+        + 1e6 * torch.randn(40, 1, generator=generator, dtype=torch.float64)
+        + 1e6 * torch.randn(40, generator=generator, dtype=torch.float64)
+    )
     assert torch.equal(solve(cost), solve(shifted))
 
 

@@ -176,6 +176,10 @@ def test_adding_a_coupling_is_one_class_and_one_entry(monkeypatch):
     from immiscible.config import UnconditionalConfig, parse_config
 
     config = parse_config(
-        UnconditionalConfig, ["--noise_coupling", "brightest_first", "--bundled_data", "digits"], program="x", description="", no_data_config=None
+        UnconditionalConfig,
+        ["--noise_coupling", "brightest_first", "--bundled_data", "digits"],
+        program="x",
+        description="",
+        no_data_config=None,
     )
     assert config.noise_coupling == "brightest_first"

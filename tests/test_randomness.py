@@ -25,7 +25,11 @@ def test_a_global_row_has_the_same_numbers_however_rows_are_split(parts):
 def test_draws_differ_by_seed_step_purpose_and_row_and_leave_the_global_generator_alone():
     state = torch.get_rng_state()
     reference = Draws(1, 1, 0, CPU).normal("noise", 16, 4)
-    for other in (Draws(2, 1, 0, CPU).normal("noise", 16, 4), Draws(1, 2, 0, CPU).normal("noise", 16, 4), Draws(1, 1, 0, CPU).normal("x", 16, 4)):
+    for other in (
+        Draws(2, 1, 0, CPU).normal("noise", 16, 4),
+        Draws(1, 2, 0, CPU).normal("noise", 16, 4),
+        Draws(1, 1, 0, CPU).normal("x", 16, 4),
+    ):
         assert not torch.isclose(reference, other).any()
     assert len({tuple(row) for row in reference.tolist()}) == 16
     assert torch.equal(torch.get_rng_state(), state)
