@@ -319,7 +319,7 @@ def _file_arguments(path: Path, parser: _Parser) -> list[str]:
         if isinstance(value, dict):
             raise UserError(f"--config {path}: {key} holds a mapping; flags are flat, one `flag: value` a line")
         if value != "":
-            words += [f"--{key}", *(value if isinstance(value, list) else [value])]
+            words += [f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"]  # "=": values like -1e-3 are no flags
     if "config" in content:
         raise UserError(f"--config {path}: a config file cannot name further config files; give them all on the command line")
     if {"help", "h"} & content.keys():

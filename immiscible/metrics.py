@@ -144,7 +144,7 @@ class DigitsFeatures:
                     raise ValueError("its contents do not match their hash")
             self._use(tensors)
         except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-            logger.warning("%s is broken (%s) and is made anew", path, str(error).splitlines()[0])
+            logger.warning("%s is broken (%s) and is made anew", path, str(error).partition("\n")[0])
             return False
         return True
 
@@ -295,8 +295,9 @@ def _torchmetrics_fid() -> Callable[..., Any]:
     try:
         return import_module("torchmetrics.image.fid").FrechetInceptionDistance  # its own module needs no torch-fidelity
     except Exception as error:  # torch-fidelity without torchvision, or with one for another torch, fails in several types
+        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"the Frechet distance needs torchmetrics, which cannot be imported ({str(error).splitlines()[0]}): "
+            f"the Frechet distance needs torchmetrics, which cannot be imported ({reason}): "
             "`pip install torchmetrics`; where torch-fidelity is installed it needs a torchvision that fits torch",
             exit_code=1,
         ) from error

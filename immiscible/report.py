@@ -128,7 +128,7 @@ def middle(values: Iterable[Interval]) -> Interval:
 
 
 def verdict(ratios: Sequence[Interval]) -> str:
-    """One of gain, harm, no effect and no clear effect, by `RULE`."""
+    """Gain, harm, no effect or no clear effect, by `RULE`, or not known where no seed's ratio is."""
 
     def side(value: Interval) -> int | None:
         if value.low == value.high == 1:
@@ -137,6 +137,8 @@ def verdict(ratios: Sequence[Interval]) -> str:
             return 1
         return -1 if value.high <= 1 else None
 
+    if set(ratios) == {Interval(0.0, math.inf)}:
+        return UNKNOWN
     sides = {side(value) for value in ratios}
     return {1: GAIN, -1: HARM, 0: NO_EFFECT, None: UNCLEAR}[sides.pop()] if len(sides) == 1 else UNCLEAR
 
@@ -477,13 +479,15 @@ class Table:
     def html(self) -> str:
         """The table in a box in which it scrolls sideways if it must."""
 
+        def cell(tag: str, text: str) -> str:
+            mark = f' class="{text[2:].replace(" ", "-")}"' if text in (GAIN, HARM, UNCLEAR, NO_EFFECT) else ""
+            shown = re.sub(r" (\(.*\))$", r" <small>\1</small>", html.escape(text))  # brackets may go to a second line on a phone
+            return f"<{tag}{mark}>{shown}</{tag}>"
+
         def cells(tag: str, row: Sequence[str]) -> str:
-            first, *others = (html.escape(cell) for cell in row)
-            marks = [f' class="{cell[2:].replace(" ", "-")}"' if cell in (GAIN, HARM, UNCLEAR, NO_EFFECT) else "" for cell in others]
             scope = "col" if tag == "th" else "row"
-            return f'<th scope="{scope}">{first}</th>' + "".join(
-                f"<{tag}{mark}>{cell}</{tag}>" for mark, cell in zip(marks, others, strict=True)
-            )
+            name = html.escape(row[0]).replace("_", "_<wbr>")
+            return f'<th scope="{scope}">{name}</th>' + "".join(cell(tag, text) for text in row[1:])
 
         body = "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
         head = f"<thead><tr>{cells('th', self.columns)}</tr></thead>"
@@ -502,6 +506,11 @@ def headline(comparison: Comparison) -> list[str]:
     def factor(name: str, steps: int, time: str = "step") -> Interval:
         return middle(comparison.ratios(name, steps, time).values())
 
+    def saving(name: str, steps: int) -> str:
+        fewer, less = (factor(name, steps, time).show(2).replace("> ", "over ") for time in ("step", "train_seconds"))
+        time = "" if less == UNKNOWN else f" ({less}x less time)"
+        return f"{fewer}x fewer training steps{time} at {steps} inference steps"
+
     def at(name: str, word: str, text: Callable[[int], str]) -> str:
         return " and ".join(text(steps) for steps in comparison.inference_steps if words[name, steps] == word)
 
@@ -516,14 +525,7 @@ def headline(comparison: Comparison) -> list[str]:
     elif gaining:
         best = max(gaining, key=merit)
         seeds = len(comparison.arms[best].runs)
-        gains = at(
-            best,
-            GAIN,
-            lambda steps: (
-                f"{factor(best, steps).show(2)}x fewer training steps ({factor(best, steps, 'train_seconds').show(2)}x less time) "
-                f"at {steps} inference steps"
-            ),
-        )
+        gains = at(best, GAIN, lambda steps: saving(best, steps))
         basis = f"medians of {seeds} seeds" if seeds > 1 else "one seed only, so this may be chance"
         sentences.append(f"Best arm: {best} reached {quality} in {gains} ({basis}).")
     else:
@@ -535,16 +537,16 @@ def headline(comparison: Comparison) -> list[str]:
     ]
     if harmed:
         sentences.append(f"Harm, slower than {comparison.baseline} with every seed: {', '.join(harmed)}.")
-    unclear = [
-        f"{name} at {places} inference steps"
-        for name in others
-        if (places := " and ".join(str(s) for s in comparison.inference_steps if words[name, s] in (UNCLEAR, NO_EFFECT)))
-    ]
-    if unclear:
-        sentences.append(f"No clear effect: {', '.join(unclear)}.")
+    for title, verdicts in (("No clear effect", (UNCLEAR, NO_EFFECT)), ("Not known, for want of earlier evaluations", (UNKNOWN,))):
+        places = {
+            name: " and ".join(str(steps) for steps in comparison.inference_steps if words[name, steps] in verdicts) for name in others
+        }
+        if any(places.values()):
+            listed = ", ".join(f"{name} at {where} inference steps" for name, where in places.items() if where)
+            sentences.append(f"{title}: {listed}.")
     failures = sum(len(arm.problems) for arm in comparison.arms.values())
     if failures:
-        sentences.append(f"{failures} {'run is' if failures == 1 else 'runs are'} not counted; they are named below.")
+        sentences.append(f"Not counted: {failures} {'run' if failures == 1 else 'runs'}, named below.")
     return sentences
 
 
@@ -703,6 +705,7 @@ def reading_guide(comparison: Comparison) -> list[str]:
         "whose baseline ends above the goal is compared at its own baseline's last distance. '< n' means that the arm never got there and "
         "its ratio is below n; '> n' that it was there before its first evaluation. 'Less time' is the same in seconds of training.",
         RULE + chance + " No confidence interval is given: so few seeds do not carry one.",
+        "Seconds are those of this machine as busy as it was; runs that train side by side slow one another. They leave evaluation out.",
         "The baseline compares with itself: its ratio is 1 by definition. Equal seeds share initial weights, batches and noises.",
     ]
 
@@ -843,7 +846,7 @@ def ratio_figure(comparison: Comparison) -> str:
                     axes.plot(value.high, height, color=look["color"], marker="<", markersize=7, fillstyle="none")
         axes.axvline(1, color=INK, linewidth=1)
         names = [f"{name}, {steps}" for name, steps in reversed(rows)]
-        axes.set(xscale="log", ylim=(-0.6, len(rows) - 0.4), xlabel="times fewer training steps (log; right of 1 is a gain, left is harm)")
+        axes.set(xscale="log", ylim=(-0.6, len(rows) - 0.4), xlabel="times fewer training steps (left of 1: harm)")
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, 0.8), max(high, 1.25))
         axes.set_yticks(range(len(rows)), names)
@@ -852,7 +855,7 @@ def ratio_figure(comparison: Comparison) -> str:
         axes.set_title("Ratio per seed (arm, inference steps)", loc="left", x=0)
         _plain_ticks(axes.xaxis, [0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10, 20, 50, 100])
 
-    return _svg(draw, 3.6, 1.0 + 0.24 * len(rows))
+    return _svg(draw, 3.2, 1.0 + 0.24 * len(rows))
 
 
 def inference_figure(comparison: Comparison) -> str:
@@ -927,7 +930,7 @@ tbody th{font-weight:600}
 .grids img{width:100%;display:block;border:1px solid var(--line);image-rendering:pixelated}
 pre{background:var(--box);padding:.6rem;overflow-x:auto;font-size:.8rem}
 @media(max-width:30rem){body{padding:.7rem}th,td{padding:.3rem .4rem}table{font-size:.82rem}.lead{font-size:1.05rem}
-tbody th{white-space:normal;max-width:8rem}}
+tbody th{white-space:normal;max-width:7rem}small{display:block;font-size:.72rem}}
 @media print{:root{--back:#fff;--ink:#000;--soft:#444;--line:#bbb;--box:#fff;--gain:#000;--harm:#000}
 body{max-width:none;padding:0;font-size:9.5pt}.scroll,pre{overflow:visible}
 table{font-size:7.5pt}th,td{padding:.1rem .3rem;white-space:normal}

@@ -57,7 +57,7 @@ OWN_FILES = (
 @contextmanager
 def session(config: UnconditionalConfig) -> Iterator[Accelerator]:
     """The accelerator of this process, set up as the flags say, and ended on every path; rank 0 alone logs notices."""
-    if config.local_rank != -1:
+    if config.local_rank != -1 and "RANK" in os.environ:  # without a launcher it means nothing, as in the diffusers script
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration, is_tensorboard_available, is_wandb_available

@@ -1,0 +1,226 @@
+"""Flags, config files, and how the two come together."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ENVIRONMENT, ROOT
+
+from immiscible.config import MethodArguments, UnconditionalConfig, given, parse_config, save_config
+from immiscible.coupling import build_coupling
+from immiscible.errors import UserError
+from immiscible.models import build_unet, unet_config
+from immiscible.process import NoiseProcess, build_scheduler
+from immiscible.timesteps import timestep_sampler
+from immiscible.weighting import loss_weights
+
+TASKS = sorted((ROOT / "configs/tasks").glob("*.yaml"))
+METHODS = sorted((ROOT / "configs/methods").glob("*.yaml"))
+DEFAULTS = {item.name: item.default for item in fields(UnconditionalConfig)}
+DIGITS = ROOT / "configs/tasks/digits.yaml"
+
+
+def parse(*words) -> UnconditionalConfig:
+    argv = [str(word) for word in words]
+    return parse_config(UnconditionalConfig, argv, program="train_unconditional.py", description="", no_data_config=DIGITS)
+
+
+def parse_file(tmp_path: Path, text: str, *words) -> UnconditionalConfig:
+    (tmp_path / "mine.yaml").write_text(text)
+    return parse("--bundled_data", "digits", *words, "--config", tmp_path / "mine.yaml")
+
+
+# Flags
+
+
+def test_every_flag_of_the_diffusers_example_has_its_default():
+    theirs = json.loads((ROOT / "tests/diffusers_unconditional_flags.json").read_text())
+    assert len(theirs) == 45
+    ours = parse("--bundled_data", "photo_crops")
+    for flag, facts in theirs.items():
+        assert getattr(ours, flag.removeprefix("--")) == facts["default"], flag
+
+
+def test_diffusers_choices_are_all_taken():
+    theirs = json.loads((ROOT / "tests/diffusers_unconditional_flags.json").read_text())
+    for flag, choice in ((flag, choice) for flag, facts in theirs.items() for choice in facts.get("choices", [])):
+        assert getattr(parse("--bundled_data", "digits", flag, choice), flag.removeprefix("--")) == choice
+
+
+def test_switches_of_the_diffusers_example_need_no_value():
+    theirs = json.loads((ROOT / "tests/diffusers_unconditional_flags.json").read_text())
+    switches = [flag for flag, facts in theirs.items() if facts.get("action") == "store_true"]
+    assert len(switches) == 8
+    config = parse("--bundled_data", "digits", *switches)
+    assert all(getattr(config, flag.removeprefix("--")) is True for flag in switches)
+
+
+@pytest.mark.parametrize("words", [["--resol", "32"], ["--noise_coup", "assignment"], ["--conf", "a.yaml"], ["surplus"]])
+def test_no_abbreviations_and_no_surplus(words):
+    with pytest.raises(UserError, match=words[0]):
+        parse("--bundled_data", "digits", *words)
+
+
+def test_help_and_usage_errors_come_without_diffusers():
+    code = """
+import sys
+from immiscible.errors import run_script
+import train_unconditional
+for words, wanted in ((["--help"], 0), (["--noise_coupling", "magic"], 2), (["--dropout", "2"], 2)):
+    sys.argv = ["train_unconditional.py", *words]
+    try:
+        found = run_script(train_unconditional.main)
+    except SystemExit as end:
+        found = end.code
+    assert found == wanted, (words, found)
+assert not {"diffusers", "accelerate", "datasets"} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**ENVIRONMENT, "PATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--noise_coupling" in done.stdout and "--asymmetric_tau" in done.stdout and "--config" in done.stdout
+    assert all(f"--{name}" in done.stdout for name in DEFAULTS)
+
+
+# Files
+
+
+def test_without_data_the_digits_come_first():
+    config = parse()
+    assert (config.bundled_data, config.model_preset, config.train_batch_size) == ("digits", "unet-tiny", 256)
+    assert parse("--train_batch_size", 8).train_batch_size == 8
+    assert parse("--bundled_data", "digits").train_batch_size == 16
+    assert parse("--train_data_dir", "photos").bundled_data is None
+    both = parse("--config", ROOT / "configs/methods/immiscible.yaml", "--resolution", 16)
+    assert (both.bundled_data, both.noise_coupling, both.resolution) == ("digits", "assignment", 16)
+
+
+def test_files_apply_left_to_right_and_the_command_line_wins(tmp_path):
+    (tmp_path / "a.yaml").write_text("resolution: 16\ntrain_batch_size: 4\nseed: 1\n")
+    (tmp_path / "b.yaml").write_text("resolution: 32\nseed: 2\n")
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for words in (["--seed", 3, "--config", *files], ["--config", *files, "--seed", 3]):
+        config = parse("--bundled_data", "digits", *words)
+        assert (config.resolution, config.train_batch_size, config.seed) == (32, 4, 3)
+    assert parse("--bundled_data", "digits", "--config", *reversed(files)).resolution == 16
+
+
+def test_yaml_values_are_read_as_written(tmp_path):
+    config = parse_file(
+        tmp_path,
+        "mixed_precision: no\nlearning_rate: 1e-4\nseed:\nhub_model_id: 007\nimage_scale: 2\nadam_epsilon: .5\nloss_weighting: none\n",
+    )
+    assert (config.mixed_precision, config.learning_rate, config.seed, config.hub_model_id) == ("no", 1e-4, None, "007")
+    assert (config.image_scale, config.adam_epsilon, config.loss_weighting) == (2.0, 0.5, "none")
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("true", True), ("True", True), ("yes", True), ("1", True), ("false", False), ("False", False), ("no", False), ("0", False)],
+)
+def test_spellings_of_booleans(tmp_path, word, value):
+    assert parse_file(tmp_path, f"use_ema: {word}\n").use_ema is value
+    assert parse("--bundled_data", "digits", "--use_ema", word).use_ema is value
+
+
+def test_a_file_can_switch_on_what_the_command_line_switches_off(tmp_path):
+    assert parse_file(tmp_path, "random_flip: true\n").random_flip is True
+    assert parse_file(tmp_path, "random_flip: true\n", "--random_flip", "false").random_flip is False
+
+
+def test_values_that_begin_with_a_dash(tmp_path):
+    assert parse_file(tmp_path, "logit_mean: -0.5\n").logit_mean == -0.5
+    assert parse_file(tmp_path, "logit_mean: -1e-3\n").logit_mean == -1e-3
+    assert parse_file(tmp_path, "output_dir: -odd\n").output_dir == "-odd"
+
+
+def test_empty_files_and_lists(tmp_path):
+    assert parse_file(tmp_path, "# nothing\n").seed is None
+    assert parse_file(tmp_path, "seed: [4]\n").seed == 4
+    with pytest.raises(UserError, match=r"mine\.yaml"):
+        parse_file(tmp_path, "seed: [4, 5]\n")
+
+
+def test_saved_config_reads_back_as_equal(tmp_path):
+    config = parse(
+        *("--bundled_data", "photo_crops", "--use_ema", "--learning_rate", "3e-05", "--adam_epsilon", "1e-20", "--logit_mean=-1e-07"),
+        *("--output_dir", "a folder: with # signs", "--hub_model_id", "null", "--logging_dir", "007", "--mixed_precision", "no"),
+        *("--asymmetric_tau", "700", "--snr_gamma", "4", "--loss_weighting", "min_snr", "--resume_from_checkpoint", "latest"),
+    )
+    save_config(config, tmp_path / "config.yaml")
+    again = parse("--config", tmp_path / "config.yaml")
+    assert again == config
+    assert asdict(again)["hub_model_id"] == "null" and again.adam_epsilon == 1e-20
+
+
+def test_the_token_is_not_written_into_the_run(tmp_path):
+    config = parse("--bundled_data", "digits", "--hub_token", "hf_secret")
+    save_config(config, tmp_path / "config.yaml")
+    assert "hf_secret" not in (tmp_path / "config.yaml").read_text()
+
+
+# The files that come with the suite
+
+
+def parts(config: UnconditionalConfig) -> None:
+    """Builds everything that a run builds, without data, and the network without memory."""
+    scheduler = build_scheduler(
+        config.noise_process,
+        num_train_timesteps=config.ddpm_num_steps,
+        beta_schedule=config.ddpm_beta_schedule,
+        beta_start=config.ddpm_beta_start,
+        beta_end=config.ddpm_beta_end,
+        prediction_type=config.prediction_type,
+        image_scale=config.image_scale,
+    )
+    process, method = NoiseProcess.from_scheduler(scheduler), given(config, MethodArguments)
+    sampler = timestep_sampler(config.timestep_sampling, process, **method)
+    assert sampler(4, generator=torch.Generator().manual_seed(0)).shape == (4,)
+    coupling = build_coupling(
+        config.noise_coupling, metric=config.coupling_metric, dtype=config.coupling_dtype, candidates=config.coupling_candidates
+    )
+    x0 = torch.zeros(3, 1, 2, 2)
+    assert coupling(x0, generator=torch.Generator().manual_seed(0)).shape == x0.shape
+    weights = loss_weights(config.loss_weighting, process, config.prediction_type, **method)
+    assert weights.shape == (config.ddpm_num_steps,) and bool((weights >= 0).all())
+    unet_config(
+        config_name_or_path=None, preset=config.model_preset, resolution=config.resolution, channels=3, dropout=config.dropout
+    )
+
+
+@pytest.mark.parametrize("path", [*TASKS, *METHODS], ids=lambda path: path.stem)
+def test_every_file_parses_and_builds(path):
+    parts(parse("--config", path))
+    assert path.read_text().startswith("# ")
+
+
+def test_tasks_and_methods_compose():
+    assert len(TASKS) >= 3 and len(METHODS) >= 10
+    for task, method in product(TASKS, METHODS):
+        config = parse("--config", task, method)
+        assert config.bundled_data or config.dataset_name
+        alone = parse("--bundled_data", "digits", "--config", method)
+        changed = [name for name in DEFAULTS if name != "bundled_data" and getattr(alone, name) != DEFAULTS[name]]
+        assert all(getattr(config, name) == getattr(alone, name) for name in changed), (task, method)
+        parts(config)
+
+
+def test_cifar10_is_the_papers_experiment():
+    config = parse("--config", ROOT / "configs/tasks/cifar10_ddim.yaml")
+    assert (config.train_batch_size, config.sampling_scheduler, config.ddpm_beta_schedule) == (256, "ddim", "linear")
+    network = unet_config(config_name_or_path=None, preset=config.model_preset, resolution=config.resolution, channels=3, dropout=None)
+    with torch.device("meta"):
+        unet = build_unet(network)
+    assert 35e6 < sum(parameter.numel() for parameter in unet.parameters()) < 37e6
+    assert network["dropout"] == 0.1 and unet.config.sample_size == 32
+
+
+def test_every_flag_is_used_by_some_test_or_file():
+    files = [*ROOT.glob("tests/*.py"), *ROOT.glob("configs/**/*.yaml")]
+    words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in files)))
+    assert sorted(set(DEFAULTS) - words) == []

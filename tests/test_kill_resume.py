@@ -1,0 +1,110 @@
+"""Killed = never killed: whatever the moment of the kill, the continued run ends with the same bits."""
+
+import hashlib
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from launch import tiny
+
+FULL = {
+    "gradient_accumulation_steps": 2,
+    "dropout": 0.1,
+    "random_flip": True,
+    "use_ema": True,
+    "noise_coupling": "assignment",
+    "timestep_sampling": "asymmetric",
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 3,
+    "resume_from_checkpoint": "latest",
+    "max_train_samples": 200,  # several epochs
+}
+
+
+def final_hashes(folder: Path, step: int) -> dict[str, str]:
+    weights = [folder / f"checkpoint-{step}" / name / "diffusion_pytorch_model.safetensors" for name in ("unet", "unet_ema")]
+    return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}
+
+
+def start(script, argv, processes):
+    return script.start_ranks(argv, processes) if processes > 1 else [script.start(argv)]
+
+
+def finish(runs):
+    results = [run.wait(240) for run in runs]
+    assert [result.code for result in results] == [0] * len(runs), results
+    return results
+
+
+def kill(runs):
+    for run in runs:
+        if run.poll() is None:
+            run.send_group(signal.SIGKILL)
+    for run in runs:
+        run.wait()
+
+
+def lines(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def kill_at_random_points(script, tmp_path, *, kills, processes, steps, checkpointing_steps, seed, **changes):
+    """Kills a run ``kills`` times, every third time during a save; returns the final hashes and how many died during a save."""
+    folder, draw, during_saves = tmp_path / "killed", random.Random(seed), 0
+    argv = tiny(folder, **FULL, **changes, max_train_steps=steps, checkpointing_steps=checkpointing_steps)
+    for number in range(kills):
+        runs = start(script, argv, processes)
+        if number % 3 == 1:
+            in_a_save = lambda: any(folder.glob(".partial-checkpoint-*"))  # noqa: E731
+            runs[0].wait_until(lambda: in_a_save() or (folder / "summary.json").exists())
+        else:
+            before, more = lines(folder), draw.randint(0, checkpointing_steps)
+            runs[0].wait_until(lambda before=before, more=more: lines(folder) > before + more or (folder / "summary.json").exists())
+            time.sleep(draw.random() * 0.05)
+        kill(runs)
+        during_saves += any(folder.glob(".partial-checkpoint-*"))
+        if (folder / "summary.json").exists():
+            break
+    finish(start(script, argv, processes))
+    assert not list(folder.glob(".*"))
+    return final_hashes(folder, steps), during_saves, number + 1
+
+
+def test_killed_three_times(script, tmp_path):
+    steps = 9
+    changes = {"dataloader_num_workers": 2}
+    finish([script.start(tiny(tmp_path / "whole", **FULL, **changes, max_train_steps=steps, checkpointing_steps=100))])
+    expected = final_hashes(tmp_path / "whole", steps)
+    found, during_saves, kills = kill_at_random_points(
+        script, tmp_path, kills=3, processes=1, steps=steps, checkpointing_steps=2, seed=1, **changes
+    )
+    assert found == expected
+    assert during_saves >= 1 and kills >= 2
+    assert expected["unet"] != expected["unet_ema"]
+
+
+def test_another_seed_gives_other_weights(script, tmp_path):
+    """So that equal hashes mean something."""
+    hashes = []
+    for seed in (0, 1):
+        finish([script.start(tiny(tmp_path / str(seed), **FULL, max_train_steps=2) + ["--seed", seed])])
+        hashes.append(final_hashes(tmp_path / str(seed), 2))
+    assert hashes[0] != hashes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_twenty_times(script, tmp_path, processes):
+    steps = 300
+    changes = {"dataloader_num_workers": 2, "train_batch_size": 8}
+    whole = tiny(tmp_path / "whole", **FULL, **changes, max_train_steps=steps, checkpointing_steps=1000)
+    finish(start(script, whole, processes))
+    expected = final_hashes(tmp_path / "whole", steps)
+    found, during_saves, kills = kill_at_random_points(
+        script, tmp_path, kills=20, processes=processes, steps=steps, checkpointing_steps=4, seed=processes, **changes
+    )
+    assert found == expected
+    assert kills == 20 and during_saves >= 4
