@@ -7,6 +7,7 @@ session, argv, environment, working folder and output files, runs the script's r
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import json
 import os
@@ -127,6 +128,8 @@ class Running:
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
+                self.send(signal.SIGUSR1)  # where does it hang?
+                time.sleep(0.5)
                 self.send_group(signal.SIGKILL)
                 raise AssertionError(f"still running after {timeout} s: {self.result()}")
             time.sleep(0.01)
@@ -246,6 +249,7 @@ def serve() -> None:
         for number, file in enumerate(files):
             os.dup2(file, number)
         sys.stdout = sys.__stdout__
+        faulthandler.register(signal.SIGUSR1)
         os.chdir(request["cwd"])
         os.environ.update(request["env"])
         sys.argv = ["train_unconditional.py", *request["argv"]]
