@@ -97,7 +97,11 @@ class MethodArguments:
         choices=COUPLINGS,
     )
     coupling_metric: str = _flag("l2", "the distance that the assignment minimizes", choices=METRICS)
-    coupling_dtype: str = _flag("float32", "precision of the assignment's cost; the paper quantizes to float16", choices=COST_DTYPES)
+    coupling_dtype: str = _flag(
+        "auto",
+        "precision of the operands of the assignment's cost; the paper quantizes to float16; auto is bfloat16 where the hardware has it",
+        choices=COST_DTYPES,
+    )
     coupling_candidates: int = _flag(8, "k of the nearest coupling")
     coupling_score: str = _flag("l2", "nearest by l2, or by dot (keeps the length of the noise)", choices=SCORES)
     coupling_min_timestep: int = _flag(0, "pair only images at or above this timestep; the others keep their own noise")

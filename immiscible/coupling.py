@@ -21,6 +21,7 @@ from .choices import build_choice
 from .errors import UserError
 
 SCORES = ("l2", "dot")
+TYPICAL_LENGTH = 0.55  # |x0| / sqrt(D) that `bias_notice` assumes: photographs scaled to [-1, 1] have about this
 
 
 class Coupling(Protocol):
@@ -125,8 +126,19 @@ class NearestCoupling:
     """Each image takes the best of k candidate noises (Improved Immiscible Diffusion, arXiv 2505.18521, algorithm 1).
 
     Needs no batch, but biases the marginal: ``l2`` picks short noises (variance 0.95 at D=3072, k=64), ``dot`` keeps their length and
-    aligns more; both tilt the pool along the data's main directions. The first candidate is the given noise, so k=1 is independent.
-    Candidates are drawn and scored one at a time: memory O(B*D), never [B, k, D].
+    aligns more; both tilt the pool along the data's main directions (`bias_notice` says by how much). The first candidate is the given
+    noise, so k=1 is independent.
+
+    The other k - 1 candidates are never drawn: time and memory per image are O(D + k), not O(k D). With u = x0 / |x0|, a candidate is
+
+        n = g u + sqrt(c) v,    g = u.n ~ N(0, 1),    c = |n - g u|^2 ~ chi2(D - 1),    v uniform on the unit sphere across u,
+
+    with g, c and v independent. Both scores see (g, c) alone: ``l2`` wants the least |x0 - n|^2 - |x0|^2 = g^2 + c - 2|x0|g, ``dot``
+    the largest x0.n = |x0|g. So which candidate wins is independent of every candidate's v, the winner's v is again uniform and independent
+    of all (g_i, c_i), and any one v may stand for it: that of the given noise, which is left as it is if it wins, and otherwise gets
+    the winner's g along u and the winner's length sqrt(c) across it. ``dot`` does not see c either, so there the given noise's c serves
+    too and only the g_i are drawn. The result is exact in distribution, given x0; it is not draw for draw what k full noises of the
+    same generator would give.
 
     Args:
         candidates: k >= 1.
@@ -152,23 +164,55 @@ class NearestCoupling:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """See `Coupling`."""
-        best = _drawn(x0, generator) if noise is None else noise
+        noise = _drawn(x0, generator) if noise is None else noise
         if self.candidates == 1:
-            return best
-        best_score = self._score(x0, best)  # [B]
-        for _ in range(self.candidates - 1):
-            candidate = _drawn(x0, generator)
-            score = self._score(x0, candidate)
-            better = score > best_score
-            best_score = torch.where(better, score, best_score)
-            best = torch.where(_rows_like(better, best), candidate, best)
-        return best
+            return noise
+        images, given = x0.detach().flatten(1).float(), noise.flatten(1).float()  # [B,D]
+        length = torch.linalg.vector_norm(images, dim=1, keepdim=True, dtype=torch.float64)  # [B,1]
+        length = length * ~(length < 1e-30)  # what follows divides by it in fp32
+        per_length = (1 / length).masked_fill(length == 0, 0)  # u = per_length * images; 0 for an image of zeros: it has no direction
+        work = images * given  # [B,D] the one buffer of this size
+        along = work.sum(1, keepdim=True) * per_length  # [B,1] the given noise's g
+        square = torch.linalg.vector_norm(given, dim=1, keepdim=True, dtype=torch.float64).square() - along.square()  # [B,1] its c
+        g, c, is_given = self._winner(length, along, square, images.shape[1], generator)
+        c = torch.where(length == 0, g.square() + c, c)  # without a direction all of a noise is across
+        stretch = (c / square.clamp(min=torch.finfo(torch.float32).tiny)).sqrt().masked_fill(is_given, 1)
+        shift = (g - stretch * along) * per_length
+        # g u + stretch (n - along u), in one pass less; the given noise times 1 plus 0 is itself.
+        return torch.mul(given, stretch.float(), out=work).addcmul_(shift.float(), images).to(noise.dtype).view_as(noise)
 
-    def _score(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """Larger is better: x.n, or -|x - n|^2 without the constant |x|^2; fp32 [B]."""
-        images, noises = x0.flatten(1).float(), noise.flatten(1).float()
-        alignment = (images * noises).sum(1)
-        return alignment if self.score == "dot" else 2 * alignment - noises.square().sum(1)
+    def bias_notice(self, dimension: int) -> str:
+        """See `bias_notice`; the numbers are means over simulated (g, c) of images of one typical length, from a fixed seed."""
+        if self.candidates == 1:
+            return ""
+        generator = torch.Generator().manual_seed(0)
+        images = max(1, min(2**16, 2**20 // self.candidates))
+        length = torch.full((images, 1), TYPICAL_LENGTH * dimension**0.5, dtype=torch.float64)
+        along, square = _components(images, 1, dimension, generator)
+        g, c, _ = self._winner(length, along, square, dimension, generator)
+        variance, mean, second = (float(values.mean()) for values in ((g.square() + c) / dimension, g, g.square()))
+        remedy = (
+            "--coupling_score dot keeps its length, --noise_coupling assignment" if self.score == "l2" else "--noise_coupling assignment"
+        )
+        return (
+            f"nearest of {self.candidates} by {self.score} does not keep the noise standard normal: with D = {dimension} and images of an "
+            f"assumed length of {TYPICAL_LENGTH} sqrt(D), its variance is {variance:.3f} instead of 1 and its component along its image "
+            f"has mean {mean:.2f} instead of 0 (mean square {second:.2f} instead of 1), which tilts it along directions that images share, "
+            f"while sampling starts from standard normal noise. {remedy} keeps the noise exactly standard normal."
+        )
+
+    def _winner(
+        self, length: Tensor, along: Tensor, square: Tensor, dimension: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The best candidate's g and c, [B, 1], and whether it is the given one, whose own g and c are ``along`` and ``square``."""
+        batch, others = len(length), self.candidates - 1
+        if self.score == "dot":
+            g, c = torch.randn(batch, others, dtype=torch.float64, device=length.device, generator=generator), square.expand(-1, others)
+        else:
+            g, c = _components(batch, others, dimension, generator, length.device)
+        g, c = torch.cat([along, g], 1), torch.cat([square, c], 1)  # [B,k] the given noise first: it wins ties
+        best = (length * g).argmax(1, keepdim=True) if self.score == "dot" else (g.square() + c - 2 * length * g).argmin(1, keepdim=True)
+        return g.gather(1, best), c.gather(1, best), best == 0
 
 
 @dataclass(frozen=True)
@@ -185,6 +229,11 @@ class AboveTimestep:
     def pairs_batch(self) -> bool:
         """As the inner coupling's."""
         return pairs_batch(self.coupling)
+
+    def bias_notice(self, dimension: int) -> str:
+        """As the inner coupling's, with the timesteps that it is about."""
+        notice = bias_notice(self.coupling, dimension)
+        return notice and f"from timestep {self.min_timestep} on, {notice}"
 
     def __call__(
         self,
@@ -235,6 +284,17 @@ def pairs_batch(coupling: Coupling) -> bool:
     return getattr(coupling, "pairs_batch", False)
 
 
+def bias_notice(coupling: Coupling, dimension: int) -> str:
+    """What ``coupling`` does to the noise's marginal, with numbers, for a user to read once; empty if it leaves it standard normal.
+
+    Args:
+        coupling: any; one that biases the noise has a method ``bias_notice(dimension)``.
+        dimension: D, the numbers in one image or latent.
+    """
+    notice: str = getattr(coupling, "bias_notice", lambda _: "")(dimension)
+    return notice
+
+
 def paired_together(coupling: Coupling, timesteps: Tensor) -> Tensor:
     """Among how many images ``coupling`` pairs at these timesteps [B]: 1 where each image is on its own; fp32 scalar."""
     if not pairs_batch(coupling):
@@ -264,6 +324,17 @@ def coupling_statistics(x0: Tensor, drawn: Tensor, paired: Tensor) -> dict[str, 
 
 def _drawn(x0: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(x0.shape, dtype=x0.dtype, device=x0.device, generator=generator)
+
+
+def _components(
+    batch: int, candidates: int, dimension: int, generator: torch.Generator | None, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """g ~ N(0, 1) and c ~ chi2(D - 1), what noises have along a direction and, squared, across it; float64 [batch, candidates]."""
+    g = torch.randn(batch, candidates, dtype=torch.float64, device=device, generator=generator)
+    if dimension == 1:
+        return g, torch.zeros_like(g)
+    # chi2(m) is twice a gamma variable of shape m / 2. torch.distributions.Gamma draws from the global generator only; it calls this.
+    return g, 2 * torch._standard_gamma(torch.full_like(g, (dimension - 1) / 2), generator=generator)
 
 
 def _rows_like(mask: Tensor, like: Tensor) -> Tensor:

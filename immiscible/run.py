@@ -9,6 +9,7 @@ import resource
 import secrets
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -92,10 +93,12 @@ def session(config: UnconditionalConfig) -> Iterator[Accelerator]:
         with logging_redirect_tqdm([package_logger]):
             yield accelerator
         accelerator.wait_for_everyone()
-    except UserError:
+    except UserError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the model
         accelerator.wait_for_everyone()  # raised by all ranks alike
         raise
     finally:
+        accelerator.free_memory()  # DDP must be gone before its process group is, whose end it can deadlock otherwise (gloo, torch 2.13)
         accelerator.end_training()
 
 

@@ -73,7 +73,7 @@ def test_row_and_column_offsets_do_not_matter():
         + 1e6 * torch.randn(40, 1, generator=generator, dtype=torch.float64)
         + 1e6 * torch.randn(40, generator=generator, dtype=torch.float64)
     )
-    assert torch.equal(solve(cost), solve(shifted))
+    assert torch.equal(solve(cost, solver="exact").index, solve(shifted, solver="exact").index)
 
 
 @pytest.mark.parametrize("case", ["equal images", "equal noises", "constant images", "huge", "tiny", "not contiguous", "half"])

@@ -105,7 +105,10 @@ def test_skip_bad_images_counts_them(script, tmp_path):
     assert result.code == 0
     notices = [line for line in result.stderr.splitlines() if "skipped image" in line]
     assert len(notices) == 2  # once each, though every epoch meets them again
-    assert {name for name in ("photo-0", "photo-1", "photo-2", "photo-3") if any(name in line for line in notices)} == {"photo-0", "photo-2"}
+    assert {name for name in ("photo-0", "photo-1", "photo-2", "photo-3") if any(name in line for line in notices)} == {
+        "photo-0",
+        "photo-2",
+    }
     assert "(1 skipped so far)" in notices[0] and "(2 skipped so far)" in notices[1]
     assert (tmp_path / "run" / "model_index.json").exists()
 
@@ -197,6 +200,7 @@ OUT_OF_RANGE = [
     ({"mixed_precision": "fp16"}, "--mixed_precision fp16", ""),
     ({"model_preset": "unet-huge"}, "--model_preset", "unet-tiny"),
     ({"model_preset": None, "model_config_name_or_path": "no/such-model"}, "--model_config_name_or_path no/such-model", ""),
+    ({"eval_features": "magic"}, "--eval_features", "pixels"),
     ({"max_train_samples": 0}, "--max_train_samples", "0"),
     ({"checkpoints_total_limit": 0}, "--checkpoints_total_limit", "0"),
     ({"resolution": "big"}, "--resolution", "big"),
@@ -277,7 +281,9 @@ def test_resume_path_that_does_not_exist(script, copy):
     assert snapshot(copy) == before
 
 
-@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "optimizer.bin", "training_state.json", "unet_ema/config.json"])
+@pytest.mark.parametrize(
+    "file", ["unet/diffusion_pytorch_model.safetensors", "optimizer.bin", "training_state.json", "unet_ema/config.json"]
+)
 @pytest.mark.parametrize("how", ["deleted", "shortened"])
 def test_resume_from_incomplete_checkpoint(script, copy, file, how):
     path = copy / "checkpoint-4" / file

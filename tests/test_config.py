@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from launch import ENVIRONMENT, ROOT
 
 from immiscible.config import MethodArguments, UnconditionalConfig, given, parse_config, save_config
@@ -91,9 +92,9 @@ assert not {"diffusers", "accelerate", "datasets"} & sys.modules.keys()
 
 
 def test_without_data_the_digits_come_first():
-    config = parse()
-    assert (config.bundled_data, config.model_preset, config.train_batch_size) == ("digits", "unet-tiny", 256)
-    assert parse("--train_batch_size", 8).train_batch_size == 8
+    config, file = parse(), yaml.safe_load(DIGITS.read_text())
+    assert (config.bundled_data, config.model_preset, config.train_batch_size) == ("digits", "unet-tiny", file["train_batch_size"])
+    assert file["train_batch_size"] > 16 and parse("--train_batch_size", 8).train_batch_size == 8
     assert parse("--bundled_data", "digits").train_batch_size == 16
     assert parse("--train_data_dir", "photos").bundled_data is None
     both = parse("--config", ROOT / "configs/methods/immiscible.yaml", "--resolution", 16)
@@ -188,9 +189,7 @@ def parts(config: UnconditionalConfig) -> None:
     assert coupling(x0, generator=torch.Generator().manual_seed(0)).shape == x0.shape
     weights = loss_weights(config.loss_weighting, process, config.prediction_type, **method)
     assert weights.shape == (config.ddpm_num_steps,) and bool((weights >= 0).all())
-    unet_config(
-        config_name_or_path=None, preset=config.model_preset, resolution=config.resolution, channels=3, dropout=config.dropout
-    )
+    unet_config(config_name_or_path=None, preset=config.model_preset, resolution=config.resolution, channels=3, dropout=config.dropout)
 
 
 @pytest.mark.parametrize("path", [*TASKS, *METHODS], ids=lambda path: path.stem)

@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from launch import tiny
 
@@ -51,6 +52,26 @@ def lines(folder):
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def freeze_in_a_save(run, folder):
+    """Stops the process while a checkpoint is half written, so that the kill that follows comes in time, or lets it finish."""
+
+    def saving():
+        return any(folder.glob(".partial-checkpoint-*"))
+
+    def finished():
+        return (folder / "summary.json").exists()
+
+    run.wait_until(lambda: not saving() or finished())  # what the last kill left is cleaned up first
+    while True:
+        run.wait_until(lambda: saving() or finished())
+        run.send(signal.SIGSTOP)
+        while psutil.Process(run.pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            time.sleep(0.001)
+        if saving() or finished():
+            return
+        run.send(signal.SIGCONT)
+
+
 def kill_at_random_points(script, tmp_path, *, kills, processes, steps, checkpointing_steps, seed, **changes):
     """Kills a run ``kills`` times, every third time during a save; returns the final hashes and how many died during a save."""
     folder, draw, during_saves = tmp_path / "killed", random.Random(seed), 0
@@ -58,8 +79,7 @@ def kill_at_random_points(script, tmp_path, *, kills, processes, steps, checkpoi
     for number in range(kills):
         runs = start(script, argv, processes)
         if number % 3 == 1:
-            in_a_save = lambda: any(folder.glob(".partial-checkpoint-*"))  # noqa: E731
-            runs[0].wait_until(lambda: in_a_save() or (folder / "summary.json").exists())
+            freeze_in_a_save(runs[0], folder)
         else:
             before, more = lines(folder), draw.randint(0, checkpointing_steps)
             runs[0].wait_until(lambda before=before, more=more: lines(folder) > before + more or (folder / "summary.json").exists())
@@ -90,7 +110,7 @@ def test_another_seed_gives_other_weights(script, tmp_path):
     """So that equal hashes mean something."""
     hashes = []
     for seed in (0, 1):
-        finish([script.start(tiny(tmp_path / str(seed), **FULL, max_train_steps=2) + ["--seed", seed])])
+        finish([script.start(tiny(tmp_path / str(seed), **FULL, max_train_steps=2, seed=seed))])
         hashes.append(final_hashes(tmp_path / str(seed), 2))
     assert hashes[0] != hashes[1]
 
