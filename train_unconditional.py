@@ -145,6 +145,7 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
         max_grad_norm=config.max_grad_norm,
         ema=ema,
         stop=stop,
+        ahead=config.look_ahead,
     )
     facts = method_facts(config, objective)
     report_start(facts, source.description, unet, order, accumulation, start_step, max_steps)

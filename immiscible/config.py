@@ -160,6 +160,7 @@ class OptimizationArguments:
     mixed_precision: str = _flag("no", "precision inside the network; the noise process stays in fp32", choices=("no", "fp16", "bf16"))
     gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass to save memory")
     channels_last: bool = _flag(False, "channels-last memory format for the network")
+    look_ahead: bool = _flag(True, "load and pair the next step's batches on another thread while this step runs; changes no number")
     torch_compile: bool = _flag(False, "compile the network with torch.compile")
     torch_compile_backend: str = _flag("inductor", "the backend of --torch_compile")
     allow_tf32: bool = _flag(False, "TF32 matrix products on Ampere GPUs and later")

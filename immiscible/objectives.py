@@ -19,6 +19,23 @@ from .timesteps import TimestepSampler
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """A micro-batch with everything drawn that the network does not take part in.
+
+    Args:
+        x0: images or latents, fp32 [B, C, H, W].
+        timesteps: int64 [B].
+        noise: the noise of each image, fp32 [B, C, H, W].
+        statistics: fp32 scalars on the device: see `coupling_statistics`; also ``paired_images`` and ``coupling_seconds``.
+    """
+
+    x0: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    statistics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class DenoisingObjective:
     """The denoising loss of a batch: epsilon, x0, v or flow prediction.
 
@@ -47,26 +64,38 @@ class DenoisingObjective:
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
 
-    def __call__(
-        self, model: nn.Module, x0: Tensor, draws: Draws, condition: Mapping[str, Tensor] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One batch.
+    def pair(self, x0: Tensor, draws: Draws) -> Pairs:
+        """What does not need the network: timesteps and paired noises. May run on another thread, one batch ahead.
+
+        Args:
+            x0: images or latents, fp32 [B, C, H, W], on the process's device.
+            draws: this micro-batch's random numbers.
+        """
+        t = self.sampler.from_uniforms(draws.uniform("timesteps", len(x0)))  # [B]       how often each level is trained  <- SpeeD
+        drawn = draws.normal("noise", *x0.shape)  #                            [B,C,H,W] the pool of noises
+        scaled = x0 if self.image_scale == 1 else self.image_scale * x0
+        coupled = draws.step >= self.coupling_start_step
+        start = time.perf_counter()
+        noise = self.coupling(scaled, drawn, timesteps=t, generator=draws.generator("coupling")) if coupled else drawn  # <- Immiscible
+        seconds = torch.tensor(time.perf_counter() - start, device=t.device)
+        together = paired_together(self.coupling, t) if coupled else torch.ones((), device=t.device)
+        statistics = {**coupling_statistics(scaled, drawn, noise), "paired_images": together, "coupling_seconds": seconds}
+        return Pairs(x0, t, noise, statistics)
+
+    def __call__(self, model: nn.Module, pairs: Pairs, draws: Draws, condition: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The loss of each image.
 
         Args:
             model: called as ``model(xt, time, **condition)``; returns an object with ``sample``.
-            x0: images or latents, fp32 [B, C, H, W], on the process's device.
-            draws: this micro-batch's random numbers.
+            pairs: from `pair`.
+            draws: the same random numbers.
             condition: keyword arguments of the model.
 
         Returns:
-            losses: fp32 [B], one per image, weighted; the loop takes the mean.
-            statistics: fp32 scalars on the device, see `coupling_statistics`; also ``paired_images`` and ``coupling_seconds``.
+            fp32 [B], weighted; the loop takes the mean.
         """
+        x0, t, noise = pairs.x0, pairs.timesteps, pairs.noise  #             [B,C,H,W], [B], [B,C,H,W]
         batch, channels = x0.shape[:2]
-        t = self.sampler.from_uniforms(draws.uniform("timesteps", batch))  # [B]       how often each level is trained  <- SpeeD
-        drawn = draws.normal("noise", *x0.shape)  #                          [B,C,H,W] the pool of noises
-        paired, statistics = self._pair(x0, drawn, t, draws)  #              [B,C,H,W] which noise belongs to which image <- Immiscible
-        noise = paired
         if self.noise_offset:
             noise = noise + self.noise_offset * draws.normal("noise_offset", batch, channels, 1, 1)
         perturbed = noise
@@ -75,18 +104,7 @@ class DenoisingObjective:
         xt = self.process.add_noise(x0, perturbed, t)  #                     [B,C,H,W] the scheduler's arithmetic, fp32
         output = model(xt, self.process.model_time[t], **(condition or {})).sample
         target = self.process.target(x0, noise, t, self.prediction_type)
-        losses = weighted_mse(output, target, self.weights[t])  #            [B]       what an error at each level costs <- SpeeD
-        return losses, statistics
-
-    def _pair(self, x0: Tensor, drawn: Tensor, t: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        scaled = x0 if self.image_scale == 1 else self.image_scale * x0
-        start = time.perf_counter()
-        coupled = draws.step >= self.coupling_start_step
-        paired = self.coupling(scaled, drawn, timesteps=t, generator=draws.generator("coupling")) if coupled else drawn
-        seconds = time.perf_counter() - start
-        together = paired_together(self.coupling, t) if coupled else torch.ones((), device=t.device)
-        statistics = coupling_statistics(scaled, drawn, paired)
-        return paired, {**statistics, "paired_images": together, "coupling_seconds": torch.tensor(seconds, device=t.device)}
+        return weighted_mse(output, target, self.weights[t])  #              [B]       what an error at each level costs <- SpeeD
 
 
 def weighted_mse(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:

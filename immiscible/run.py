@@ -272,6 +272,7 @@ class RunEvaluation:
         """Measures the weights at ``step`` and appends a line."""
         pipeline = build_pipeline(unet, self._scheduler, sampler=self._config.sampling_scheduler, spacing=self._config.timestep_spacing)
         line: dict[str, Any] = {"step": step, "train_seconds": train_seconds, "data": self._data, **self._evaluation(pipeline, ema)}
+        line["num_features"] = self._evaluation.distance.features.num_features
         if self._held_out is not None:
             line["validation_loss"] = validation_loss(
                 unet, self._held_out, self._objective.process, self._objective.prediction_type, ema=ema

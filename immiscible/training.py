@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .objectives import DenoisingObjective
+from .objectives import DenoisingObjective, Pairs
 from .randomness import Draws, reseed_globally
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ class StepStats:
     Args:
         step: optimizer steps taken so far; a checkpoint written now bears this number.
         metrics: ``loss``, ``learning_rate``, ``grad_norm`` (before clipping), ``step_seconds`` (this rank's,
-            loading included) and the objective's statistics.
+            loading included), ``wait_seconds`` (of it, for batches and pairs) and the pairs' statistics.
     """
 
     step: int
@@ -90,6 +92,7 @@ def train(
     max_grad_norm: float,
     ema: EMAModel | None,
     stop: StopRequest,
+    ahead: bool = False,
 ) -> Iterator[StepStats]:
     """Trains ``model`` from ``start_step`` to ``max_steps``.
 
@@ -106,6 +109,7 @@ def train(
         max_grad_norm: gradients are clipped to it; 0 does not clip.
         ema: updated after each step, on ``model``'s parameters.
         stop: ends the loop at a step boundary, when all ranks have learned of it.
+        ahead: load and pair the next step's batches on another thread while this step runs; the numbers are the same.
 
     Yields:
         `StepStats`, when weights, optimizer and EMA are at the state that a checkpoint should hold.
@@ -114,21 +118,22 @@ def train(
         UserError: (exit code 1) the loss or the gradient is NaN or infinite; the step is not taken, the weights are those before it.
     """
     accumulation = accelerator.gradient_accumulation_steps
+    micro_batches = _paired(accelerator, objective, batches, seed, start_step)
+    if ahead:
+        micro_batches = _look_ahead(micro_batches, accumulation, accelerator.device)
     for step in range(start_step, max_steps):
         start = time.perf_counter()
-        micro_batches = _fetch(batches, accumulation, stop)
+        fetched = _fetch(micro_batches, accumulation, stop)
+        waited = time.perf_counter() - start
         if stop.agreed(accelerator):
             return
         reseed_globally(seed, "library", step, accelerator.process_index)
         collected = []
-        for micro, x0 in enumerate(micro_batches):
-            first_row = (micro * accelerator.num_processes + accelerator.process_index) * len(x0)
-            draws = Draws(seed, step, first_row, accelerator.device)
+        for draws, pairs in fetched:
             with accelerator.accumulate(model):
-                losses, statistics = objective(model, x0.to(accelerator.device, non_blocking=True), draws)
-                loss = losses.mean()
+                loss = objective(model, pairs, draws).mean()
                 accelerator.backward(loss)
-            collected.append({"loss": loss.detach(), **statistics})
+            collected.append({"loss": loss.detach(), **pairs.statistics})
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
         metrics = _average(accelerator, collected) | {"learning_rate": learning_rate(step), "grad_norm": float(grad_norm)}
         _check_finite(metrics, step, loss_scaled=accelerator.scaler is not None)
@@ -138,13 +143,58 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
             ema.step(model.parameters())
-        yield StepStats(step + 1, metrics | {"step_seconds": time.perf_counter() - start})
+        yield StepStats(step + 1, metrics | {"wait_seconds": waited, "step_seconds": time.perf_counter() - start})
 
 
-def _fetch(batches: Iterator[Tensor], count: int, stop: StopRequest) -> list[Tensor]:
+def _paired(
+    accelerator: Accelerator, objective: DenoisingObjective, batches: Iterator[Tensor], seed: int, start_step: int
+) -> Iterator[tuple[Draws, Pairs]]:
+    """Each micro-batch with its random numbers, timesteps and paired noises, on the device."""
+    for count, x0 in enumerate(batches, start=start_step * accelerator.gradient_accumulation_steps):
+        step, micro = divmod(count, accelerator.gradient_accumulation_steps)
+        first_row = (micro * accelerator.num_processes + accelerator.process_index) * len(x0)
+        draws = Draws(seed, step, first_row, accelerator.device)
+        yield draws, objective.pair(x0.to(accelerator.device, non_blocking=True), draws)
+
+
+def _look_ahead(items: Iterator[tuple[Draws, Pairs]], depth: int, device: torch.device) -> Iterator[tuple[Draws, Pairs]]:
+    """The same items, ``depth`` of them made on a worker thread while the caller works; on a GPU on a stream of their own.
+
+    The first item is made at once by the caller, so that loader processes are forked from the main thread.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def make() -> tuple[Draws, Pairs] | None:
+        with torch.cuda.stream(stream):  # no stream, no effect
+            item = next(items, None)
+            if stream is not None:
+                stream.synchronize()
+        return item
+
+    item = make()
+    with ThreadPoolExecutor(1, thread_name_prefix="look-ahead") as worker:
+        waiting = deque(worker.submit(make) for _ in range(depth))
+        try:
+            while item is not None:
+                if stream is not None:
+                    _hand_over(item[1], torch.cuda.current_stream(device))
+                yield item
+                waiting.append(worker.submit(make))
+                item = waiting.popleft().result()
+        finally:
+            worker.shutdown(cancel_futures=True)
+
+
+def _hand_over(pairs: Pairs, stream: torch.cuda.Stream) -> None:
+    """Tells the allocator that another stream's tensors are used on this one, so that their memory is not given away too early."""
+    for tensor in (pairs.x0, pairs.timesteps, pairs.noise, *pairs.statistics.values()):
+        tensor.record_stream(stream)
+
+
+def _fetch(micro_batches: Iterator[tuple[Draws, Pairs]], count: int, stop: StopRequest) -> list[tuple[Draws, Pairs]]:
     """This step's micro-batches; a failure is kept for the other ranks to learn of instead of leaving them in a collective call."""
     try:
-        return [next(batches) for _ in range(count)]
+        return [next(micro_batches) for _ in range(count)]
     except UserError as error:
         stop.fail(error)
         return []

@@ -43,7 +43,7 @@ def test_draws_have_the_right_law():
     correlation = torch.corrcoef(noise[:64].flatten(1))
     assert float((correlation - torch.eye(64)).abs().max()) < 6 / 192**0.5
     uniform = torch.cat([Draws(0, step, 0, CPU).uniform("timesteps", 256) for step in range(40)]).sort().values
-    assert uniform.dtype == torch.float64 and 0 <= uniform[0] and uniform[-1] < 1
+    assert uniform.dtype == torch.float64 and uniform[0] >= 0 and uniform[-1] < 1
     assert float((uniform - (torch.arange(len(uniform)) + 0.5) / len(uniform)).abs().max()) < 1.95 / len(uniform) ** 0.5
 
 

@@ -53,7 +53,7 @@ def images(count, batch=8, channels=3):
     return [torch.rand(batch, channels, 16, 16, generator=generator) * 2 - 1 for _ in range(count)]
 
 
-def run(accelerator, unet, loss, batches, steps, ema=None, start=0, grad_norm=1.0, rate=lambda step: 1e-3):
+def run(accelerator, unet, loss, batches, steps, ema=None, start=0, grad_norm=1.0, rate=lambda step: 1e-3, ahead=False):
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     model, optimizer = accelerator.prepare(unet, optimizer)
     model.train()
@@ -71,6 +71,7 @@ def run(accelerator, unet, loss, batches, steps, ema=None, start=0, grad_norm=1.
             max_grad_norm=grad_norm,
             ema=ema,
             stop=StopRequest(),
+            ahead=ahead,
         )
     )
 
@@ -133,8 +134,9 @@ def record(loss, x0, draws, sample=None):
             seen.update(xt=xt, time=time)
             return type("Output", (), {"sample": torch.zeros_like(xt) if sample is None else sample})()
 
-    losses, statistics = loss(Model(), x0, draws)
-    return seen["xt"], seen["time"], losses, statistics
+    pairs = loss.pair(x0, draws)
+    losses = loss(Model(), pairs, draws)
+    return seen["xt"], seen["time"], losses, pairs.statistics
 
 
 def test_switching_the_coupling_changes_the_pairing_alone():
@@ -266,3 +268,64 @@ def test_golden_losses(accelerator):
     loss = objective("v_prediction", "change_aware", AssignmentCoupling(), "asymmetric", noise_offset=0.1)
     losses = [row.metrics["loss"] for row in run(accelerator, unet, loss, images(5), 5)]
     assert losses == pytest.approx(GOLDEN, rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_looking_ahead_changes_no_bit(accelerator, accumulation):
+    from accelerate import Accelerator
+    from accelerate.state import GradientState
+
+    finals = []
+    for ahead in (False, True):
+        GradientState._reset_state()
+        unet = tiny_unet(dropout=0.1)
+        loss = objective(coupling=AssignmentCoupling(), law="asymmetric")
+        run(Accelerator(cpu=True, gradient_accumulation_steps=accumulation), unet, loss, images(4 * accumulation), 4, ahead=ahead)
+        finals.append([parameter.detach().clone() for parameter in unet.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
+
+
+def test_looking_ahead_passes_errors_on_and_leaves_no_thread(accelerator):
+    import threading
+
+    def two_then_bad():
+        yield from images(2)
+        raise UserError("cannot read image x.png")
+
+    unet, stop = tiny_unet(), StopRequest()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
+    steps = train(
+        accelerator,
+        unet,
+        optimizer,
+        objective(),
+        two_then_bad(),
+        seed=SEED,
+        start_step=0,
+        max_steps=5,
+        learning_rate=lambda step: 1e-3,
+        max_grad_norm=1.0,
+        ema=None,
+        stop=stop,
+        ahead=True,
+    )
+    assert [row.step for row in steps] == [1, 2]
+    assert stop.error == "cannot read image x.png"
+    early = train(
+        accelerator,
+        unet,
+        optimizer,
+        objective(),
+        iter(images(5)),
+        seed=SEED,
+        start_step=0,
+        max_steps=5,
+        learning_rate=lambda step: 1e-3,
+        max_grad_norm=1.0,
+        ema=None,
+        stop=StopRequest(),
+        ahead=True,
+    )
+    next(early)
+    early.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("look-ahead")]
