@@ -167,19 +167,19 @@ class NearestCoupling:
         noise = _drawn(x0, generator) if noise is None else noise
         if self.candidates == 1:
             return noise
-        images, given = x0.detach().flatten(1).float(), noise.flatten(1).float()  # [B,D]
-        length = torch.linalg.vector_norm(images, dim=1, keepdim=True, dtype=torch.float64)  # [B,1]
-        length = length * ~(length < 1e-30)  # what follows divides by it in fp32
+        wide = torch.promote_types(noise.dtype, torch.float32)
+        images, given = x0.detach().flatten(1).to(wide), noise.flatten(1).to(wide)  # [B,D]
+        length = torch.linalg.vector_norm(images, dim=1, keepdim=True).double()  # [B,1] 0 also where the squares underflow
         per_length = (1 / length).masked_fill(length == 0, 0)  # u = per_length * images; 0 for an image of zeros: it has no direction
         work = images * given  # [B,D] the one buffer of this size
         along = work.sum(1, keepdim=True) * per_length  # [B,1] the given noise's g
-        square = torch.linalg.vector_norm(given, dim=1, keepdim=True, dtype=torch.float64).square() - along.square()  # [B,1] its c
+        across = torch.mul(images, (-along * per_length).to(wide), out=work).add_(given)  # [B,D] its sqrt(c) v
+        square = torch.linalg.vector_norm(across, dim=1, keepdim=True).double().square()  # [B,1] its c
         g, c, is_given = self._winner(length, along, square, images.shape[1], generator)
         c = torch.where(length == 0, g.square() + c, c)  # without a direction all of a noise is across
-        stretch = (c / square.clamp(min=torch.finfo(torch.float32).tiny)).sqrt().masked_fill(is_given, 1)
-        shift = (g - stretch * along) * per_length
-        # g u + stretch (n - along u), in one pass less; the given noise times 1 plus 0 is itself.
-        return torch.mul(given, stretch.float(), out=work).addcmul_(shift.float(), images).to(noise.dtype).view_as(noise)
+        stretch = (c / square.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+        realised = across.mul_(stretch.to(wide)).addcmul_((g * per_length).to(wide), images)
+        return torch.where(is_given, given, realised, out=realised).to(noise.dtype).view_as(noise)
 
     def bias_notice(self, dimension: int) -> str:
         """See `bias_notice`; the numbers are means over simulated (g, c) of images of one typical length, from a fixed seed."""

@@ -1,5 +1,6 @@
 """Couplings: what each returns, the marginal it leaves, and how one is added."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import immiscible
 from immiscible import COUPLINGS, AboveTimestep, AssignmentCoupling, IndependentCoupling, NearestCoupling, UserError, build_coupling
-from immiscible.coupling import coupling_statistics, paired_together
+from immiscible.coupling import bias_notice, coupling_statistics, paired_together
 
 
 def batch(n=32, seed=0, side=8):
@@ -76,14 +77,52 @@ def test_flipped_assignment_hardly_shortens_the_real_distance_of_structured_imag
 
 
 @pytest.mark.parametrize("score", ["l2", "dot"])
-def test_nearest_takes_the_best_of_its_candidates(score):
-    x0, first = batch(8)
-    paired = NearestCoupling(candidates=5, score=score)(x0, first, generator=torch.Generator().manual_seed(1))
+def test_nearest_keeps_the_given_noise_or_a_better_one_with_its_direction_across_the_image(score):
     generator = torch.Generator().manual_seed(1)
-    candidates = torch.stack([first, *(torch.randn(x0.shape, generator=generator) for _ in range(4))])  # [k,B,C,H,W]
-    flat, images = candidates.flatten(2).double(), x0.flatten(1).double()
-    cost = -(flat * images).sum(2) if score == "dot" else (flat - images).square().sum(2)
-    assert torch.equal(paired, candidates[cost.argmin(0), torch.arange(8)])
+    x0, first = torch.randn(2000, 3, 4, 4, generator=generator), torch.randn(2000, 3, 4, 4, generator=generator)
+    paired = NearestCoupling(candidates=5, score=score)(x0, first, generator=generator)
+    kept = (paired == first).flatten(1).all(1)
+    assert int(kept.sum()) == pytest.approx(400, abs=4 * (2000 * 0.2 * 0.8) ** 0.5)  # one candidate of five, each as likely to win
+
+    images, before, after = (tensor.flatten(1).double() for tensor in (x0, first, paired))
+
+    def cost(noise):
+        return -(noise * images).sum(1) if score == "dot" else (noise - images).square().sum(1)
+
+    assert bool((cost(after) < cost(before))[~kept].all())
+    unit = images / images.norm(dim=1, keepdim=True)
+    across = [noise - (noise * unit).sum(1, keepdim=True) * unit for noise in (before, after)]
+    assert torch.allclose(torch.nn.functional.cosine_similarity(*across), torch.ones(2000, dtype=torch.float64), atol=1e-6)
+    if score == "dot":  # sees only what is along the image
+        assert torch.allclose(*across, atol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["l2", "dot"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_nearest_at_the_edges_stays_finite_and_of_its_input_dtype(score, dtype):
+    generator = torch.Generator().manual_seed(4)
+    for side in (1, 2, 8):
+        noise = torch.randn(500, 1, side, side, dtype=torch.float64, generator=generator).to(dtype)
+        for scale in (0, 1e-6, 1, 1e4):
+            x0 = (scale * torch.randn(500, 1, side, side, generator=generator)).to(dtype)
+            paired = NearestCoupling(candidates=4, score=score)(x0, noise, generator=generator)
+            assert paired.dtype == dtype and paired.shape == x0.shape and bool(paired.isfinite().all())
+            kept = int((paired == noise).flatten(1).all(1).sum())
+            ties = score == "dot" and not x0.any()  # nothing to choose by: the given noise stays
+            assert kept == 500 if ties else 80 < kept < 170
+
+
+def test_nearest_of_a_broken_image_or_of_a_strided_batch():
+    x0, noise = batch(16)
+    broken = x0.clone()
+    broken[3, 0, 0, 0] = float("nan")
+    paired = NearestCoupling(candidates=8)(broken, noise)
+    assert torch.equal(paired[3], noise[3]) and bool(paired.isfinite().all())
+    results = [
+        NearestCoupling(candidates=8)(images, noises, generator=torch.Generator().manual_seed(5))
+        for images, noises in ((x0, noise), (x0.to(memory_format=torch.channels_last), noise.transpose(2, 3).contiguous().transpose(2, 3)))
+    ]
+    assert torch.equal(*results)
 
 
 def test_nearest_of_one_is_independent():
@@ -100,20 +139,42 @@ def test_nearest_by_l2_shrinks_the_noise_and_by_dot_does_not():
     assert kept.flatten(1).norm(dim=1).mean() == pytest.approx(float(noise.flatten(1).norm(dim=1).mean()), rel=0.01)
 
 
-def test_nearest_never_holds_all_candidates():
-    peak = [0]
+def test_nearest_neither_holds_nor_draws_all_candidates():
+    made = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                peak[0] = max(peak[0], result.numel())
+            made.extend([result.numel()] if isinstance(result, torch.Tensor) else [])
             return result
 
     x0, noise = batch(16)
     with Watch():
         NearestCoupling(candidates=64)(x0, noise)
-    assert peak[0] == x0.numel()
+    assert max(made) == x0.numel()
+    assert sum(made) < 30 * x0.numel()  # drawing the 63 others makes at least 63 times as many numbers
+
+
+def test_only_a_coupling_that_biases_the_noise_says_so_and_its_numbers_are_right():
+    generator = torch.Generator().manual_seed(6)
+    for score in ("l2", "dot"):
+        coupling, dimension = NearestCoupling(candidates=16, score=score), 192
+        notice = bias_notice(coupling, dimension)
+        assert notice.startswith(f"nearest of 16 by {score} does not keep")
+        variance, mean, square = (
+            float(re.search(pattern + r" (\d+\.\d+)", notice).group(1)) for pattern in ("variance is", "has mean", "mean square")
+        )
+        x0 = torch.nn.functional.normalize(torch.randn(20000, dimension, generator=generator)) * 0.55 * dimension**0.5
+        paired = coupling(x0, generator=generator)
+        along = (paired * torch.nn.functional.normalize(x0)).sum(1)
+        assert float(paired.square().mean()) == pytest.approx(variance, abs=0.004)
+        assert float(along.mean()) == pytest.approx(mean, abs=0.03) and float(along.square().mean()) == pytest.approx(square, abs=0.1)
+        assert bias_notice(AboveTimestep(coupling, 300), dimension) == f"from timestep 300 on, {notice}"
+    state = torch.get_rng_state()
+    for coupling in (IndependentCoupling(), AssignmentCoupling(), NearestCoupling(1), AboveTimestep(NearestCoupling(1), 3)):
+        assert bias_notice(coupling, 192) == ""
+    bias_notice(NearestCoupling(4), 1)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_below_the_least_timestep_noise_stays_and_the_rest_is_its_own_batch():
