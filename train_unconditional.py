@@ -87,6 +87,7 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
             min_timestep=config.coupling_min_timestep,
             metric=config.coupling_metric,
             dtype=config.coupling_dtype,
+            solver=config.coupling_solver,
             candidates=config.coupling_candidates,
             score=config.coupling_score,
         ),
@@ -148,7 +149,7 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
         ahead=config.look_ahead,
     )
     facts = method_facts(config, objective)
-    report_start(facts, source.description, unet, order, accumulation, start_step, max_steps)
+    report_start(facts, source.description, unet, order, accumulation, start_step, max_steps, objective.coupling)
     if config.plan:
         report_plan(steps, unet, accelerator, max_steps - start_step)
         return

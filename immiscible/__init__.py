@@ -7,7 +7,7 @@
 What is listed in ``__all__`` is the public interface and stays stable.
 """
 
-from .assignment import assign, cost_matrix
+from .assignment import Assignment, assign, certified_assignment, cost_matrix
 from .coupling import (
     COUPLINGS,
     AboveTimestep,
@@ -31,6 +31,7 @@ __all__ = [
     "LOSS_WEIGHTINGS",
     "TIMESTEP_SAMPLINGS",
     "AboveTimestep",
+    "Assignment",
     "AssignmentCoupling",
     "Coupling",
     "FlippedAssignmentCoupling",
@@ -41,6 +42,7 @@ __all__ = [
     "UserError",
     "assign",
     "build_coupling",
+    "certified_assignment",
     "cost_matrix",
     "coupling_statistics",
     "loss_weights",

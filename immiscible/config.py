@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from .assignment import COST_DTYPES, METRICS
+from .assignment import COST_DTYPES, METRICS, SOLVERS
 from .coupling import COUPLINGS, SCORES
 from .data import BUNDLED
 from .errors import UserError
@@ -101,6 +101,11 @@ class MethodArguments:
         "auto",
         "precision of the operands of the assignment's cost; the paper quantizes to float16; auto is bfloat16 where the hardware has it",
         choices=COST_DTYPES,
+    )
+    coupling_solver: str = _flag(
+        "auto",
+        "exact, or an auction that keeps more than 99.9 % of the reduction in a fraction of the time; auto is exact below 128 images",
+        choices=SOLVERS,
     )
     coupling_candidates: int = _flag(8, "k of the nearest coupling")
     coupling_score: str = _flag("l2", "nearest by l2, or by dot (keeps the length of the noise)", choices=SCORES)

@@ -77,11 +77,14 @@ class AssignmentCoupling:
 
     Args:
         metric: ``l2`` (the paper), ``squared_l2`` or ``l1``.
-        dtype: precision of the operands of the cost: ``float32``, ``float16`` (the paper's quantized assignment) or ``bfloat16``.
+        dtype: precision of the operands of the cost: ``float32``, ``float16`` (the paper's quantized assignment), ``bfloat16``, or
+            ``auto``.
+        solver: ``exact``, ``auction`` or ``auto``; see `assign`.
     """
 
     metric: str = "l2"
-    dtype: str = "float32"
+    dtype: str = "auto"
+    solver: str = "auto"
     pairs_batch: ClassVar[bool] = True
 
     def __call__(
@@ -95,7 +98,7 @@ class AssignmentCoupling:
     ) -> Tensor:
         """See `Coupling`."""
         noise = _drawn(x0, generator) if noise is None else noise
-        return noise[assign(x0, noise, metric=self.metric, dtype=self.dtype)]
+        return noise[assign(x0, noise, metric=self.metric, dtype=self.dtype, solver=self.solver)]
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class FlippedAssignmentCoupling(AssignmentCoupling):
         """See `Coupling`."""
         noise = _drawn(x0, generator) if noise is None else noise
         flipped = noise.flatten(1).flip(1).view_as(noise)
-        return noise[assign(x0, flipped, metric=self.metric, dtype=self.dtype)]
+        return noise[assign(x0, flipped, metric=self.metric, dtype=self.dtype, solver=self.solver)]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .checkpoints import PARTIAL, check_identity, checkpoints, clean_up, discard, read_state, replace, resolve_checkpoint
 from .config import FREE_ON_RESUME, UnconditionalConfig, save_config
-from .coupling import pairs_batch
+from .coupling import Coupling, bias_notice, pairs_batch
 from .data import GlobalBatchOrder, ImageSource, ImageTransform
 from .errors import UserError
 from .evaluation import build_pipeline, evaluation_weights, image_grid, sample_images
@@ -354,9 +354,16 @@ def measured_facts(config: UnconditionalConfig) -> dict[str, str]:
 
 
 def report_start(
-    facts: dict[str, str], data: str, unet: UNet2DModel, order: GlobalBatchOrder, accumulation: int, start_step: int, max_steps: int
+    facts: dict[str, str],
+    data: str,
+    unet: UNet2DModel,
+    order: GlobalBatchOrder,
+    accumulation: int,
+    start_step: int,
+    max_steps: int,
+    coupling: Coupling,
 ) -> None:
-    """Logs what is about to run."""
+    """Logs what is about to run, and with numbers where the coupling biases the noise."""
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     ranks = order.global_batch_size // order.batch_size
     side, images = unet.config.sample_size, order.global_batch_size * accumulation
@@ -368,6 +375,9 @@ def report_start(
         **facts,
     }.items():
         logger.info("%-18s %s", name.replace("_", " "), value)
+    notice = bias_notice(coupling, unet.config.in_channels * side**2)
+    if notice:
+        logger.warning(notice)
 
 
 def report_plan(steps: Iterator[StepStats], unet: UNet2DModel, accelerator: Accelerator, remaining: int, *, timed: int = 5) -> None:

@@ -182,6 +182,7 @@ OUT_OF_RANGE = [
     ({"loss_weighting": "p2", "p2_gamma": -1}, "--p2_gamma", "-1"),
     ({"noise_coupling": "nearest", "coupling_candidates": 0}, "--coupling_candidates", "0"),
     ({"noise_coupling": "assignment", "coupling_min_timestep": 1000}, "--coupling_min_timestep", "1000"),
+    ({"coupling_solver": "magic"}, "--coupling_solver", "auction"),
     ({"coupling_start_step": -1}, "--coupling_start_step", "-1"),
     ({"noise_process": "flow"}, "--prediction_type", "flow_prediction"),
     ({"prediction_type": "flow_prediction"}, "flow_prediction", "flow"),
