@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from immiscible.checkpoints import load_checkpoint, save_checkpoint
+from immiscible.checkpoints import check_identity, load_checkpoint, save_checkpoint
 from immiscible.config import DataArguments, MethodArguments, UnconditionalConfig, given, parse_config
 from immiscible.coupling import build_coupling
 from immiscible.data import GlobalBatchOrder, ImageDataset, ImageTransform, build_loader, images_of, load_images
@@ -32,10 +32,10 @@ from immiscible.run import (
     RunLog,
     check_batch_size,
     check_folder,
-    check_resumed,
     is_finished,
     measured_facts,
     method_facts,
+    on_main_process,
     prepare_folder,
     push_pipeline,
     report_end,
@@ -124,7 +124,7 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
     start_step = 0
     identity = run_identity(config, data=source.fingerprint, network=network, processes=processes)
     if resumed:
-        check_resumed(config, resumed, identity)
+        check_identity(resumed, identity)
         start_step = load_checkpoint(accelerator, resumed, ema)
     order.start, order.stop = start_step * accumulation, max_steps * accumulation
     transform = ImageTransform(
@@ -156,51 +156,62 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
     if is_finished(config, start_step, max_steps):
         return
 
+    # The run: everything that rank 0 does alone goes through on_main_process, so that its failures reach all ranks.
+    folder = Path(config.output_dir)
     prepare_folder(config, accelerator)
-    log = RunLog(Path(config.output_dir), accelerator, config, start_step)
-    evaluate = None
-    if config.eval_steps and accelerator.is_main_process:
-        evaluate = RunEvaluation(config, source, held_out, transform, objective, scheduler, start_step)
-    step = saved_at = start_step
+    log = RunLog(folder, accelerator, config, start_step)
+    evaluation = RunEvaluation(config, source, held_out, transform, objective, scheduler)
+    if config.eval_steps:
+        on_main_process(accelerator, lambda: evaluation.prepare(start_step))
+    step, saved_at = start_step, start_step if resumed and resumed.resolve().parent == folder.resolve() else None
+
+    def save() -> int:
+        save_checkpoint(accelerator, folder, step, ema, identity, config.checkpoints_total_limit)
+        return step
 
     def passed(epochs: int) -> bool:
         """Whether this step ended an epoch whose number divides by ``epochs``."""
         now, before = (count * accumulation // order.batches_per_epoch for count in (step, step - 1))
         return epochs > 0 and now // epochs > before // epochs
 
+    def evaluate() -> None:
+        evaluation(unet, ema, step, log.train_seconds)
+
+    def sample() -> None:
+        save_samples(unet, ema, scheduler, config, seed, step)
+
+    def save_model() -> None:
+        save_pipeline(unet, ema, scheduler, config, {**facts, **measured_facts(config)})
+
+    if resumed and saved_at is None:
+        saved_at = save()  # a run that goes on in another folder has its beginning there too
     with stop, tqdm(total=max_steps, initial=start_step, desc="training", unit="step", disable=not accelerator.is_main_process) as bar:
         for stats in steps:
-            step = stats.step
-            means = log.add(step, stats.metrics, write=step % config.logging_steps == 0 or step == max_steps)
+            step, last = stats.step, stats.step == max_steps
+            checkpoint_due = step % config.checkpointing_steps == 0
+            means = log.add(step, stats.metrics, write=step % config.logging_steps == 0 or checkpoint_due or last)
             bar.update()
             bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-            if config.eval_steps and (step % config.eval_steps == 0 or step == max_steps):
-                if evaluate:
-                    evaluate(unet, ema, step, log.train_seconds)
-                accelerator.wait_for_everyone()
-            if step % config.checkpointing_steps == 0:
-                save_checkpoint(accelerator, Path(config.output_dir), step, ema, identity, config.checkpoints_total_limit)
-                saved_at = step
-            due = step < max_steps and (passed(config.save_images_epochs), passed(config.save_model_epochs))
-            if due and any(due):
-                if accelerator.is_main_process and due[0]:
-                    save_samples(unet, ema, scheduler, config, seed, step)
-                if accelerator.is_main_process and due[1]:
-                    save_pipeline(unet, ema, scheduler, config, {**facts, **measured_facts(config)})
-                accelerator.wait_for_everyone()
+            if config.eval_steps and (step % config.eval_steps == 0 or last):
+                on_main_process(accelerator, evaluate)
+            if checkpoint_due:
+                saved_at = save()
+            if passed(config.save_images_epochs) and not last:
+                on_main_process(accelerator, sample)
+            if passed(config.save_model_epochs) and not last:
+                on_main_process(accelerator, save_model)
     if saved_at != step:
-        save_checkpoint(accelerator, Path(config.output_dir), step, ema, identity, config.checkpoints_total_limit)
+        save()
     if stop.error:
         raise UserError(f"{stop.error} (stopped and saved at step {step})", exit_code=1)
     if step < max_steps:
         accelerator.print(f"Stopped by {stop.reason} at step {step} of {max_steps}; continue with --resume_from_checkpoint latest")
         return
-    if accelerator.is_main_process:
-        grid = save_samples(unet, ema, scheduler, config, seed, step)
-        save_pipeline(unet, ema, scheduler, config, {**facts, **measured_facts(config)})
-        report_end(config, step, facts, grid)
-        if config.push_to_hub:
-            push_pipeline(config, step)
+    on_main_process(accelerator, sample)
+    on_main_process(accelerator, save_model)
+    on_main_process(accelerator, lambda: report_end(config, step, facts))
+    if config.push_to_hub:
+        on_main_process(accelerator, lambda: push_pipeline(config, step))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def save_checkpoint(
         _seal(partial, step, identity)
         replace(partial, target)
         if limit is not None:
-            for old in checkpoints(folder)[:-limit]:
+            earlier = [path for path in checkpoints(folder) if step_of(path) < step]
+            for old in earlier[: max(0, len(earlier) - limit + 1)]:
                 discard(old)
     accelerator.wait_for_everyone()
     return target
@@ -141,10 +142,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def step_of(path: Path) -> int:
+    """The number in ``checkpoint-{number}``."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
 def clean_up(folder: Path) -> None:
     """Removes what a killed process left half written or half deleted."""
     for path in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{DISCARDED}*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _delete(path)
 
 
 def discard(path: Path) -> None:
@@ -153,32 +159,41 @@ def discard(path: Path) -> None:
     if doomed.exists():
         clean_up(path.parent)
     path.rename(doomed)
-    shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
+    _delete(doomed)
 
 
 def replace(new: Path, target: Path) -> None:
     """Renames ``new`` to ``target``, whose old content is discarded only when the new stands complete beside it."""
     flush(new)
-    if target.is_dir():
+    if target.is_dir() or target.is_symlink():
         discard(target)
     os.replace(new, target)
     _flush_one(target.parent)
 
 
 def flush(path: Path) -> None:
-    """Forces a file, or all files of a folder, to the disk."""
+    """Forces a file, or all files of a folder, to the disk, readable as the umask says (safetensors makes its files private)."""
+    umask = os.umask(0)
+    os.umask(umask)
     for item in [path, *path.rglob("*")]:
+        if item.is_file():
+            item.chmod(0o666 & ~umask)
         _flush_one(item)
 
 
 def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> UNet2DModel:
-    """The diffusers model below the wrappers of DDP, mixed precision and torch.compile."""
-    return accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    """The diffusers model below the wrappers of DDP and torch.compile. Without ``keep_fp32_wrapper`` it would lose its autocast."""
+    return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
 
 
 def _seal(partial: Path, step: int, identity: Mapping[str, Any]) -> None:
     files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
     (partial / STATE_FILE).write_text(json.dumps({"step": step, "identity": identity, "files": files}, indent=1))
+
+
+def is_complete(path: Path) -> bool:
+    """Whether every file that the checkpoint was sealed with is there with its size."""
+    return not _incompleteness(path)
 
 
 def _incompleteness(path: Path) -> str:
@@ -193,6 +208,11 @@ def _incompleteness(path: Path) -> str:
         if (path / name).stat().st_size != size:
             return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
     return ""
+
+
+def _delete(path: Path) -> None:
+    """A link is removed, never what it points to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _flush_one(path: Path) -> None:

@@ -7,9 +7,10 @@ first: a misspelt key, a wrong choice or a wrong type is an error that names the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NoReturn, TypeVar
 
 import yaml
@@ -27,6 +28,21 @@ from .weighting import LOSS_WEIGHTINGS
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 SPACINGS = ("leading", "trailing", "linspace")
+
+
+# Everything a run writes into its folder, beside checkpoints, logs and its marker. Nothing else there is ever touched.
+OWN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "evaluation.jsonl",
+    "summary.json",
+    "samples",
+    "model_index.json",
+    "unet",
+    "unet_non_ema",
+    "scheduler",
+    "README.md",
+)
 
 
 def _flag(default: Any, text: str, **options: Any) -> Any:
@@ -260,6 +276,14 @@ FREE_ON_RESUME = frozenset(
 Config = TypeVar("Config", bound=UnconditionalConfig)
 
 
+class _TextLoader(yaml.BaseLoader):
+    """Keeps `no` and `1e-4` as they are written; an unquoted null is an empty value, which means not given."""
+
+
+_TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL)$"), list("~nN"))
+_TextLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: "")
+
+
 class _Parser(HfArgumentParser):
     """argparse that raises, so that the caller can say which file an error is in."""
 
@@ -306,14 +330,15 @@ def save_config(config: UnconditionalConfig, path: Path) -> None:
     """Writes every flag's value; a run restarts from the file by ``--config``. A flag that is not given has an empty value."""
     values = {item.name: getattr(config, item.name) for item in fields(config)}
     values["hub_token"] = None  # a secret stays out of files
+    values |= {"overwrite_output_dir": False, "resume_from_checkpoint": None}  # a restart deletes nothing and continues nothing
     lines = yaml.safe_dump(values, sort_keys=False).replace(": null\n", ":\n")
     path.write_text(f"# Every flag of this run; restart it with --config {path.name} --output_dir ANOTHER_FOLDER\n{lines}")
 
 
 def _file_arguments(path: Path, parser: _Parser) -> list[str]:
-    """The file's keys as ``--key value`` words, checked by parsing them alone. BaseLoader keeps `no` and `1e-4` as written."""
+    """The file's keys as ``--key value`` words, checked by parsing them alone."""
     try:
-        content = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
+        content = yaml.load(path.read_text(), Loader=_TextLoader)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -342,23 +367,36 @@ def _file_arguments(path: Path, parser: _Parser) -> list[str]:
 
 
 def _validate(config: UnconditionalConfig) -> None:
-    """Ranges that no constructor checks. Laws, weightings, couplings and schedules check their own options when they are built."""
+    """Ranges of every flag, also of methods that are not on; what depends on the schedule is checked where the method is built."""
     given = [f"--{name}" for name in ("dataset_name", "train_data_dir", "bundled_data") if getattr(config, name)]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} are given together; choose one source of images")
     at_least_one = (
         "resolution train_batch_size num_epochs max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit "
-        "eval_batch_size ddpm_num_steps ddpm_num_inference_steps logging_steps max_train_samples"
+        "eval_batch_size ddpm_num_steps ddpm_num_inference_steps logging_steps max_train_samples eval_steps eval_samples "
+        "coupling_candidates asymmetric_k asymmetric_r asymmetric_tau"
     )
     not_negative = (
         "lr_warmup_steps learning_rate adam_epsilon adam_weight_decay max_grad_norm save_images_epochs save_model_epochs "
-        "dataloader_num_workers coupling_min_timestep coupling_start_step noise_offset input_perturbation"
+        "dataloader_num_workers coupling_min_timestep coupling_start_step noise_offset input_perturbation "
+        "p2_k p2_gamma"
     )
     for names, least in ((at_least_one, 1), (not_negative, 0)):
         for name in names.split():
             value = getattr(config, name)
             if value is not None and not value >= least:
                 raise UserError(f"--{name} must be at least {least}, not {value}")
+    for name in ("ema_inv_gamma", "ema_power", "image_scale", "logit_std", "snr_gamma"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} must be above 0, not {value}")
+    if not 0.5 <= config.change_aware_lambda <= 1:
+        raise UserError(f"--change_aware_lambda must be from 0.5 to 1, not {config.change_aware_lambda}")
+    if config.asymmetric_tau is not None and config.asymmetric_r is not None:
+        raise UserError("--asymmetric_tau and --asymmetric_r both say where SpeeD's threshold is; give one of them")
+    logs = PurePath(config.logging_dir)
+    if logs.is_absolute() or not logs.parts or ".." in logs.parts or logs.parts[0] in OWN_FILES:
+        raise UserError(f"--logging_dir {config.logging_dir} must be a folder of its own inside --output_dir, such as logs")
     for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "dropout"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < 1:
@@ -369,7 +407,7 @@ def _validate(config: UnconditionalConfig) -> None:
         )
     if config.ddpm_num_inference_steps > config.ddpm_num_steps:
         raise UserError(f"--ddpm_num_inference_steps {config.ddpm_num_inference_steps} exceeds --ddpm_num_steps {config.ddpm_num_steps}")
-    if any(not 1 <= steps <= config.ddpm_num_steps for steps in config.eval_inference_steps):
+    if config.eval_steps and any(not 1 <= steps <= config.ddpm_num_steps for steps in config.eval_inference_steps):
         raise UserError(
             f"--eval_inference_steps {config.eval_inference_steps}: each must be from 1 to --ddpm_num_steps {config.ddpm_num_steps}"
         )

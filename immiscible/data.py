@@ -238,7 +238,8 @@ class Subset:
     @property
     def fingerprint(self) -> str:
         """See `ImageSource`."""
-        return f"{self.source.fingerprint}, of which {len(self)} are used"
+        digest = hashlib.blake2b(repr(list(self.indices)).encode(), digest_size=8).hexdigest()
+        return f"{self.source.fingerprint}, of which {len(self)} are used ({digest})"
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -25,6 +25,9 @@ def run_script(main: Callable[[Sequence[str]], None]) -> int:
     """Runs a script's ``main(argv)`` and returns its exit code; a `UserError` becomes one line on stderr, from rank 0 only."""
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: interrupted\n")
+        return 130
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             line = " ".join(str(error).split())

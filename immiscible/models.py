@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,10 +89,17 @@ def unet_config(
 
 
 def build_unet(config: dict[str, Any]) -> UNet2DModel:
-    """A U-Net with fresh weights, drawn from the global generator."""
+    """A U-Net with fresh weights, drawn from the global generator.
+
+    Raises:
+        UserError: diffusers cannot build a network of this configuration.
+    """
     from diffusers import UNet2DModel
 
-    return UNet2DModel.from_config(config)
+    try:
+        return UNet2DModel.from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"--model_config_name_or_path: diffusers cannot build this U-Net ({str(error).splitlines()[0]})") from error
 
 
 def build_ema(unet: UNet2DModel, config: UnconditionalConfig, device: torch.device) -> EMAModel | None:
@@ -126,6 +134,8 @@ def learning_rate(config: UnconditionalConfig, optimizer: torch.optim.Optimizer,
     """The rate of optimizer step s, from 0: diffusers' schedule, counted in optimizer steps whatever the accumulation and the ranks."""
     from diffusers.optimization import get_scheduler
 
+    if config.lr_scheduler == "polynomial" and config.learning_rate <= 1e-7:  # where diffusers' polynomial ends
+        raise UserError(f"--lr_scheduler polynomial falls to 1e-7: --learning_rate must be above that, not {config.learning_rate}")
     scheduler = get_scheduler(
         config.lr_scheduler,
         getattr(optimizer, "optimizer", optimizer),
@@ -154,6 +164,9 @@ def tuned(unet: UNet2DModel, config: UnconditionalConfig) -> nn.Module:
             reason = str(error).splitlines()[0]
             raise UserError(f"--enable_xformers_memory_efficient_attention: {reason}; without it torch's own attention is used") from None
     if config.torch_compile:
+        backends = torch.compiler.list_backends(exclude_tags=())
+        if config.torch_compile_backend not in backends:
+            raise UserError(f"--torch_compile_backend {config.torch_compile_backend!r} is unknown; known: {', '.join(backends)}")
         compiled: nn.Module = torch.compile(unet, backend=config.torch_compile_backend)  # type: ignore[assignment]
         return compiled
     return unet
@@ -170,8 +183,12 @@ def _load_config(name_or_path: str) -> dict[str, Any]:
         raise UserError(f"{flag}: no UNet2DModel configuration found there ({str(error).splitlines()[0]})") from None
     if not isinstance(config, dict) or "block_out_channels" not in config or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise UserError(f"{flag}: not a UNet2DModel configuration")
+    known = set(signature(UNet2DModel.__init__).parameters)
+    unknown = [key for key in config if not key.startswith("_") and key not in known]
+    if unknown or not isinstance(config["block_out_channels"], list | tuple):
+        raise UserError(f"{flag}: not a UNet2DModel configuration: {', '.join(unknown) or 'block_out_channels'} is not one of its settings")
     if config.get("num_class_embeds") or config.get("class_embed_type"):
         raise UserError(f"{flag}: the network expects class labels; this script trains without")
     if config.get("in_channels", 3) != config.get("out_channels", 3):
         raise UserError(f"{flag}: in_channels and out_channels differ; a learned variance is not trained here")
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    return {"in_channels": 3, "out_channels": 3} | {key: value for key, value in config.items() if not key.startswith("_")}

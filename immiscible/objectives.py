@@ -71,7 +71,7 @@ class DenoisingObjective:
             x0: images or latents, fp32 [B, C, H, W], on the process's device.
             draws: this micro-batch's random numbers.
         """
-        t = self.sampler.from_uniforms(draws.uniform("timesteps", len(x0)))  # [B]       how often each level is trained  <- SpeeD
+        t = self.sampler.from_uniforms(draws.uniform("timesteps", len(x0))).to(x0.device)  # [B] how often each level is trained  <- SpeeD
         drawn = draws.normal("noise", *x0.shape)  #                            [B,C,H,W] the pool of noises
         scaled = x0 if self.image_scale == 1 else self.image_scale * x0
         coupled = draws.step >= self.coupling_start_step

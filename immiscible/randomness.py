@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
@@ -20,7 +20,7 @@ ROWS_PER_BLOCK = 8  # few enough that any split of a batch over ranks wastes lit
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that is a function of ``parts`` alone, equal on every machine and process."""
+    """A 63-bit seed that is a function of ``parts`` alone, equal on every machine and process (torch's CPU generator uses 32 of them)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -59,8 +59,10 @@ class Draws:
         return self._rows(purpose, shape, lambda block, generator: block.normal_(generator=generator), torch.float32)
 
     def uniform(self, purpose: str, rows: int) -> Tensor:
-        """Uniform numbers in [0, 1), float64, of shape [rows], the same for a global row however the rows are split."""
-        return self._rows(purpose, (rows,), lambda block, generator: block.uniform_(generator=generator), torch.float64)
+        """Uniform numbers in [0, 1), float64 on the CPU (not every device has float64), of shape [rows], the same for a global row
+        however the rows are split."""
+        on_cpu = replace(self, device=torch.device("cpu"))
+        return on_cpu._rows(purpose, (rows,), lambda block, generator: block.uniform_(generator=generator), torch.float64)
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator for draws whose number is not known beforehand; a function of the micro-batch's first global row."""

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .checkpoints import PARTIAL, check_identity, checkpoints, clean_up, discard, read_state, replace, resolve_checkpoint
-from .config import FREE_ON_RESUME, UnconditionalConfig, save_config
+from .checkpoints import PARTIAL, checkpoints, clean_up, discard, is_complete, read_state, replace, resolve_checkpoint, step_of
+from .config import FREE_ON_RESUME, OWN_FILES, UnconditionalConfig, save_config
 from .coupling import Coupling, bias_notice, pairs_batch
 from .data import GlobalBatchOrder, ImageSource, ImageTransform
 from .errors import UserError
@@ -40,19 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Everything a run writes into its folder, beside the checkpoints and the tracker's logs. Nothing else there is ever touched.
-OWN_FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "evaluation.jsonl",
-    "summary.json",
-    "samples",
-    "model_index.json",
-    "unet",
-    "unet_non_ema",
-    "scheduler",
-    "README.md",
-)
+MARKER = ".immiscible-run"  # a folder without it is nobody's run, whatever names it holds
+FINISHED = "a finished run"
 
 
 @contextmanager
@@ -61,7 +50,7 @@ def session(config: UnconditionalConfig) -> Iterator[Accelerator]:
     if config.local_rank != -1 and "RANK" in os.environ:  # without a launcher it means nothing, as in the diffusers script
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
     from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.utils import ProjectConfiguration, is_tensorboard_available, is_wandb_available
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, is_tensorboard_available, is_wandb_available
 
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "none": lambda: True}
     if not available[config.logger]():
@@ -73,7 +62,10 @@ def session(config: UnconditionalConfig) -> Iterator[Accelerator]:
         torch.backends.cudnn.allow_tf32 = True
     try:
         accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            # A plugin, because accelerate lets the environment overrule a plain number.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
             mixed_precision=config.mixed_precision,
             log_with=None if config.logger == "none" else config.logger,
             project_config=ProjectConfiguration(
@@ -112,15 +104,34 @@ def check_folder(config: UnconditionalConfig) -> Path | None:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; give a folder")
-    resumed = resolve_checkpoint(folder, config.resume_from_checkpoint)
-    if _holds_run(folder) and not config.overwrite_output_dir and config.resume_from_checkpoint is None:
-        state = "a finished run" if (folder / "summary.json").exists() else "an unfinished run"
+    held = _run_in(folder)
+    foreign = [name for name in (*OWN_FILES, config.logging_dir) if os.path.lexists(folder / name)]
+    if not held and foreign and not config.plan:
         raise UserError(
-            f"--output_dir {folder} holds {state}: continue it with --resume_from_checkpoint latest, delete it with "
+            f"--output_dir {folder} holds {', '.join(foreign)} of something else, which a run would overwrite; give another folder"
+        )
+    resumed = resolve_checkpoint(folder, config.resume_from_checkpoint)
+    if held and not config.overwrite_output_dir and not config.plan and config.resume_from_checkpoint is None:
+        raise UserError(
+            f"--output_dir {folder} holds {held}: continue it with --resume_from_checkpoint latest, delete it with "
             f"--overwrite_output_dir, or choose another folder"
         )
     if config.resume_from_checkpoint == "latest" and resumed is None:
+        if held == FINISHED:
+            raise UserError(
+                f"--resume_from_checkpoint latest: the finished run in {folder} has no complete checkpoint left; "
+                f"delete it with --overwrite_output_dir or choose another --output_dir"
+            )
         logger.warning("--resume_from_checkpoint latest: %s holds no checkpoint; starting anew", folder)
+    if resumed and resumed.resolve().parent == folder.resolve():
+        later = [path.name for path in checkpoints(folder) if step_of(path) > step_of(resumed) and is_complete(path)]
+        if later:
+            raise UserError(
+                f"--resume_from_checkpoint {config.resume_from_checkpoint}: {folder} holds later checkpoints ({', '.join(later)}), "
+                f"which the resumed run would mix with its own; give another --output_dir to branch off, or `latest`"
+            )
+    elif resumed and held and not config.plan:
+        raise UserError(f"--output_dir {folder} holds {held} of its own; resume {resumed} into its own folder or into a new one")
     return resumed
 
 
@@ -161,33 +172,52 @@ def run_identity(config: UnconditionalConfig, *, data: str, network: dict[str, A
     return json.loads(json.dumps({**flags, "data": data, "network": network, "processes": processes}))
 
 
-def check_resumed(config: UnconditionalConfig, resumed: Path, identity: dict[str, Any]) -> None:
-    """The checkpoint must belong to the run that is asked for, and the output folder to no other."""
-    check_identity(resumed, identity)
-    folder = Path(config.output_dir)
-    if _holds_run(folder) and folder.resolve() != resumed.resolve().parent:
-        raise UserError(f"--output_dir {folder} holds a run of its own; resume {resumed} into its own folder or into a new one")
-
-
 def prepare_folder(config: UnconditionalConfig, accelerator: Accelerator) -> None:
     """Creates the output folder; removes what a killed run left half written and, with ``--overwrite_output_dir``, the old run."""
     folder = Path(config.output_dir)
-    accelerator.wait_for_everyone()  # every rank has looked at the folder as it was
-    if accelerator.is_main_process:
+
+    def prepare() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            clean_up(folder)
-            if config.overwrite_output_dir and _holds_run(folder):
-                old = [*(folder / name for name in (*OWN_FILES, config.logging_dir)), *checkpoints(folder)]
-                for path in filter(Path.exists, old):
-                    discard(path)
         except OSError as error:
             raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}", exit_code=1) from None
-    accelerator.wait_for_everyone()
+        clean_up(folder)
+        if config.overwrite_output_dir and _run_in(folder):
+            old = [*(folder / name for name in (*OWN_FILES, config.logging_dir)), *checkpoints(folder)]
+            for path in filter(os.path.lexists, old):
+                discard(path)
+        (folder / MARKER).touch()
+
+    accelerator.wait_for_everyone()  # every rank has looked at the folder as it was
+    on_main_process(accelerator, prepare)
 
 
-def _holds_run(folder: Path) -> bool:
-    return (folder / "config.yaml").exists() or (folder / "model_index.json").exists() or bool(checkpoints(folder))
+def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Does ``work`` on rank 0 while the others wait; a user's mistake or a failing disk that it meets is raised on every rank.
+
+    Raises:
+        UserError: what ``work`` raised, or its `OSError` as one line.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    failure: list[tuple[str, int] | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            work()
+        except UserError as error:
+            failure = [(str(error), error.exit_code)]
+        except OSError as error:
+            failure = [(f"cannot write {error.filename or 'the output folder'}: {error.strerror or error}", 1)]
+    broadcast_object_list(failure)
+    if failure[0]:
+        raise UserError(failure[0][0], exit_code=failure[0][1])
+
+
+def _run_in(folder: Path) -> str:
+    """What of ours the folder holds, in words, or an empty string: the marker is written by every run, before anything else."""
+    if not (folder / MARKER).exists():
+        return ""
+    return FINISHED if (folder / "summary.json").exists() else "an unfinished run"
 
 
 class RunLog:
@@ -205,7 +235,8 @@ class RunLog:
     def __init__(self, folder: Path, accelerator: Accelerator, config: UnconditionalConfig, start_step: int) -> None:
         self._path = folder / "metrics.jsonl"
         self._accelerator = accelerator
-        self._waiting: list[dict[str, float]] = []
+        self._sums: dict[str, float] = {}
+        self._count = 0
         self.train_seconds = 0.0
         if not accelerator.is_main_process:
             return
@@ -221,12 +252,13 @@ class RunLog:
     def add(self, step: int, metrics: dict[str, float], *, write: bool) -> dict[str, float]:
         """Collects a step's metrics; with ``write`` their means become a line. Returns the means so far."""
         self.train_seconds += metrics["step_seconds"]
-        self._waiting.append(metrics)
-        means = {name: sum(row[name] for row in self._waiting) / len(self._waiting) for name in metrics}
+        self._count += 1
+        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in metrics.items()}
+        means = {name: value / self._count for name, value in self._sums.items()}
         before = means["pair_distance_drawn"]
         means |= {"distance_reduction_percent": 100 * (before - means["pair_distance"]) / before, "train_seconds": self.train_seconds}
         if write:
-            self._waiting.clear()
+            self._sums, self._count = {}, 0
             if self._accelerator.is_main_process:
                 _append_line(self._path, {"step": step, **{name: float(f"{value:.8g}") for name, value in means.items()}})
                 self._accelerator.log(means, step=step)
@@ -243,7 +275,6 @@ class RunEvaluation:
         transform: training's; reference images are cut from the middle and not flipped.
         objective: gives process and prediction type.
         scheduler: of training.
-        start_step: lines of later steps are dropped.
     """
 
     def __init__(
@@ -254,24 +285,32 @@ class RunEvaluation:
         transform: ImageTransform,
         objective: DenoisingObjective,
         scheduler: SchedulerMixin,
-        start_step: int,
     ) -> None:
         self._config, self._objective, self._scheduler = config, objective, scheduler
+        self._source, self._held_out_source, self._transform = source, held_out, transform
         self._path = Path(config.output_dir) / "evaluation.jsonl"
-        self._data = source.fingerprint
+
+    def prepare(self, start_step: int) -> None:
+        """Reads the reference images; drops lines of steps after ``start_step``, which a killed run left behind."""
+        config, transform = self._config, self._transform
         name = config.eval_features or ("digits" if config.bundled_data == "digits" else "pixels")
         features = build_features(name, channels=transform.channels, resolution=transform.resolution)
-        reference = map(to_uint8, fixed_images(source, transform, skip_bad_images=config.skip_bad_images))
+        reference = map(to_uint8, fixed_images(self._source, transform, skip_bad_images=config.skip_bad_images))
         self._evaluation = Evaluation(features, reference, samples=config.eval_samples, inference_steps=config.eval_inference_steps)
         self._held_out = None
-        if held_out is not None:
-            self._held_out = torch.cat(list(fixed_images(held_out, transform, skip_bad_images=config.skip_bad_images)))
+        if self._held_out_source is not None:
+            self._held_out = torch.cat(list(fixed_images(self._held_out_source, transform, skip_bad_images=config.skip_bad_images)))
         _drop_later_lines(self._path, start_step)
 
     def __call__(self, unet: UNet2DModel, ema: EMAModel | None, step: int, train_seconds: float) -> None:
         """Measures the weights at ``step`` and appends a line."""
         pipeline = build_pipeline(unet, self._scheduler, sampler=self._config.sampling_scheduler, spacing=self._config.timestep_spacing)
-        line: dict[str, Any] = {"step": step, "train_seconds": train_seconds, "data": self._data, **self._evaluation(pipeline, ema)}
+        line: dict[str, Any] = {
+            "step": step,
+            "train_seconds": train_seconds,
+            "data": self._source.fingerprint,
+            **self._evaluation(pipeline, ema),
+        }
         line["num_features"] = self._evaluation.distance.features.num_features
         if self._held_out is not None:
             line["validation_loss"] = validation_loss(
@@ -412,7 +451,7 @@ def is_finished(config: UnconditionalConfig, start_step: int, max_steps: int) ->
     return finished
 
 
-def report_end(config: UnconditionalConfig, step: int, facts: dict[str, str], grid: Path) -> None:
+def report_end(config: UnconditionalConfig, step: int, facts: dict[str, str]) -> None:
     """Writes ``summary.json``, which marks the run as finished, and prints the summary."""
     folder = Path(config.output_dir)
     measured = measured_facts(config)
@@ -423,9 +462,9 @@ def report_end(config: UnconditionalConfig, step: int, facts: dict[str, str], gr
         **facts,
         **measured,
         "pipeline": folder,
-        "samples": grid,
+        "samples": _grid_path(folder, step),
         "metrics": folder / "metrics.jsonl",
-        "restart": f"--config {folder / 'config.yaml'}",
+        "restart": f"--config {folder / 'config.yaml'} --output_dir ANOTHER_FOLDER",
     }
     sys.stdout.write("\n".join(["Finished.", *(f"  {name.replace('_', ' '):<24}{value}" for name, value in lines.items())]) + "\n")
 
@@ -455,8 +494,8 @@ def save_pipeline(
 
 def save_samples(
     unet: UNet2DModel, ema: EMAModel | None, scheduler: SchedulerMixin, config: UnconditionalConfig, seed: int, step: int
-) -> Path:
-    """A grid of samples with the same noises at every step, in ``samples/``; returns its path."""
+) -> None:
+    """A grid of samples with the same noises at every step, in ``samples/``."""
     with evaluation_weights(unet, ema):
         pipeline = build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing)
         images = sample_images(
@@ -467,14 +506,17 @@ def save_samples(
             batch_size=config.eval_batch_size,
             device=unet.device,
         )
-    path = Path(config.output_dir) / "samples" / f"step-{step:07d}.png"
+    path = _grid_path(Path(config.output_dir), step)
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(images).save(path)
-    return path
 
 
-def push_pipeline(config: UnconditionalConfig, step: int) -> str:
-    """Uploads the pipeline, samples, config and metrics (no checkpoints); returns the repository's name."""
+def _grid_path(folder: Path, step: int) -> Path:
+    return folder / "samples" / f"step-{step:07d}.png"
+
+
+def push_pipeline(config: UnconditionalConfig, step: int) -> None:
+    """Uploads the pipeline, samples, config and metrics, no checkpoints."""
     from huggingface_hub import create_repo, upload_folder
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -492,7 +534,6 @@ def push_pipeline(config: UnconditionalConfig, step: int) -> str:
     except (HfHubHTTPError, OSError, ValueError) as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--push_to_hub failed ({first_line}); the run is complete in {folder}", exit_code=1) from None
-    return repository
 
 
 def _add_metadata(path: Path, facts: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from immiscible.assignment import METRICS, assign
 from immiscible.data import ImageTransform, PhotoCrops, load_digits
-from immiscible.errors import run_script
+from immiscible.errors import UserError, run_script
 from immiscible.randomness import seeded_generator
 
 PAPER = {128: (1.93, 5.4), 256: (2.16, 6.7), 512: (2.32, 8.8), 1024: (2.44, 22.8)}  # reduction in %, ms on an A6000
@@ -33,8 +33,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
 
+    if arguments.repeats < 1 or min(arguments.batch_sizes) < 2:
+        raise UserError("--repeats must be at least 1 and --batch_sizes at least 2")
     source = load_digits() if arguments.data == "digits" else PhotoCrops(arguments.resolution)
     transform = ImageTransform(8 if arguments.data == "digits" else arguments.resolution, source.channels)
+    if max(arguments.batch_sizes) > len(source):
+        raise UserError(f"--batch_sizes {max(arguments.batch_sizes)} exceeds the {len(source)} images of {arguments.data}")
     needed = min(len(source), 4 * max(arguments.batch_sizes))
     images = torch.stack([transform(source.load(i), 0, i) for i in tqdm(range(needed), desc="images", leave=False)])
     generator = seeded_generator(arguments.seed, "benchmark")

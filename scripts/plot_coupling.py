@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("coupling.png"))
     arguments = parser.parse_args(argv)
+    if arguments.batch < 2:
+        raise UserError(f"--batch must be at least 2, not {arguments.batch}")
     if not 1 <= arguments.shown <= arguments.batch:
         raise UserError(f"--shown must be from 1 to --batch, {arguments.batch}, not {arguments.shown}")
 

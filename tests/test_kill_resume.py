@@ -89,7 +89,7 @@ def kill_at_random_points(script, tmp_path, *, kills, processes, steps, checkpoi
         if (folder / "summary.json").exists():
             break
     finish(start(script, argv, processes))
-    assert not list(folder.glob(".*"))
+    assert [path.name for path in folder.glob(".*")] == [".immiscible-run"]
     return final_hashes(folder, steps), during_saves, number + 1
 
 
