@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR := runs/demo
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-slow results clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ test: $(VENV)/installed
 # Kill-and-resume at 20 random points on one and on two processes, and the other long tests.
 test-slow: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+# Every run behind docs/RESULTS.md: two to three hours on two cores; continues where it was stopped.
+results: $(VENV)/installed
+	PYTHON=$(BIN)/python bash scripts/results.sh
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -31,22 +31,19 @@ from immiscible.run import (
     RunEvaluation,
     RunLog,
     check_batch_size,
-    check_folder,
     is_finished,
     measured_facts,
     method_facts,
-    on_main_process,
-    prepare_folder,
     push_pipeline,
     report_end,
     report_plan,
     report_start,
-    run_identity,
     save_pipeline,
     save_samples,
     session,
     settle_seed,
 )
+from immiscible.run_folder import check_folder, on_main_process, prepare_folder, run_identity
 from immiscible.timesteps import timestep_sampler
 from immiscible.training import StopRequest, train
 from immiscible.weighting import loss_weights

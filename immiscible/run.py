@@ -10,7 +10,7 @@ import secrets
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .checkpoints import PARTIAL, checkpoints, clean_up, discard, is_complete, read_state, replace, resolve_checkpoint, step_of
-from .config import FREE_ON_RESUME, OWN_FILES, UnconditionalConfig, save_config
+from .checkpoints import PARTIAL, read_state, replace
+from .config import OWN_FILES, UnconditionalConfig, save_config
 from .coupling import Coupling, bias_notice, pairs_batch
 from .data import GlobalBatchOrder, ImageSource, ImageTransform
 from .errors import UserError
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
 logger = logging.getLogger(__name__)
-
-MARKER = ".immiscible-run"  # a folder without it is nobody's run, whatever names it holds
-FINISHED = "a finished run"
 
 
 @contextmanager
@@ -94,47 +91,6 @@ def session(config: UnconditionalConfig) -> Iterator[Accelerator]:
         accelerator.end_training()
 
 
-def check_folder(config: UnconditionalConfig) -> Path | None:
-    """The checkpoint to resume, or None for a fresh start; touches nothing.
-
-    Raises:
-        UserError: the output folder holds a run and neither resuming nor overwriting is asked for, or the checkpoint is missing or
-            incomplete.
-    """
-    folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file; give a folder")
-    held = _run_in(folder)
-    foreign = [name for name in (*OWN_FILES, config.logging_dir) if os.path.lexists(folder / name)]
-    if not held and foreign and not config.plan:
-        raise UserError(
-            f"--output_dir {folder} holds {', '.join(foreign)} of something else, which a run would overwrite; give another folder"
-        )
-    resumed = resolve_checkpoint(folder, config.resume_from_checkpoint)
-    if held and not config.overwrite_output_dir and not config.plan and config.resume_from_checkpoint is None:
-        raise UserError(
-            f"--output_dir {folder} holds {held}: continue it with --resume_from_checkpoint latest, delete it with "
-            f"--overwrite_output_dir, or choose another folder"
-        )
-    if config.resume_from_checkpoint == "latest" and resumed is None:
-        if held == FINISHED:
-            raise UserError(
-                f"--resume_from_checkpoint latest: the finished run in {folder} has no complete checkpoint left; "
-                f"delete it with --overwrite_output_dir or choose another --output_dir"
-            )
-        logger.warning("--resume_from_checkpoint latest: %s holds no checkpoint; starting anew", folder)
-    if resumed and resumed.resolve().parent == folder.resolve():
-        later = [path.name for path in checkpoints(folder) if step_of(path) > step_of(resumed) and is_complete(path)]
-        if later:
-            raise UserError(
-                f"--resume_from_checkpoint {config.resume_from_checkpoint}: {folder} holds later checkpoints ({', '.join(later)}), "
-                f"which the resumed run would mix with its own; give another --output_dir to branch off, or `latest`"
-            )
-    elif resumed and held and not config.plan:
-        raise UserError(f"--output_dir {folder} holds {held} of its own; resume {resumed} into its own folder or into a new one")
-    return resumed
-
-
 def settle_seed(config: UnconditionalConfig, resumed: Path | None) -> int:
     """The run's seed: as given, else the resumed checkpoint's, else drawn by rank 0 and shared. It is written into ``config``."""
     from accelerate.utils import broadcast_object_list
@@ -164,60 +120,6 @@ def check_batch_size(config: UnconditionalConfig, objective: DenoisingObjective,
         logger.warning(
             "--noise_coupling %s with --train_batch_size 1 is the identity: one image has one noise to choose from", config.noise_coupling
         )
-
-
-def run_identity(config: UnconditionalConfig, *, data: str, network: dict[str, Any], processes: int) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued: every flag not in `FREE_ON_RESUME`, the data, the network, the ranks."""
-    flags = {f"--{name}": value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
-    return json.loads(json.dumps({**flags, "data": data, "network": network, "processes": processes}))
-
-
-def prepare_folder(config: UnconditionalConfig, accelerator: Accelerator) -> None:
-    """Creates the output folder; removes what a killed run left half written and, with ``--overwrite_output_dir``, the old run."""
-    folder = Path(config.output_dir)
-
-    def prepare() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}", exit_code=1) from None
-        clean_up(folder)
-        if config.overwrite_output_dir and _run_in(folder):
-            old = [*(folder / name for name in (*OWN_FILES, config.logging_dir)), *checkpoints(folder)]
-            for path in filter(os.path.lexists, old):
-                discard(path)
-        (folder / MARKER).touch()
-
-    accelerator.wait_for_everyone()  # every rank has looked at the folder as it was
-    on_main_process(accelerator, prepare)
-
-
-def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Does ``work`` on rank 0 while the others wait; a user's mistake or a failing disk that it meets is raised on every rank.
-
-    Raises:
-        UserError: what ``work`` raised, or its `OSError` as one line.
-    """
-    from accelerate.utils import broadcast_object_list
-
-    failure: list[tuple[str, int] | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            work()
-        except UserError as error:
-            failure = [(str(error), error.exit_code)]
-        except OSError as error:
-            failure = [(f"cannot write {error.filename or 'the output folder'}: {error.strerror or error}", 1)]
-    broadcast_object_list(failure)
-    if failure[0]:
-        raise UserError(failure[0][0], exit_code=failure[0][1])
-
-
-def _run_in(folder: Path) -> str:
-    """What of ours the folder holds, in words, or an empty string: the marker is written by every run, before anything else."""
-    if not (folder / MARKER).exists():
-        return ""
-    return FINISHED if (folder / "summary.json").exists() else "an unfinished run"
 
 
 class RunLog:

@@ -134,3 +134,23 @@ def test_images_whose_distances_overflow_are_one_line(script, tmp_path):
         Image.fromarray(numpy.full((8, 8), 1e30, numpy.float32)).save(images / f"{number}.tiff")
     result = script(tiny(tmp_path / "run", train_data_dir=images, preserve_input_precision=True, noise_coupling="assignment"))
     assert result.code != 0 and "overflow" in result.error
+
+
+def test_evaluation_changes_no_bit_of_training(script, tmp_path):
+    evaluation = {"eval_steps": 2, "eval_samples": 70, "eval_inference_steps": [1, 2]}
+    assert script(tiny(tmp_path / "without", use_ema=True, dropout=0.1)).code == 0
+    assert script(tiny(tmp_path / "with", use_ema=True, dropout=0.1, **evaluation)).code == 0
+    assert weights(tmp_path / "with", 4) == weights(tmp_path / "without", 4)
+    lines = [json.loads(line) for line in (tmp_path / "with" / "evaluation.jsonl").read_text().splitlines()]
+    assert [(line["step"], sorted(line["frechet_distance"])) for line in lines] == [(2, ["1", "2"]), (4, ["1", "2"])]
+    assert script(tiny(tmp_path / "again", use_ema=True, dropout=0.1, **evaluation)).code == 0
+    again = [json.loads(line) for line in (tmp_path / "again" / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["frechet_distance"] for line in again] == [line["frechet_distance"] for line in lines]
+
+
+def test_held_out_images_give_a_loss_per_noise_level(script, tmp_path):
+    flags = {"eval_steps": 4, "eval_samples": 70, "eval_inference_steps": [1], "validation_split": 0.05, "eval_features": "pixels"}
+    assert script(tiny(tmp_path / "run", **flags)).code == 0
+    (line,) = [json.loads(text) for text in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert list(line["validation_loss"])[0] == "0-99" and len(line["validation_loss"]) == 10
+    assert line["reference_images"] == 1797 - 90 and line["feature"] == "FD-pixels-8x8"
