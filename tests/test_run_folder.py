@@ -152,5 +152,5 @@ def test_held_out_images_give_a_loss_per_noise_level(script, tmp_path):
     flags = {"eval_steps": 4, "eval_samples": 70, "eval_inference_steps": [1], "validation_split": 0.05, "eval_features": "pixels"}
     assert script(tiny(tmp_path / "run", **flags)).code == 0
     (line,) = [json.loads(text) for text in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
-    assert list(line["validation_loss"])[0] == "0-99" and len(line["validation_loss"]) == 10
+    assert next(iter(line["validation_loss"])) == "0-99" and len(line["validation_loss"]) == 10
     assert line["reference_images"] == 1797 - 90 and line["feature"] == "FD-pixels-8x8"
