@@ -379,14 +379,14 @@ def _validate(config: UnconditionalConfig) -> None:
     not_negative = (
         "lr_warmup_steps learning_rate adam_epsilon adam_weight_decay max_grad_norm save_images_epochs save_model_epochs "
         "dataloader_num_workers coupling_min_timestep coupling_start_step noise_offset input_perturbation "
-        "p2_k p2_gamma"
+        "p2_k p2_gamma ema_power"
     )
     for names, least in ((at_least_one, 1), (not_negative, 0)):
         for name in names.split():
             value = getattr(config, name)
             if value is not None and not value >= least:
                 raise UserError(f"--{name} must be at least {least}, not {value}")
-    for name in ("ema_inv_gamma", "ema_power", "image_scale", "logit_std", "snr_gamma"):
+    for name in ("ema_inv_gamma", "image_scale", "logit_std", "snr_gamma"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} must be above 0, not {value}")

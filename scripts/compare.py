@@ -289,7 +289,7 @@ def run_all(jobs: Sequence[Job], at_once: int, lock: IO[str]) -> None:
     total = sum(job.max_steps or 0 for job in jobs) if all(job.max_steps for job in jobs) else None
     done = sum(job.step() for job in jobs)
     with (
-        sigterm_as_interrupt(),
+        signals_as_interrupt(),
         tqdm(total=total, initial=done, unit="step", desc="training", disable=None) if waiting else nullcontext() as bar,
     ):
         try:
@@ -331,12 +331,14 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def signals_as_interrupt() -> Iterator[None]:
+    # SIGINT too: a shell starts background jobs with it ignored, and then not even an explicit `kill -INT` would stop the grid.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
