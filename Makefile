@@ -28,7 +28,7 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
-# Every run behind docs/RESULTS.md: two to three hours on two cores; continues where it was stopped.
+# Every run behind docs/RESULTS.md: about an hour on two cores; continues where it was stopped.
 results: $(VENV)/installed
 	PYTHON=$(BIN)/python bash scripts/results.sh
 
