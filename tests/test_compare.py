@@ -246,6 +246,27 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_continues(script, grid, how,
     assert steps == list(range(10, 101, 10))
 
 
+def test_a_killed_comparison_leaves_a_run_that_is_not_disturbed_and_then_continued(script, grid, tmp_path):
+    command = grid("wait", seeds=[0])
+    command[command.index("fake.py")] = fake = str(tmp_path / "fake.py")
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *command], env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+    try:
+        wait_for(lambda: Path("out/wait-seed0/state.json").exists())
+        process.kill()
+        process.wait()
+        with pytest.raises(UserError, match="another comparison, or a run that one left behind, is training in out"):
+            script.main(command)
+    finally:
+        process.kill()
+        for number in alive(fake):
+            os.kill(int(number), signal.SIGTERM)
+    wait_for(lambda: not alive(fake))
+    Path("out/repaired").touch()
+    script.main(command)
+    steps = [json.loads(line)["step"] for line in Path("out/wait-seed0/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(10, 101, 10)) and starts() == ["wait-seed0", "wait-seed0"]
+
+
 def test_two_comparisons_do_not_train_in_one_folder(script, grid):
     Path("out/logs").mkdir(parents=True)
     with script.locked(Path("out")), pytest.raises(UserError, match="another comparison") as caught:

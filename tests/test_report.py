@@ -1,8 +1,14 @@
+import base64
+import html
+import io
 import json
 import math
+import random
 import re
+from itertools import pairwise
 
 import pytest
+from launch import tiny
 from PIL import Image
 
 from immiscible.config import UnconditionalConfig, save_config
@@ -18,18 +24,14 @@ from immiscible.report import (
     compare,
     crossing,
     group_runs,
-    headline,
-    html_report,
-    markdown_report,
     middle,
     ratio,
     read_run,
     seed_ratio,
-    summary,
-    summary_table,
     verdict,
-    write_report,
 )
+from immiscible.report_figures import looks
+from immiscible.report_page import cost_table, headline, html_report, markdown_report, seed_table, summary, summary_table, write_report
 
 INF = math.inf
 
@@ -41,6 +43,17 @@ def decay(stop=500, every=100, speed=1.0, scale=1.0):
 
 def exactly(value):
     return Interval(value, value)
+
+
+def words(page):
+    """A page's text without its tags."""
+    return html.unescape(re.sub(r"<[^>]+>", "", page))
+
+
+def noisy(generator, stop=500):
+    """A curve that falls on average, with noise and ties, at steps that are not evenly spaced."""
+    steps = sorted(generator.sample(range(1, stop), 8))
+    return [(float(step), max(0.1, round(30 * math.exp(-step / 200) * generator.uniform(0.6, 1.5), 1))) for step in steps]
 
 
 def near(interval, value, tolerance=1e-9):
@@ -64,6 +77,41 @@ def test_crossing_takes_the_first_time_and_knows_what_it_does_not_know():
     assert crossing([(100.0, 1.0), (200.0, 0.0)], 1e-6).high < 200  # zero has no logarithm
     with pytest.raises(ValueError, match="at least one"):
         crossing([], 1.0)
+
+
+def test_crossing_of_noisy_curves_equals_a_search_over_a_fine_grid():
+    generator, found = random.Random(0), 0
+    for _ in range(200):
+        curve, threshold = noisy(generator), round(generator.uniform(1, 30), 1)
+        result = crossing(curve, threshold)
+        spots = [
+            (start + share * (end - start) / 1000, high * (low / high) ** (share / 1000))
+            for (start, high), (end, low) in pairwise(curve)
+            for share in range(1001)
+        ]
+        first = next((time for time, value in spots if value <= threshold * (1 + 1e-12)), None)
+        if first is None:
+            assert result == Interval(curve[-1][0], INF)
+        elif curve[0][1] < threshold:
+            assert result == Interval(0.0, curve[0][0])
+        else:
+            assert result.low == result.high == pytest.approx(first, abs=0.5)
+            found += 1
+    assert found > 50
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ratio_does_not_depend_on_units_and_names(seed):
+    generator = random.Random(seed)
+    baseline, curve = noisy(generator), noisy(generator)
+    threshold = baseline[-1][1] * generator.uniform(0.8, 1.2)
+    result = seed_ratio(baseline, curve, threshold)
+    scaled = [[(3 * step, 7 * value) for step, value in one] for one in (baseline, curve)]
+    for one, other in zip((result.low, result.high), (lambda r: (r.low, r.high))(seed_ratio(*scaled, 7 * threshold)), strict=True):
+        assert one == pytest.approx(other)
+    for c in (0.25, 2.0, 4.0):  # powers of two, which no rounding touches
+        faster = seed_ratio(baseline, [(step / c, value) for step, value in baseline], threshold)
+        assert faster == exactly(c) or faster == Interval(0.0, INF)  # the latter where the first evaluation was below already
 
 
 def test_ratio_of_intervals_keeps_bounds_the_right_way_round():
@@ -123,7 +171,7 @@ def test_verdict_needs_every_seed_on_one_side_of_one():
     assert verdict([Interval(0.0, INF)] * 2) == UNKNOWN
 
 
-def write_run(folder, curves, *, seed=0, finished=True, dimension=None, line=None, seconds_per_step=0.05, **flags):
+def write_run(folder, curves, *, seed=0, finished=True, dimension=None, line=None, seconds_per_step=0.05, metric=None, **flags):
     """A folder as the training script leaves it; ``curves`` by number of inference steps."""
     (folder / "samples").mkdir(parents=True)
     values = {"bundled_data": "digits", "resolution": 8, "prediction_type": "v_prediction", "max_train_steps": 500, **flags}
@@ -136,7 +184,7 @@ def write_run(folder, curves, *, seed=0, finished=True, dimension=None, line=Non
             seconds = step * seconds_per_step
             file.write(json.dumps({"step": int(step), "train_seconds": seconds, **common, "frechet_distance": distances}) + "\n")
     metrics = {"step_seconds": seconds_per_step, "coupling_seconds": 0.005, "distance_reduction_percent": 9.5}
-    metrics |= {"noise_variance_drift": 0.01, "noise_norm_drift": -0.02, "paired_images": 256, "loss": 0.1}
+    metrics |= {"noise_variance_drift": 0.01, "noise_norm_drift": -0.02, "paired_images": 256, "loss": 0.1, **(metric or {})}
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, **metrics}) + "\n" for step in (10, 20)))
     if finished:
         (folder / "summary.json").write_text(json.dumps({"step": 500}))
@@ -176,6 +224,51 @@ def test_comparison_of_three_seeds(arms):
     )
     assert sentences[1] == "Harm, slower than baseline with every seed: coupled at 20 inference steps."
     assert "No clear effect: copy at 5 and 20 inference steps." in sentences
+
+
+@pytest.mark.parametrize("c", [0.75, 1.25, 3.0])
+def test_arms_compressed_in_time_have_that_ratio_with_every_seed(tmp_path, c):
+    generator = random.Random(int(10 * c))
+    arms = {"baseline": [], "other": []}
+    for seed in range(3):
+        curve = [(step, value * generator.uniform(0.9, 1.1)) for step, value in decay(stop=600, every=60)]
+        arms["baseline"].append(write_run(tmp_path / f"a{seed}", {5: curve}, seed=seed))
+        compressed = [(step / c, value) for step, value in curve]
+        arms["other"].append(write_run(tmp_path / f"b{seed}", {5: compressed}, seed=seed))
+    comparison = compare(arms)
+    for time in ("step", "train_seconds"):
+        assert all(near(value, c) for value in comparison.ratios("other", 5, time).values())
+    assert comparison.verdict("other", 5) == (GAIN if c > 1 else HARM)
+
+
+def test_an_arm_that_never_gets_there_is_shown_the_right_way_round(tmp_path):
+    arms = {
+        "baseline": [write_run(tmp_path / f"a{seed}", {5: decay()}, seed=seed) for seed in range(2)],
+        "late": [write_run(tmp_path / f"b{seed}", {5: decay(speed=0.5)}, seed=seed) for seed in range(2)],
+    }
+    comparison = compare(arms)
+    table = summary_table(comparison, 5)
+    late = dict(zip(table.columns, table.rows[1], strict=True))
+    assert [late[column] for column in ("verdict", "fewer steps", "less time", "steps to it", "seconds to it")] == [
+        HARM,
+        "< 1.00x",
+        "< 1.00x",
+        "> 500",
+        "> 25.00",
+    ]
+    assert "late at 5 inference steps" in headline(comparison)[1] and headline(comparison)[1].startswith("Harm")
+    for report in (words(html_report(comparison)), markdown_report(comparison)):
+        assert "< 1.00x" in report and "> 500" in report and "> 1.00x" not in report
+
+
+def test_every_ratio_can_be_computed_again_by_hand(arms):
+    table = seed_table(compare(arms), 5)
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    baseline = {row["seed"]: row for row in rows if row["arm"] == "baseline"}
+    assert len(rows) == 9 and {row["goal"] for row in rows} == {"0.3425", "0.3874"}  # the mean, and seed 2's own last value
+    for row in rows:
+        for time, shown in (("steps to goal", "fewer steps, x"), ("seconds to goal", "less time, x")):
+            assert float(baseline[row["seed"]][time]) / float(row[time]) == pytest.approx(float(row[shown]), rel=2e-3)
 
 
 def test_the_baseline_may_be_any_arm(arms):
@@ -230,14 +323,78 @@ def test_report_holds_every_arm_seed_and_command(arms, tmp_path):
         for seed in range(3):
             for name in arms:
                 assert re.search(rf"{name}\b.*\b{seed}\b", report)
+    for report in (words(page), text):
         assert "OMP_NUM_THREADS=1 python mine.py --copy" in report
         assert report.count("--noise_coupling assignment") == 3
         assert "1 of 4 comparisons" in report
         assert "not known" not in report and "nan" not in report.lower().replace("nancy", "")
     assert page.count("data:image/png;base64,") == 3
-    assert page.count("<svg") == 4  # two curves, ratios, inference steps
+    assert page.count("<svg") == 5  # curves and ratios at two numbers of inference steps, inference steps
     assert not list((tmp_path / "out").glob(".*"))  # nothing half written
     assert "0-499" in page and "0-499" in text
+
+
+def test_many_arms_have_looks_of_their_own_and_a_figure_each(arms, tmp_path):
+    arms |= {f"a_long_name_{number}": [write_run(tmp_path / str(number), {5: decay(), 20: decay()})] for number in range(9)}
+    assert len({(look["color"], str(look["linestyle"]), look["marker"]) for look in looks(compare(arms)).values()}) == 12
+    page = html_report(compare({name: arms[name] for name in list(arms)[:5]}))
+    assert "<h1>4 arms against baseline</h1>" in page and page.count("<svg") == 5 + 2 * 4
+    assert len(set(re.findall(r'viewBox="0 0 ([\d.]+) ', page))) == 2  # two widths, so that all letters have one size
+    few = html_report(compare({name: arms[name] for name in list(arms)[:4]}))
+    assert 'class="panels"' not in few and "<h1>coupled, copy, a_<wbr>long_<wbr>name_<wbr>0 against baseline</h1>" in few
+
+
+@pytest.mark.parametrize("last, ticks", [(15.0, [20, 40, 60]), (2.0, [2, 5, 10, 20, 50]), (0.003, [0.01, 0.1, 1, 10])])
+def test_axes_have_a_few_plain_ticks(tmp_path, last, ticks):
+    page = html_report(compare({"a": [write_run(tmp_path / "a", {5: [(100.0, 60.0), (500.0, last)]})]}))
+    curves = next(figure for figure in re.findall(r"<svg.*?</svg>", page, re.S) if "5 inference steps" in figure)
+    shown = [float(text) for text in re.findall(r">([\d.]+)</text>", curves)]
+    assert shown[-len(ticks) :] == ticks  # the last axis is the upright one
+
+
+def test_ratios_that_are_not_known_are_drawn_or_said(tmp_path):
+    arms = {
+        "baseline": [write_run(tmp_path / "a", {5: [(100.0, 9.0), (500.0, 3.0)], 20: [(100.0, 3.0), (500.0, 5.0)]})],
+        "early": [write_run(tmp_path / "b", {5: [(100.0, 0.1), (500.0, 0.1)], 20: [(100.0, 2.0), (500.0, 1.0)]})],
+        "killed": [write_run(tmp_path / "c", {5: decay(stop=200), 20: decay(stop=200)}, finished=False)],
+    }
+    page = html_report(compare(arms))
+    drawn = [figure for figure in re.findall(r"<svg.*?</svg>", page, re.S) if "times fewer training steps" in figure]
+    assert ["not known" in figure for figure in drawn] == [False, True]
+    assert all("no finished run" in figure for figure in drawn)
+
+
+def test_samples_are_kept_apart(tmp_path):
+    arms = {"baseline": [write_run(tmp_path / "a", {5: decay()}, eval_batch_size=4)]}
+    grid = Image.new("RGB", (64, 64), "black")
+    grid.paste("red", (32, 0, 64, 32))
+    grid.save(tmp_path / "a" / "samples" / "step-0000500.png")
+    data = re.search(r"data:image/png;base64,([^\"]+)", html_report(compare(arms)))[1]
+    shown = Image.open(io.BytesIO(base64.b64decode(data)))
+    gap = [(x, y) for x in range(66) for y in range(66) if x in (32, 33) or y in (32, 33)]
+    assert shown.size == (66, 66) and {shown.getpixel(spot) for spot in gap} == {(255, 255, 255)}
+    assert shown.crop((34, 0, 66, 32)).getcolors() == [(1024, (255, 0, 0))]
+    assert shown.crop((0, 34, 32, 66)).getcolors() == [(1024, (0, 0, 0))]
+    grid.resize((63, 64)).save(tmp_path / "a" / "samples" / "step-0000500.png")  # no grid of four: shown as it is
+    data = re.search(r"data:image/png;base64,([^\"]+)", html_report(compare(arms)))[1]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (63, 64)
+
+
+def test_no_drift_is_shown_without_a_sign_of_its_own(tmp_path):
+    table = cost_table(compare({"a": [write_run(tmp_path / "a", {5: decay()}, metric={"noise_norm_drift": -4e-8})]}))
+    shown = dict(zip(table.columns, table.rows[0], strict=True))
+    assert shown["noise norm drift"] == "+0.0000" and shown["noise variance drift"] == "+0.0100"
+
+
+def test_two_arms_of_one_method_have_the_same_curves(script, tmp_path):
+    changes = {"eval_steps": 1, "eval_samples": 70, "eval_inference_steps": [1], "eval_features": "pixels", "noise_coupling": "assignment"}
+    arms = {name: [tmp_path / f"{name}-seed0"] for name in ("one", "other")}
+    for (folder,) in arms.values():
+        assert script(tiny(folder, **changes, max_train_steps=2)).code == 0
+    comparison = compare(arms)
+    assert comparison.ratios("other", 1) == {0: exactly(1.0)} and comparison.verdict("other", 1) == NO_EFFECT
+    one, other = (comparison.arms[name].runs[0].curve(1) for name in arms)
+    assert one == other and [step for step, _ in one] == [1, 2] and all(math.isfinite(value) for _, value in one)
 
 
 def test_report_is_self_contained(arms):
@@ -267,7 +424,7 @@ def test_report_survives_missing_and_unfinished_arms(arms, tmp_path):
         commands={absent: "python t.py --seed 0"},
         problems={absent: "failed with exit code 1: boom", killed: "killed by signal 9 (SIGKILL)"},
     )
-    for report in (html_report(comparison), markdown_report(comparison)):
+    for report in (words(html_report(comparison)), markdown_report(comparison)):
         assert "absent-seed0: failed with exit code 1: boom" in report and "python t.py --seed 0" in report
         assert "killed-seed0: killed by signal 9 (SIGKILL) (last measured at step 200 of 500; drawn, not counted)" in report
     assert comparison.ratios("killed", 5) == {} and comparison.verdict("killed", 5) == "–"
@@ -372,9 +529,10 @@ def test_bad_folders(arms, tmp_path):
     assert "lines without data, feature, reference_images, samples, train_seconds" in message(unmeasured)[0]
     (unmeasured / "evaluation.jsonl").write_text("[1]\n")
     assert "cannot be read" in message(unmeasured)[0] and message(unmeasured)[1] == 1
-    for text in ("a: [", "just words", "\x00"):
+    for text in ("a: [", "just words", "\x00", "seed: x", "max_train_steps: many"):
         (unmeasured / "config.yaml").write_text(text)
         assert message(unmeasured)[1] == 1
+    assert message(tmp_path)[0].startswith(f"{tmp_path}: not a run's folder: it holds no config.yaml, but runs; name them, as ")
     assert "in common" in message(write_run(tmp_path / "seven", {7: decay()}))[0]
     with pytest.raises(UserError, match="end at different steps"):
         compare({"a": [arms["baseline"][0], write_run(tmp_path / "short", {5: decay(stop=400), 20: decay(stop=400)}, seed=9)]})
@@ -385,6 +543,41 @@ def test_bad_folders(arms, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_report(compare(arms), tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"frechet_distance": None},
+        {"frechet_distance": {"a": 1.0}},
+        {"frechet_distance": {"5": "x"}},
+        {"train_seconds": None},
+        {"step": None},
+        {"samples": "many"},
+    ],
+)
+def test_damaged_evaluations_are_one_line(tmp_path, change):
+    folder = write_run(tmp_path / "a", {5: decay()})
+    lines = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    lines[2] |= change
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"a/evaluation.jsonl: cannot be read \(.+\)$") as caught:
+        read_run(folder)
+    assert caught.value.exit_code == 1
+
+
+def test_other_damaged_files_are_one_line(tmp_path):
+    folder = write_run(tmp_path / "a", {5: decay()})
+    for name in ("metrics.jsonl", "summary.json"):
+        before = (folder / name).read_bytes()
+        for content in (b"[1]\n", b"\xff\xfe\n"):
+            (folder / name).write_bytes(content)
+            with pytest.raises(UserError, match=f"a/{name}: cannot be read"):
+                read_run(folder)
+        (folder / name).write_bytes(before)
+    (folder / "samples" / "step-0000500.png").write_bytes(b"half a pict")
+    with pytest.raises(UserError, match=r"step-0000500.png: no picture that can be read"):
+        write_report(compare({"a": [folder]}), tmp_path / "out")
 
 
 def test_too_few_samples_warn_with_the_number_needed(tmp_path, caplog):
@@ -405,4 +598,5 @@ def test_tables_read_in_a_terminal(arms):
     table = summary_table(compare(arms), 5)
     coupled = dict(zip(table.columns, table.rows[1], strict=True))
     assert coupled["verdict"] == GAIN and coupled["fewer steps"].startswith("2.00x") and coupled["seeds"] == "3"
-    assert dict(zip(table.columns, table.rows[0], strict=True))["fewer steps"] == "1.00x"
+    baseline = dict(zip(table.columns, table.rows[0], strict=True))
+    assert baseline["fewer steps"] == "1.00x" and baseline["final FD-digits"] == "0.3369 (0.3032 to 0.3874)"
