@@ -10,27 +10,31 @@ Takes every flag of the diffusers example of this name. Without flags it trains 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+from torch import Tensor
 
 from immiscible.checkpoints import check_identity, load_checkpoint, save_checkpoint
-from immiscible.config import DataArguments, MethodArguments, UnconditionalConfig, given, parse_config
-from immiscible.coupling import build_coupling
+from immiscible.conditions import ClassLeak
+from immiscible.config import DataArguments, UnconditionalConfig, given, parse_config
+from immiscible.coupling import coupling_state, restore_coupling
 from immiscible.data import GlobalBatchOrder, ImageDataset, ImageTransform, build_loader, images_of, load_images
-from immiscible.errors import UserError, run_script
+from immiscible.encoding import PixelEncoder
+from immiscible.errors import run_script
+from immiscible.evaluation import build_pipeline
 from immiscible.metrics import split_source
 from immiscible.models import build_ema, build_optimizer, build_unet, learning_rate, tuned, unet_config
-from immiscible.objectives import DenoisingObjective
-from immiscible.process import NoiseProcess, build_scheduler
+from immiscible.process import build_scheduler
 from immiscible.randomness import reseed_globally
 from immiscible.run import (
     RunEvaluation,
     RunLog,
+    build_objective,
     check_batch_size,
+    follow,
     is_finished,
     measured_facts,
     method_facts,
@@ -44,9 +48,7 @@ from immiscible.run import (
     settle_seed,
 )
 from immiscible.run_folder import check_folder, on_main_process, prepare_folder, run_identity
-from immiscible.timesteps import timestep_sampler
-from immiscible.training import StopRequest, train
-from immiscible.weighting import loss_weights
+from immiscible.training import StopRequest, train, whole_windows
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,9 +65,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -> None:
-    method = given(config, MethodArguments)
-
-    # The five axes: noise process, prediction type, coupling, timestep law, loss weighting.
     scheduler = build_scheduler(
         config.noise_process,
         num_train_timesteps=config.ddpm_num_steps,
@@ -75,32 +74,14 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
         prediction_type=config.prediction_type,
         image_scale=config.image_scale,
     )
-    process = NoiseProcess.from_scheduler(scheduler)
-    objective = DenoisingObjective(
-        process=process.to(accelerator.device),
-        sampler=timestep_sampler(config.timestep_sampling, process, **method),
-        coupling=build_coupling(
-            config.noise_coupling,
-            min_timestep=config.coupling_min_timestep,
-            metric=config.coupling_metric,
-            dtype=config.coupling_dtype,
-            solver=config.coupling_solver,
-            candidates=config.coupling_candidates,
-            score=config.coupling_score,
-        ),
-        weights=loss_weights(config.loss_weighting, process, config.prediction_type, **method).float().to(accelerator.device),
-        prediction_type=config.prediction_type,
-        image_scale=config.image_scale,
-        coupling_start_step=config.coupling_start_step,
-        noise_offset=config.noise_offset,
-        input_perturbation=config.input_perturbation,
-    )
+    objective = build_objective(config, scheduler, accelerator, image_scale=config.image_scale)
 
     # Data, network, and the checkpoint to continue; nothing is written before all of it is known to fit together.
     resumed = check_folder(config)
     seed = settle_seed(config, resumed)
     data = given(config, DataArguments)
-    source = load_images(**{name: data[name] for name in signature(load_images).parameters if name in data})
+    chosen = {name: data[name] for name in signature(load_images).parameters if name in data}
+    source = load_images(**chosen, labels_for=config.labels_for)
     source, held_out = split_source(source, config.validation_split) if config.validation_split else (source, None)
     network = unet_config(
         config_name_or_path=config.model_config_name_or_path,
@@ -108,6 +89,7 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
         resolution=config.resolution,
         channels=source.channels,
         dropout=config.dropout,
+        num_classes=len(source.class_names or ()) if config.class_conditional else None,
     )
     reseed_globally(seed, "network")
     unet = build_unet(network)
@@ -122,20 +104,25 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
     identity = run_identity(config, data=source.fingerprint, network=network, processes=processes)
     if resumed:
         check_identity(resumed, identity)
-        start_step = load_checkpoint(accelerator, resumed, ema)
-    order.start, order.stop = start_step * accumulation, max_steps * accumulation
+        start_step, restored = load_checkpoint(accelerator, resumed, ema)
+        restore_coupling(objective.coupling, restored)
+    order.start, order.stop = whole_windows(start_step * accumulation, max_steps * accumulation, config.coupling_window)
     transform = ImageTransform(
         config.resolution, network["in_channels"], config.center_crop, config.random_flip, config.preserve_input_precision, seed
     )
-    loader = build_loader(ImageDataset(source, transform, config.skip_bad_images), order, config.dataloader_num_workers, accelerator.device)
+    dataset = ImageDataset(source, transform, config.skip_bad_images, with_labels=config.labels_for is not None)
+    loader = build_loader(dataset, order, config.dataloader_num_workers, accelerator.device)
 
-    stop = StopRequest()
+    encode = PixelEncoder(accelerator.device, config.class_conditional)
+    stop, leak = StopRequest(), ClassLeak() if config.log_class_leak else None
     steps = train(
         accelerator,
         model,
         optimizer,
         objective,
         images_of(loader, config.skip_bad_images),
+        encode,
+        batch_size=config.train_batch_size,
         seed=seed,
         start_step=start_step,
         max_steps=max_steps,
@@ -144,8 +131,11 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
         ema=ema,
         stop=stop,
         ahead=config.look_ahead,
+        window=config.coupling_window,
+        watch=leak and (lambda pairs: leak.add(pairs.noise, pairs.labels, pairs.x0)),
     )
-    facts = method_facts(config, objective)
+    schedule = config.ddpm_beta_schedule if config.noise_process == "ddpm" else ""
+    facts = method_facts(config, objective, schedule=schedule, inference_steps=config.ddpm_num_inference_steps)
     report_start(facts, source.description, unet, order, accumulation, start_step, max_steps, objective.coupling)
     if config.plan:
         report_plan(steps, unet, accelerator, max_steps - start_step)
@@ -157,58 +147,72 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
     folder = Path(config.output_dir)
     prepare_folder(config, accelerator)
     log = RunLog(folder, accelerator, config, start_step)
-    evaluation = RunEvaluation(config, source, held_out, transform, objective, scheduler)
+    evaluation = RunEvaluation(
+        config,
+        source,
+        held_out,
+        transform,
+        objective,
+        encode,
+        lambda: build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing),
+        features="digits" if config.bundled_data == "digits" else "pixels",
+    )
     if config.eval_steps:
         on_main_process(accelerator, lambda: evaluation.prepare(start_step))
-    step, saved_at = start_step, start_step if resumed and resumed.resolve().parent == folder.resolve() else None
 
-    def save() -> int:
-        save_checkpoint(accelerator, folder, step, ema, identity, config.checkpoints_total_limit)
-        return step
+    def measure(step: int) -> None:
+        if config.eval_steps and (step % config.eval_steps == 0 or step == max_steps):
+            on_main_process(accelerator, lambda: evaluation(unet, ema, step, log.train_seconds))
 
-    def passed(epochs: int) -> bool:
+    def save(step: int, state: Mapping[str, Tensor]) -> None:
+        save_checkpoint(accelerator, folder, step, ema, identity, config.checkpoints_total_limit, state)
+
+    def passed(epochs: int, step: int) -> bool:
         """Whether this step ended an epoch whose number divides by ``epochs``."""
         now, before = (count * accumulation // order.batches_per_epoch for count in (step, step - 1))
         return epochs > 0 and now // epochs > before // epochs
 
-    def evaluate() -> None:
-        evaluation(unet, ema, step, log.train_seconds)
-
-    def sample() -> None:
-        save_samples(unet, ema, scheduler, config, seed, step)
+    def sample(step: int) -> None:
+        on_main_process(accelerator, lambda: save_samples(unet, ema, scheduler, config, seed, step))
 
     def save_model() -> None:
-        save_pipeline(unet, ema, scheduler, config, {**facts, **measured_facts(config)})
+        on_main_process(
+            accelerator, lambda: save_pipeline(unet, ema, scheduler, config, {**facts, **measured_facts(config)}, source.class_names)
+        )
 
-    if resumed and saved_at is None:
-        saved_at = save()  # a run that goes on in another folder has its beginning there too
-    with stop, tqdm(total=max_steps, initial=start_step, desc="training", unit="step", disable=not accelerator.is_main_process) as bar:
-        for stats in steps:
-            step, last = stats.step, stats.step == max_steps
-            checkpoint_due = step % config.checkpointing_steps == 0
-            means = log.add(step, stats.metrics, write=step % config.logging_steps == 0 or checkpoint_due or last)
-            bar.update()
-            bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-            if config.eval_steps and (step % config.eval_steps == 0 or last):
-                on_main_process(accelerator, evaluate)
-            if checkpoint_due:
-                saved_at = save()
-            if passed(config.save_images_epochs) and not last:
-                on_main_process(accelerator, sample)
-            if passed(config.save_model_epochs) and not last:
-                on_main_process(accelerator, save_model)
-    if saved_at != step:
-        save()
-    if stop.error:
-        raise UserError(f"{stop.error} (stopped and saved at step {step})", exit_code=1)
-    if step < max_steps:
-        accelerator.print(f"Stopped by {stop.reason} at step {step} of {max_steps}; continue with --resume_from_checkpoint latest")
+    def show(step: int) -> None:
+        if passed(config.save_images_epochs, step):
+            sample(step)
+        if passed(config.save_model_epochs, step):
+            save_model()
+
+    state = coupling_state(objective.coupling)
+    saved = resumed is not None and resumed.resolve().parent == folder.resolve()
+    if resumed and not saved:
+        save(start_step, state)  # a run that goes on in another folder has its beginning there too
+        saved = True
+    finished = follow(
+        steps,
+        config,
+        accelerator,
+        log,
+        stop,
+        start_step=start_step,
+        max_steps=max_steps,
+        state=state,
+        saved=saved,
+        leak=leak,
+        measure=measure,
+        save=save,
+        show=show,
+    )
+    if not finished:
         return
-    on_main_process(accelerator, sample)
-    on_main_process(accelerator, save_model)
-    on_main_process(accelerator, lambda: report_end(config, step, facts))
+    sample(max_steps)
+    save_model()
+    on_main_process(accelerator, lambda: report_end(config, max_steps, facts))
     if config.push_to_hub:
-        on_main_process(accelerator, lambda: push_pipeline(config, step))
+        on_main_process(accelerator, lambda: push_pipeline(config, max_steps))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ What is listed in ``__all__`` is the public interface and stays stable.
 """
 
 from .assignment import Assignment, assign, certified_assignment, cost_matrix
+from .conditions import ClassLeak, class_leak
 from .coupling import (
     COUPLINGS,
     AboveTimestep,
@@ -33,6 +34,7 @@ __all__ = [
     "AboveTimestep",
     "Assignment",
     "AssignmentCoupling",
+    "ClassLeak",
     "Coupling",
     "FlippedAssignmentCoupling",
     "IndependentCoupling",
@@ -43,6 +45,7 @@ __all__ = [
     "assign",
     "build_coupling",
     "certified_assignment",
+    "class_leak",
     "cost_matrix",
     "coupling_statistics",
     "loss_weights",

@@ -9,7 +9,10 @@ operations; memory is O(N^2), never O(N^2 D).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy
 import torch
@@ -19,11 +22,14 @@ from .errors import UserError
 
 METRICS = ("l2", "squared_l2", "l1")
 SOLVERS = ("auto", "exact", "auction")
-COST_DTYPES = ("auto", "float32", "float16", "bfloat16")
+COST_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 EXACT_BELOW = 128  # where scipy takes less than a millisecond
 LARGEST_BLOCK = 16384  # its cost fills 2 GiB; pairing within blocks of this size keeps nearly all of the reduction
-EPSILON = 0.024  # of the cost's standard deviation: about 1 % of what a pair gains, and far less is lost
+EPSILON = 0.0075  # of what a pair gains, N^(1/8) standard deviations of the cost or about that; far less is lost
 BIDS_PER_ROW = 200  # ten times what an ordinary batch needs
+ROWS_PER_PRODUCT = 2048  # of a matrix product whose result is kept beside the cost
+INT8_DIMENSIONS = range(2, 2**31 // 127**2)  # D whose inner products cannot leave 32 bits; torch misreads operands of one column
+NORMS = (1e-12, 1e12)  # the largest norm of a batch that fp32 squares comfortably; others are solved in another unit of length
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ def assign(x0: Tensor, noise: Tensor, *, metric: str = "l2", dtype: str = "auto"
         noise: one noise per image, of the same shape and device.
         metric: ``l2`` (the paper's distance), ``squared_l2`` or ``l1`` (the paper's ablation).
         dtype: the precision in which images and noises enter the cost (the paper's quantized assignment uses float16); ``auto`` is
-            bfloat16 for the auction where the device multiplies it fast, else float32. Inner products come out in this precision, which
-            moves the reduction by less than 0.01 %; the rest is done in fp32 or better.
+            `fast_dtype` for the auction and float32 for the exact solver and for ``l1``. ``int8``, on CPUs only, scales each image and
+            noise to its largest value. What this moves in the reduction is about 0.01 %; the rest is done in fp32 or better.
         solver: ``exact``; ``auction``, which keeps more than 99.9 % of the reduction on images; ``auto`` is exact below
             `EXACT_BELOW` images. Above `LARGEST_BLOCK` images blocks of that size are solved apart.
 
@@ -66,8 +72,9 @@ def assign(x0: Tensor, noise: Tensor, *, metric: str = "l2", dtype: str = "auto"
         UserError: shapes or devices differ, an unknown name, or a NaN or infinite row (named).
     """
     _check(x0, noise, metric, dtype, solver)
-    pairs = zip(x0.split(LARGEST_BLOCK), noise.split(LARGEST_BLOCK), range(0, len(x0), LARGEST_BLOCK), strict=True)
-    blocks = [_solve_pairs(images, noises, metric, dtype, solver).index + first for images, noises, first in pairs]
+    starts = range(0, max(1, len(x0)), LARGEST_BLOCK)
+    pairs = zip(x0.split(LARGEST_BLOCK), noise.split(LARGEST_BLOCK), starts, strict=True)
+    blocks = [_solve_pairs(images, noises, metric, dtype, solver, first).index + first for images, noises, first in pairs]
     return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
 
@@ -83,34 +90,39 @@ def certified_assignment(x0: Tensor, noise: Tensor, *, metric: str = "l2", dtype
     return _solve_pairs(x0, noise, metric, dtype, solver)
 
 
-def cost_matrix(x0: Tensor, noise: Tensor, *, metric: str = "l2", dtype: str = "float32") -> Tensor:
+def cost_matrix(x0: Tensor, noise: Tensor, *, metric: str = "l2", dtype: str = "float32", rows_per_product: int | None = None) -> Tensor:
     """The cost of pairing image i with noise j, up to row and column constants: fp32 [N, M] on the inputs' device.
 
-    ``squared_l2`` is one matrix product, since ``|x - n|^2 = |x|^2 + |n|^2 - 2 x.n`` and only ``-2 x.n`` differs within a row and
-    within a column; ``l2`` is the square root of all three terms; ``l1`` is `torch.cdist`.
+    All but ``l1`` (`torch.cdist`) are one matrix product, since ``d^2 = |x - n|^2 = |x|^2 + |n|^2 - 2 x.n``. ``squared_l2`` is ``-2 x.n``,
+    which alone differs within a row and within a column. ``l2`` is ``d - |n|``, less ``|x|`` too in rows of images longer than the noises
+    are on average, so that images of any scale keep the digits that the difference of two large lengths loses:
+
+        d - |n| = (|x|^2 - 2 x.n) / (d + |n|),    d - |x| = (|n|^2 - 2 x.n) / (d + |x|).
 
     Args:
-        x0: [N, ...].
-        noise: [M, ...], of the same elements and device.
+        x0: [N, ...], finite.
+        noise: [M, ...], finite, of the same elements and device.
         metric: as in `assign`.
         dtype: as in `assign`; ``auto`` as for the auction.
+        rows_per_product: multiply this many images at a time (the last ones filled up with zeros), so that a row comes out bit-equal
+            whatever stands beside it; by default `ROWS_PER_PRODUCT`, as they come.
+
+    Raises:
+        UserError: int8 where there is no such product.
     """
-    precision = getattr(torch, fast_dtype(x0.device) if dtype == "auto" else dtype)
-    images, noises = x0.flatten(1).to(precision), noise.flatten(1).to(precision)  # [N, D], [M, D]
-    if metric == "l1":
-        return torch.cdist(images.float(), noises.float(), p=1)
-    product = (images @ noises.T).float()
-    if metric == "squared_l2":
-        return product.mul_(-2)
-    squares = images.float().square().sum(1, keepdim=True), noises.float().square().sum(1)
-    return product.mul_(-2).add_(squares[0]).add_(squares[1]).clamp_(min=0).sqrt_()
+    images, noises = x0.detach().flatten(1), noise.detach().flatten(1)  # [N,D], [M,D]
+    return _costs(images, noises, (_norms(images), _norms(noises)), metric, dtype, rows_per_product)
 
 
-def fast_dtype(device: torch.device) -> str:
-    """The dtype in which this device multiplies matrices fastest without losing the assignment: bfloat16 where the hardware has it."""
+@cache
+def fast_dtype(device: torch.device, dimension: int = 3072) -> str:
+    """The dtype in which this device multiplies matrices of rows of ``dimension`` numbers fastest without losing the assignment."""
     if device.type == "cuda":
         return "bfloat16"
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    known: Callable[[], dict[str, bool]] = getattr(torch.cpu, "get_capabilities", dict)  # newer than the oldest torch that will do
+    capabilities = known() if device.type == "cpu" else {}
+    if any(map(capabilities.get, ("avx512_vnni", "avx_vnni", "amx_int8"))) and dimension in INT8_DIMENSIONS and _multiplies_int8():
+        return "int8"
     return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
 
@@ -124,73 +136,225 @@ def solve(cost: Tensor, *, solver: str = "auto") -> Assignment:
     Args:
         cost: fp32 [N, N], any device, finite.
         solver: one of `SOLVERS`.
+
+    Raises:
+        UserError: the cost is not square, or a row of it holds NaN or infinite values (named).
     """
     n = len(cost)
-    chosen = ("exact" if n < EXACT_BELOW else "auction") if solver == "auto" else solver
-    if chosen == "exact":
-        return _exact(cost.cpu().double().numpy(), cost.device)
-    if cost.device.type == "cpu":
-        return _auction(cost.float().contiguous().numpy(), cost.device)[0]
-    # Half the bytes cross the bus; centered and scaled first, so that nothing is lost to offsets.
-    centered = cost - cost.mean(1, keepdim=True)
-    centered -= centered.mean(0)
-    unit = centered.std().clamp(min=1e-30)
-    solution = _auction((centered / unit).half().cpu().float().numpy(), cost.device)[0]
-    return replace(solution, gap=solution.gap * float(unit))
+    if cost.shape != (n, n):
+        raise UserError(f"a cost matrix must be square, not {list(cost.shape)}")
+    if n < 2:
+        return _only_assignment(n, cost.device)
+    if solver == "exact" or (solver == "auto" and n < EXACT_BELOW):
+        return _exact(cost)
+    return price_auction(cost)[0]
 
 
-def _solve_pairs(x0: Tensor, noise: Tensor, metric: str, dtype: str, solver: str) -> Assignment:
-    if len(x0) == 1:
-        return Assignment(torch.zeros(1, dtype=torch.int64, device=x0.device), 0.0, 1.0, 0, 0)
-    exact = solver == "exact" or (solver == "auto" and len(x0) < EXACT_BELOW)
-    cost = cost_matrix(x0.detach(), noise, metric=metric, dtype="float32" if dtype == "auto" and exact else dtype)
-    if not torch.isfinite(cost).all():
-        largest = float(x0.abs().max())
-        raise UserError(
-            f"pair distances overflow: an image holds values up to {largest:.3g}; scale the data, or use --coupling_dtype float32"
-        )
-    return solve(cost, solver=solver)
+def price_auction(cost: Tensor, epsilon: float = EPSILON) -> tuple[Assignment, numpy.ndarray]:
+    """The auction of `solve`, with each column's price in the cost's units, float64 [N].
 
-
-def _exact(cost: numpy.ndarray, device: torch.device) -> Assignment:
-    from scipy.optimize import linear_sum_assignment
-
-    reduced = cost - cost.mean(1, keepdims=True)
-    reduced -= reduced.mean(0)
-    if len(cost) >= EXACT_BELOW:
-        reduced += _auction(reduced.astype(numpy.float32), device)[1]
-        reduced -= reduced.min(1, keepdims=True)
-    return Assignment(torch.from_numpy(linear_sum_assignment(reduced)[1]).to(device), 0.0, 1.0, 0, 0)
-
-
-def _auction(cost: numpy.ndarray, device: torch.device) -> tuple[Assignment, numpy.ndarray]:
-    """The assignment of a centered fp32 cost (or one that may be), and each column's price in its units, float64 [N]."""
-    from .auction import BLOCK, SPREAD, auction, fixed_point, primal_and_dual
+    Args:
+        cost: as in `solve`, N >= 2.
+        epsilon: in N^(1/8) standard deviations of the mean row of the centered cost.
+    """
+    from .auction import BLOCK, UNPAYABLE, auction, primal_and_dual
 
     n = len(cost)
-    fixed = numpy.empty((n, -(-n // BLOCK) * BLOCK), numpy.int32)
-    scale = fixed_point(cost, fixed)
-    prices, owner = numpy.zeros(fixed.shape[1], numpy.int32), numpy.full(fixed.shape[1], -1, numpy.int32)
+    fixed, scale, spread = _fixed_point(cost)
+    if math.isnan(scale):
+        raise _not_finite(cost)
+    blocks = fixed.reshape(n, -1, BLOCK)
+    prices, owner = numpy.zeros(blocks.shape[1:], numpy.int32), numpy.full(fixed.shape[1], -1, numpy.int32)
+    prices.reshape(-1)[n:] = UNPAYABLE
     index = numpy.full(n, -1, numpy.int32)
-    epsilon, bids, relaxations = int(EPSILON * SPREAD), 0, 0
-    while (spent := auction(fixed, epsilon, prices, owner, index, BIDS_PER_ROW * n)) == BIDS_PER_ROW * n and (index < 0).any():
-        epsilon, bids, relaxations = 4 * epsilon, bids + spent, relaxations + 1
-    primal, dual = primal_and_dual(fixed, prices, index)
-    gap = primal - dual + n  # rounding to integers moves a sum of N costs by at most N / 2
-    kept = 1.0 if dual - n >= 0 else max(0.0, min(1.0, -primal / (n - dual)))  # centered: the mean over all pairings is 0
-    solution = Assignment(torch.from_numpy(index.astype(numpy.int64)).to(device), gap / scale, kept, bids + spent, relaxations)
-    return solution, prices[:n] / scale
+    step, bids, relaxations = max(1, round(epsilon * n**0.125 * spread)), 0, 0
+    while (spent := auction(blocks, step, prices, owner, index, BIDS_PER_ROW * n)) == BIDS_PER_ROW * n and (index < 0).any():
+        step, bids, relaxations = 4 * step, bids + spent, relaxations + 1
+    primal, dual = primal_and_dual(blocks, prices, index)
+    highest, lowest = primal + n / 2, dual - n / 2  # of the sum and of the least one: rounding moves N costs by at most N / 2
+    kept = 1.0 if spread == 0 or lowest >= 0 else max(0.0, min(1.0, highest / lowest))  # centered: the mean over all pairings is 0
+    found = torch.from_numpy(index.astype(numpy.int64)).to(cost.device)
+    return Assignment(found, (highest - lowest) / scale, kept, bids + spent, relaxations), prices.reshape(-1)[:n] / scale
+
+
+def fixed_point_on_device(cost: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """As `immiscible.auction.fixed_point`, in torch: int16 [N, width], and the two numbers as fp32 [2], on the cost's device."""
+    from .auction import LARGEST_COST, ROUNDING, SPREAD
+
+    centered = cost - cost.mean(1, keepdim=True)
+    column_means = centered.mean(0)
+    centered -= column_means
+    deviation = centered.std(1, correction=0).mean()
+    lowest, highest = centered.aminmax()
+    scale = torch.minimum(SPREAD / deviation, LARGEST_COST / torch.maximum(-lowest, highest)).clamp(max=1e38)
+    flat = deviation <= ROUNDING * column_means.square().mean().sqrt()
+    factor = torch.where(flat, 0, scale)
+    fixed = centered.mul_(factor).round_().to(torch.int16)
+    return torch.nn.functional.pad(fixed, (0, width - len(cost))), torch.stack([torch.where(flat, torch.inf, scale), deviation * factor])
+
+
+def costs_on_device(products: Tensor, image_norm: Tensor, noise_norm: Tensor, far: Tensor, metric: str) -> Tensor:
+    """As `immiscible.auction.costs_from_products`, in torch: fp32 [N, M] from ``x.n``, fp32 [N, M], which is overwritten."""
+    if metric == "squared_l2":
+        return products.mul_(-2)
+    image_norm, far = image_norm[:, None], far[:, None]
+    excess = products.mul_(-2).add_(torch.where(far, noise_norm, image_norm).square())
+    length = torch.where(far, image_norm, noise_norm + 1e-30)
+    cost = excess / length.square().add_(excess).clamp_(min=0).sqrt_().add_(length)
+    return cost.sub_(torch.where(far, noise_norm, 0))
+
+
+def _costs(
+    images: Tensor, noises: Tensor, norms: tuple[Tensor, Tensor], metric: str, dtype: str, rows_per_product: int | None = None
+) -> Tensor:
+    """See `cost_matrix`; [N, D] and [M, D] with their `_norms`."""
+    from .auction import costs_from_products
+
+    if dtype == "auto":
+        dtype = "float32" if metric == "l1" else fast_dtype(images.device, images.shape[1])
+    if metric == "l1":
+        precision = getattr(torch, dtype)
+        return torch.cdist(images.to(precision).float(), noises.to(precision).float(), p=1)
+    columns, noise_scale = _operand(noises, dtype)  # [M,D], [M]
+    image_norm, noise_norm = norms
+    far = image_norm > noise_norm.mean()
+    cost = torch.empty(len(images), len(noises), device=images.device)
+    height = rows_per_product or ROWS_PER_PRODUCT
+    for start in range(0, len(images), height):
+        rows = slice(start, start + height)
+        operand, image_scale = _operand(images[rows], dtype)  # [R,D], [R]
+        if rows_per_product is not None:
+            operand = torch.nn.functional.pad(operand, (0, 0, 0, height - len(operand)))
+        products = torch._int_mm(operand, columns.T) if dtype == "int8" else (operand @ columns.T).float()
+        products = products[: len(image_scale)]  # [R,M]
+        if cost.device.type == "cpu":
+            costs_from_products(
+                products.numpy(),
+                image_scale.numpy(),
+                noise_scale.numpy(),
+                image_norm[rows].numpy(),
+                noise_norm.numpy(),
+                far[rows].numpy(),
+                metric == "squared_l2",
+                cost[rows].numpy(),
+            )
+        else:
+            cost[rows] = costs_on_device(products, image_norm[rows], noise_norm, far[rows], metric)
+    return cost
+
+
+def _operand(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Rows [N, D] in the precision of a matrix product, and the factor fp32 [N] that is missing from each."""
+    if dtype != "int8":
+        return rows.to(getattr(torch, dtype)), torch.ones(len(rows))
+    from .auction import quantize
+
+    if rows.device.type != "cpu" or rows.shape[1] not in INT8_DIMENSIONS or not _multiplies_int8():
+        raise UserError(
+            f"--coupling_dtype int8 needs a CPU on which torch multiplies int8, and {INT8_DIMENSIONS.start} to {INT8_DIMENSIONS.stop - 1} "
+            f"numbers in an image, not {rows.shape[1]} on {rows.device}; give float32"
+        )
+    scaled, scale = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
+    quantize(rows.float().contiguous().numpy(), scaled.numpy(), scale.numpy())
+    return scaled, scale
+
+
+@cache
+def _multiplies_int8() -> bool:
+    """Whether torch has the product, which is not part of its public interface, and this processor sums it without saturation."""
+    rows = torch.full((33, 65), 127, dtype=torch.int8)
+    columns = (torch.arange(17)[:, None] * 8 + torch.arange(65)).sub(100).clamp(-127, 127).to(torch.int8)
+    try:
+        return torch.equal(torch._int_mm(rows, columns.T), (rows.double() @ columns.double().T).int())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Euclidean lengths, fp32 [N]: NaN or infinite where a row holds such a value or one too large to square."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32)).float()
+
+
+def _solve_pairs(x0: Tensor, noise: Tensor, metric: str, dtype: str, solver: str, first: int = 0) -> Assignment:
+    """Of at most `LARGEST_BLOCK` pairs, of which the first is number ``first`` of the batch."""
+    images, noises = x0.detach().flatten(1), noise.detach().flatten(1)
+    norms, unit = (_norms(images), _norms(noises)), 1.0
+    if len(images) and not NORMS[0] < float(torch.cat(norms).max()) < NORMS[1]:
+        unit = _largest_value(images, noises, first)
+        images, noises = ((rows.double() / unit).float() for rows in (images, noises))
+        norms = (_norms(images), _norms(noises))
+    if len(images) < 2:
+        return _only_assignment(len(images), x0.device)
+    exact = solver == "exact" or (solver == "auto" and len(images) < EXACT_BELOW)
+    cost = _costs(images, noises, norms, metric, "float32" if dtype == "auto" and exact else dtype)
+    if dtype == "float16" and not torch.isfinite(cost).all():
+        image = first + int((~torch.isfinite(cost).all(1)).nonzero()[0])
+        raise UserError(f"image {image} of the batch overflows --coupling_dtype float16; scale the data, or use float32")
+    solution = solve(cost, solver=solver)
+    return replace(solution, gap=solution.gap * (unit**2 if metric == "squared_l2" else unit))
+
+
+def _largest_value(images: Tensor, noises: Tensor, first: int) -> float:
+    """The largest absolute value, 1 if all are 0.
+
+    Raises:
+        UserError: a NaN or infinite row, named.
+    """
+    for name, rows in (("image", images), ("noise", noises)):
+        finite = torch.isfinite(rows).all(1)
+        if not finite.all():
+            row = first + int((~finite).nonzero()[0])
+            raise UserError(f"{name} {row} of the batch holds NaN or infinite values; it has no distance")
+    return max(float(images.abs().max()), float(noises.abs().max())) or 1.0
+
+
+def _only_assignment(n: int, device: torch.device) -> Assignment:
+    """Of no or one pair."""
+    return Assignment(torch.arange(n, device=device), 0.0, 1.0, 0, 0)
+
+
+def _exact(cost: Tensor) -> Assignment:
+    from scipy.optimize import linear_sum_assignment
+
+    reduced = cost.detach().cpu().double().numpy()
+    reduced = reduced - reduced.mean(1, keepdims=True)
+    reduced -= reduced.mean(0)
+    if not numpy.isfinite(reduced).all():
+        raise _not_finite(cost)
+    if len(cost) >= EXACT_BELOW:
+        reduced += price_auction(torch.from_numpy(reduced.astype(numpy.float32)))[1]
+        reduced -= reduced.min(1, keepdims=True)
+    return Assignment(torch.from_numpy(linear_sum_assignment(reduced)[1]).to(cost.device), 0.0, 1.0, 0, 0)
+
+
+def _fixed_point(cost: Tensor) -> tuple[numpy.ndarray, float, float]:
+    """The cost in fixed point, int16 [N, width], on the CPU, where the auction is, with `immiscible.auction.fixed_point`'s numbers."""
+    from .auction import BLOCK, fixed_point
+
+    n, width = len(cost), -(-len(cost) // BLOCK) * BLOCK
+    if cost.device.type == "cpu":
+        fixed = numpy.empty((n, width), numpy.int16)
+        return fixed, *fixed_point(cost.detach().float().contiguous().numpy(), fixed)
+    on_device, numbers = fixed_point_on_device(cost.detach().float(), width)
+    on_cpu = torch.empty(on_device.shape, dtype=torch.int16, pin_memory=cost.device.type == "cuda")
+    on_cpu.copy_(on_device)
+    scale, spread = numbers.tolist()
+    return on_cpu.numpy(), scale, spread
+
+
+def _not_finite(cost: Tensor) -> UserError:
+    return UserError(f"row {int((~torch.isfinite(cost).all(1)).nonzero()[0])} of the cost holds NaN or infinite values")
 
 
 def _check(x0: Tensor, noise: Tensor, metric: str, dtype: str, solver: str) -> None:
     for flag, name, known in (("metric", metric, METRICS), ("dtype", dtype, COST_DTYPES), ("solver", solver, SOLVERS)):
         if name not in known:
             raise UserError(f"--coupling_{flag} {name!r} is unknown; known: {', '.join(known)}")
+    if metric == "l1" and dtype == "int8":
+        raise UserError("--coupling_metric l1 is no inner product and has no int8 form; give --coupling_dtype float32")
     if x0.shape != noise.shape or x0.device != noise.device:
         raise UserError(
             f"images and noises must agree in shape and device: {tuple(x0.shape)} on {x0.device}, {tuple(noise.shape)} on {noise.device}"
         )
-    for name, rows in (("image", x0), ("noise", noise)):
-        finite = torch.isfinite(rows.flatten(1)).all(1)
-        if not finite.all():
-            raise UserError(f"{name} {int((~finite).nonzero()[0])} of the batch holds NaN or infinite values; it has no distance")
+    if x0.dim() < 2 or not x0.is_floating_point() or not noise.is_floating_point():
+        raise UserError(f"images and noises must be floating point [N, ...], not {x0.dtype} {list(x0.shape)} and {noise.dtype}")

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
+
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import UNet2DModel
     from diffusers.training_utils import EMAModel
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,13 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def save_checkpoint(
-    accelerator: Accelerator, folder: Path, step: int, ema: EMAModel | None, identity: Mapping[str, Any], limit: int | None
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    ema: EMAModel | None,
+    identity: Mapping[str, Any],
+    limit: int | None,
+    coupling_state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes ``folder/checkpoint-{step}``; every rank calls it.
 
@@ -41,6 +50,7 @@ def save_checkpoint(
         ema: saved if not None.
         identity: what defines the run, compared on resume by `check_identity`.
         limit: this many checkpoints are kept, the newest; None keeps all.
+        coupling_state: of this rank; each rank writes a file of its own if there is any.
     """
     target = folder / f"checkpoint-{step}"
     partial = folder / f"{PARTIAL}{target.name}"
@@ -51,7 +61,11 @@ def save_checkpoint(
 
     def save_models(models: list[torch.nn.Module], weights: list[Any], output_dir: str) -> None:
         if accelerator.is_main_process:
-            unwrapped(accelerator, models[0]).save_pretrained(os.path.join(output_dir, "unet"))
+            network = unwrapped(accelerator, models[0])
+            if adapted(network):
+                save_adapters(network, Path(output_dir))
+            else:
+                network.save_pretrained(os.path.join(output_dir, "unet"))
             if ema is not None:
                 ema.save_pretrained(os.path.join(output_dir, "unet_ema"))
         weights.clear()
@@ -61,6 +75,8 @@ def save_checkpoint(
         accelerator.save_state(str(partial))
     finally:
         hook.remove()
+    if coupling_state:
+        save_file(dict(coupling_state), _coupling_file(partial, accelerator))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _seal(partial, step, identity)
@@ -73,14 +89,24 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None) -> int:
-    """Restores model, optimizer, scaler and EMA from a complete checkpoint; returns the optimizer steps taken. Every rank calls it."""
-    from diffusers import UNet2DModel
+def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None) -> tuple[int, dict[str, Tensor]]:
+    """Restores model, optimizer, scaler and EMA from a complete checkpoint; every rank calls it.
+
+    Returns:
+        the optimizer steps taken, and this rank's coupling state on the CPU, empty for most couplings.
+    """
     from diffusers.training_utils import EMAModel
 
+    kind: Any = None
+
     def load_models(models: list[torch.nn.Module], input_dir: str) -> None:
-        saved = UNet2DModel.from_pretrained(input_dir, subfolder="unet")
-        unwrapped(accelerator, models.pop()).load_state_dict(saved.state_dict())
+        nonlocal kind
+        network = unwrapped(accelerator, models.pop())
+        kind = type(network)
+        if adapted(network):
+            load_adapters(network, Path(input_dir))
+        else:
+            network.load_state_dict(kind.from_pretrained(input_dir, subfolder="unet").state_dict())
 
     hook = accelerator.register_load_state_pre_hook(load_models)
     try:
@@ -88,9 +114,11 @@ def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None) 
     finally:
         hook.remove()
     if ema is not None:
-        ema.load_state_dict(EMAModel.from_pretrained(str(path / "unet_ema"), UNet2DModel).state_dict())
+        ema.load_state_dict(EMAModel.from_pretrained(str(path / "unet_ema"), kind).state_dict())
         ema.to(accelerator.device)
-    return int(read_state(path)["step"])
+    file = _coupling_file(path, accelerator)
+    state = load_file(file) if file.exists() else {}
+    return int(read_state(path)["step"]), state
 
 
 def resolve_checkpoint(folder: Path, request: str | None) -> Path | None:
@@ -208,6 +236,36 @@ def _incompleteness(path: Path) -> str:
         if (path / name).stat().st_size != size:
             return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
     return ""
+
+
+def adapted(network: torch.nn.Module) -> bool:
+    """Whether the network has low-rank adapters, which alone are trained then."""
+    return bool(getattr(network, "peft_config", None))
+
+
+def save_adapters(network: torch.nn.Module, folder: Path) -> None:
+    """Writes the adapters as diffusers' ``load_lora_weights`` reads them: ``pytorch_lora_weights.safetensors``, fp32."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+def load_adapters(network: torch.nn.Module, folder: Path) -> None:
+    """Puts saved adapters into a network that has some of the same shapes."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft.utils import set_peft_model_state_dict
+
+    state, _ = StableDiffusionPipeline.lora_state_dict(folder)
+    layers = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
+    set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(layers), adapter_name="default")
+
+
+def _coupling_file(folder: Path, accelerator: Accelerator) -> Path:
+    return folder / f"coupling-{accelerator.process_index}.safetensors"
 
 
 def _delete(path: Path) -> None:

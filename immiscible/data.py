@@ -18,11 +18,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -54,6 +54,10 @@ class ImageSource(Protocol):
     def fingerprint(self) -> str:
         """A short line that tells this data from other data, so that a run is not resumed on the wrong images."""
 
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """The name of each class, by its number, or None if there are no classes. Two classes may bear one name."""
+
     def __len__(self) -> int:
         """The number of images."""
 
@@ -62,6 +66,12 @@ class ImageSource(Protocol):
 
     def name(self, index: int) -> str:
         """What a user needs to find the image: its path, or its row and table."""
+
+    def label(self, index: int) -> int:
+        """The image's class, a number below ``len(class_names)``. What it raises makes that image a `BadImage`."""
+
+    def captions(self, index: int) -> Sequence[str]:
+        """The image's captions, one at least. What it raises makes that image a `BadImage`; data without captions always does."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +83,22 @@ class TableImages:
         column: the column's name.
         origin: what the user asked for: a dataset's name or a folder.
         fingerprint: see `ImageSource`.
+        labels: the same rows with the one column of classes, a `datasets.ClassLabel`, or None.
+        texts: the same rows with the one column of captions, or None.
     """
 
     table: Any
     column: str
     origin: str
     fingerprint: str
+    labels: Any = None
+    texts: Any = None
     channels: int = 3
+
+    @cached_property
+    def class_names(self) -> Sequence[str] | None:
+        """See `ImageSource`."""
+        return None if self.labels is None else next(iter(self.labels.features.values())).names
 
     @property
     def description(self) -> str:
@@ -105,6 +124,34 @@ class TableImages:
             return str(cell["path"])
         return f"row {index} of {self.origin}" + (f" ({cell['path']})" if cell["path"] else "")
 
+    def label(self, index: int) -> int:
+        """See `ImageSource`.
+
+        Raises:
+            ValueError: the row's class is empty, -1 (which `datasets` writes where it is not known) or otherwise none of the classes.
+        """
+        (label,) = self.labels[index].values()
+        if label is None or not 0 <= label < len(self.class_names or ()):
+            raise ValueError(f"its class is {label}, not a number from 0 to {len(self.class_names or ()) - 1}")
+        return label
+
+    def captions(self, index: int) -> Sequence[str]:
+        """See `ImageSource`; a class is captioned by its name, found by number.
+
+        Raises:
+            ValueError: the row has no caption, or something else in its place.
+        """
+        if self.texts is None:
+            raise ValueError("this data has no captions")
+        ((column, value),) = self.texts[index].items()
+        if isinstance(value, int) and hasattr(self.texts.features[column], "names"):
+            names = self.texts.features[column].names
+            value = names[value] if 0 <= value < len(names) else None
+        found = [value] if isinstance(value, str) else value
+        if not found or not all(isinstance(text, str) and text for text in found):
+            raise ValueError(f"it has no caption in column {column!r}")
+        return list(found)
+
 
 @dataclass(frozen=True)
 class ArrayImages:
@@ -113,10 +160,14 @@ class ArrayImages:
     Args:
         images: uint8 [N,H,W] or [N,H,W,3].
         origin: their name.
+        labels: int64 [N], of classes 0 to ``len(class_names)`` - 1; None without classes.
+        class_names: see `ImageSource`.
     """
 
     images: np.ndarray
     origin: str
+    labels: np.ndarray | None = None
+    class_names: Sequence[str] | None = None
 
     @property
     def channels(self) -> int:
@@ -144,12 +195,23 @@ class ArrayImages:
         """The image's number."""
         return f"image {index} of {self.origin}"
 
+    def label(self, index: int) -> int:
+        """See `ImageSource`."""
+        if self.labels is None:
+            raise ValueError(f"{self.origin} has no classes")
+        return int(self.labels[index])
+
+    def captions(self, index: int) -> Sequence[str]:
+        """None here."""
+        raise ValueError(f"{self.origin} has no captions")
+
 
 def load_digits() -> ArrayImages:
     """The 1797 handwritten digits that scikit-learn installs, 8x8, their 17 grey levels spread over 0..255."""
     with _needs("scikit-learn", "digits"):
-        images = import_module("sklearn.datasets").load_digits().images
-    return ArrayImages(np.rint(images * (255 / 16)).astype(np.uint8), "digits")
+        digits = import_module("sklearn.datasets").load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    return ArrayImages(pixels, "digits", labels=digits.target.astype(np.int64), class_names=[str(digit) for digit in range(10)])
 
 
 PHOTOGRAPHS = {
@@ -182,6 +244,7 @@ class PhotoCrops:
 
     resolution: int
     channels: int = 3
+    class_names: None = None
 
     def __post_init__(self) -> None:
         _photographs()  # now: a missing package is an error of the run, not of one image, and forked workers share the pixels
@@ -217,6 +280,14 @@ class PhotoCrops:
         """The crop's number."""
         return f"crop {index} of photo_crops"
 
+    def label(self, index: int) -> int:
+        """There are no classes: raises ValueError."""
+        raise ValueError("photo_crops has no classes")
+
+    def captions(self, index: int) -> Sequence[str]:
+        """None here."""
+        raise ValueError("photo_crops has no captions")
+
 
 @dataclass(frozen=True)
 class Subset:
@@ -241,6 +312,11 @@ class Subset:
         digest = hashlib.blake2b(repr(list(self.indices)).encode(), digest_size=8).hexdigest()
         return f"{self.source.fingerprint}, of which {len(self)} are used ({digest})"
 
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Those of the source, also if some classes are left without images."""
+        return self.source.class_names
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -251,6 +327,14 @@ class Subset:
     def name(self, index: int) -> str:
         """The name in the source."""
         return self.source.name(self.indices[index])
+
+    def label(self, index: int) -> int:
+        """See `ImageSource`."""
+        return self.source.label(self.indices[index])
+
+    def captions(self, index: int) -> Sequence[str]:
+        """See `ImageSource`."""
+        return self.source.captions(self.indices[index])
 
 
 BUNDLED: dict[str, Callable[..., ImageSource]] = {"digits": load_digits, "photo_crops": PhotoCrops}
@@ -263,6 +347,9 @@ def load_images(
     train_data_dir: str | None = None,
     bundled_data: str = "digits",
     image_column: str = "image",
+    label_column: str | None = None,
+    labels_for: str | None = None,
+    caption_column: str | None = None,
     cache_dir: str | None = None,
     max_train_samples: int | None = None,
     resolution: int = 64,
@@ -275,30 +362,48 @@ def load_images(
         train_data_dir: a folder of images (with or without a subfolder per class), or one that holds ``.parquet`` files at any depth.
         bundled_data: a key of `BUNDLED`; used when the two above are None.
         image_column: the column of images in a Hub dataset or in parquet files.
+        label_column: the column of classes, a `datasets.ClassLabel`; None for the one called ``label``, if it is of that kind. An image
+            folder has it if all its images lie in subfolders of one depth, two at least: one per class, in the order of their names.
+        labels_for: the flag that needs classes; None if the run does without.
+        caption_column: the column of captions, texts or lists of texts or classes; None if the run does without.
         cache_dir: where `datasets` keeps its tables; None for its default.
         max_train_samples: use that many images, the same ones for every seed; more than there are means all.
         resolution: side of the crops of ``photo_crops``; the other sources keep their sizes.
 
     Raises:
-        UserError: nothing there, no such column, both sources given, or a number below 1.
+        UserError: nothing there, no such column, both sources given, a number below 1, or no classes where ``labels_for`` needs them.
     """
     if dataset_name is not None and train_data_dir is not None:
         raise UserError("--dataset_name and --train_data_dir are both given; choose one")
     if max_train_samples is not None and max_train_samples < 1:
         raise UserError(f"--max_train_samples {max_train_samples} is below 1")
     if dataset_name is not None:
-        source: ImageSource = _hub_images(dataset_name, dataset_config_name, image_column, cache_dir)
+        source: ImageSource = _hub_images(
+            dataset_name, dataset_config_name, image_column, label_column, labels_for, caption_column, cache_dir
+        )
     elif train_data_dir is not None:
-        source = _folder_images(train_data_dir, image_column, cache_dir)
+        source = _folder_images(train_data_dir, image_column, label_column, labels_for, caption_column, cache_dir)
     else:
         source = build_choice(BUNDLED, "--bundled_data", bundled_data, resolution=resolution)
+        if labels_for and source.class_names is None:
+            raise UserError(
+                f"{labels_for} needs classes, and --bundled_data {bundled_data} has none; choose data with classes, e.g. digits"
+            )
     if max_train_samples is not None and max_train_samples < len(source):
         chosen = torch.randperm(len(source), generator=seeded_generator("max_train_samples"))[:max_train_samples]
         source = Subset(source, chosen.tolist())
     return source
 
 
-def _hub_images(name: str, config: str | None, column: str, cache_dir: str | None) -> TableImages:
+def _hub_images(
+    name: str,
+    config: str | None,
+    column: str,
+    label_column: str | None,
+    labels_for: str | None,
+    caption_column: str | None,
+    cache_dir: str | None,
+) -> TableImages:
     import datasets
 
     try:
@@ -308,10 +413,14 @@ def _hub_images(name: str, config: str | None, column: str, cache_dir: str | Non
             f"--dataset_name {name}: cannot load its train split ({_first_line(error)}); check the name and the network", exit_code=1
         ) from error
     origin = name if config is None else f"{name}/{config}"
-    return TableImages(_only_images(table, column, origin), column, origin, f"{origin}, {_summary(table)}")
+    labels = _only_labels(table, label_column, origin, labels_for)
+    texts = _only_texts(table, caption_column, origin)
+    return TableImages(_only_images(table, column, origin), column, origin, f"{origin}, {_summary(table)}", labels, texts)
 
 
-def _folder_images(folder: str, column: str, cache_dir: str | None) -> TableImages:
+def _folder_images(
+    folder: str, column: str, label_column: str | None, labels_for: str | None, caption_column: str | None, cache_dir: str | None
+) -> TableImages:
     import datasets
 
     root = Path(folder).expanduser().resolve()
@@ -333,7 +442,9 @@ def _folder_images(folder: str, column: str, cache_dir: str | None) -> TableImag
     images = _only_images(table, column, str(root))
     names = parquet or [os.path.relpath(path, root) for path in _paths(images, column)]
     digest = hashlib.blake2b("\n".join(sorted(names)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    return TableImages(images, column, str(root), f"a folder of {_summary(table)}, file names {digest}")
+    labels = _only_labels(table, label_column, str(root), labels_for)
+    texts = _only_texts(table, caption_column, str(root))
+    return TableImages(images, column, str(root), f"a folder of {_summary(table)}, file names {digest}", labels, texts)
 
 
 def _summary(table: Any) -> str:
@@ -362,6 +473,40 @@ def _only_images(table: Any, column: str, origin: str) -> Any:
         raise UserError(
             f"--image_column {column!r} of {origin} holds {kind}, not images; columns: {', '.join(table.column_names)}"
         ) from error
+
+
+def _only_labels(table: Any, column: str | None, origin: str, labels_for: str | None) -> Any:
+    """The table's one column of classes; None if none is named or needed, and ``label`` is not one."""
+    import datasets
+
+    classes = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
+    chosen = column or "label"
+    if chosen in classes:
+        return table.select_columns([chosen])
+    columns = f"its columns: {', '.join(table.column_names)}; of classes: {', '.join(classes) or 'none'}"
+    if column:
+        raise UserError(f"--label_column {column!r} is not a column of classes (ClassLabel) in {origin}; {columns}")
+    if labels_for:
+        raise UserError(
+            f"{labels_for} needs classes, and {origin} has no column of them (ClassLabel) called 'label': name it with --label_column, or "
+            f"sort a folder of images into one subfolder per class; {columns}"
+        )
+    return None
+
+
+def _only_texts(table: Any, column: str | None, origin: str) -> Any:
+    """The table's one column of captions; None if none is asked for."""
+    import datasets
+
+    if column is None:
+        return None
+    if column not in table.column_names:
+        raise UserError(f"--caption_column {column!r} is not in {origin}; its columns: {', '.join(table.column_names)}")
+    kind = table.features[column]
+    element = getattr(kind, "feature", kind[0] if isinstance(kind, list) else kind)
+    if not isinstance(kind, datasets.ClassLabel) and getattr(element, "dtype", "") not in ("string", "large_string"):
+        raise UserError(f"--caption_column {column!r} of {origin} holds {kind}, not texts, lists of texts or classes (ClassLabel)")
+    return table.select_columns([column])
 
 
 def _paths(table: Any, column: str) -> list[str]:
@@ -399,7 +544,7 @@ def _first_line(error: Exception) -> str:
 class ImageTransform:
     """From an image of any size and mode to ``[channels, resolution, resolution]``, float32 in [-1, 1], as diffusers' example does it.
 
-    The short side is resized to ``resolution`` (bilinear, antialiased), a square is cut out, and perhaps mirrored. Crop and flip are
+    The short side is resized to ``resolution`` (antialiased), a square is cut out, and perhaps mirrored. Crop and flip are
     functions of (seed, epoch, index), drawn apart, so that turning one off leaves the other as it was.
 
     Args:
@@ -410,6 +555,9 @@ class ImageTransform:
         preserve_input_precision: keep the 16 or 32 bits of such images through the resizing; else every image becomes 8-bit first.
             Either way 16 bits span 0..65535, integers of 32 bits 0..2**31-1 and floats 0..1.
         seed: the run's seed.
+        interpolation: how 8-bit images are resized, by Pillow's name in lower case; images of more bits are bilinear.
+        crop: ``diffusers`` as above; ``adm`` as in the guided-diffusion papers on ImageNet: halve by box filters while twice the
+            resolution fits, then bicubic, and the center square.
 
     Raises:
         UserError: another number of channels, or a resolution below 1.
@@ -421,6 +569,8 @@ class ImageTransform:
     random_flip: bool = False
     preserve_input_precision: bool = False
     seed: int = 0
+    interpolation: str = "bilinear"
+    crop: str = "diffusers"
 
     def __post_init__(self) -> None:
         if self.channels not in PIL_MODES:
@@ -458,8 +608,14 @@ class ImageTransform:
             if size != tuple(pixels.shape[-2:]):
                 pixels = torch.nn.functional.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
         else:
-            height, width = self._resized(pixels.height, pixels.width)
-            pixels = _bytes_tensor(pixels.resize((width, height), Image.Resampling.BILINEAR))
+            if self.crop == "adm":
+                pixels, kernel = _halved(pixels, self.resolution), Image.Resampling.BICUBIC
+                factor = self.resolution / min(pixels.size)
+                width, height = (round(side * factor) for side in pixels.size)
+            else:
+                kernel = Image.Resampling[self.interpolation.removesuffix("_exact").upper()]
+                height, width = self._resized(pixels.height, pixels.width)
+            pixels = _bytes_tensor(pixels.resize((width, height), kernel))
         top, left = (self._offset(side, extra, epoch, index) for side, extra in zip(("top", "left"), self._extra(pixels), strict=True))
         pixels = pixels[:, top : top + self.resolution, left : left + self.resolution]
         if self.random_flip and derive_seed(self.seed, "flip", epoch, index) % 2:
@@ -476,9 +632,17 @@ class ImageTransform:
         return pixels.shape[-2] - self.resolution, pixels.shape[-1] - self.resolution
 
     def _offset(self, side: str, extra: int, epoch: int, index: int) -> int:
+        if self.crop == "adm":
+            return extra // 2
         if self.center_crop:
             return round(extra / 2)  # torchvision's rule: halves go to the even neighbour
         return derive_seed(self.seed, "crop", side, epoch, index) % (extra + 1)
+
+
+def _halved(image: Image.Image, resolution: int) -> Image.Image:
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return image
 
 
 def _bytes_tensor(image: Image.Image) -> Tensor:
@@ -506,10 +670,22 @@ class BadImage:
 
 
 class Batch(TypedDict):
-    """``pixel_values`` float32 [B,C,H,W], contiguous; ``bad`` the images that were met and not used. Give it to `check_batch`."""
+    """``pixel_values`` float32 [B,C,H,W], contiguous; ``labels`` int64 [B] of a dataset ``with_labels``, else None; ``captions`` of one
+    ``with_captions``, else None; ``bad`` the images that were met and not used. Give it to `check_batch`.
+    """
 
     pixel_values: Tensor
+    labels: Tensor | None
+    captions: list[str] | None
     bad: list[BadImage]
+
+
+class Images(NamedTuple):
+    """A batch as training takes it: ``x0`` float32 [B,C,H,W] in [-1, 1], the class of each image, int64 [B], and its caption, or None."""
+
+    x0: Tensor
+    labels: Tensor | None = None
+    captions: list[str] | None = None
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -519,29 +695,50 @@ class ImageDataset(Dataset[dict[str, Any]]):
         source: the images.
         transform: what makes pixels of them.
         skip_bad_images: use the next readable image in place of a bad one.
+        with_labels: give the images' classes too; an image without one is a bad image.
+        with_captions: give a caption of each too, of several one drawn by (seed, epoch, index); an image without one is a bad image.
+
+    Raises:
+        UserError: ``with_labels``, and the source has no classes.
     """
 
-    def __init__(self, source: ImageSource, transform: ImageTransform, skip_bad_images: bool = False):
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: ImageTransform,
+        skip_bad_images: bool = False,
+        with_labels: bool = False,
+        with_captions: bool = False,
+    ):
+        if with_labels and source.class_names is None:
+            raise UserError(f"class labels are asked for, and {source.description} has none")
         self.source = source
         self.transform = transform
         self.skip_bad_images = skip_bad_images
+        self.with_labels = with_labels
+        self.with_captions = with_captions
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """``{"pixel_values": float32 [C,H,W], "bad": list[BadImage]}``, without ``pixel_values`` if there are none to give."""
+        """``{"pixel_values": float32 [C,H,W], "label": int | None, "caption": str | None, "bad": list[BadImage]}``; ``bad`` alone if there
+        is no image to give.
+        """
         epoch, index = key
         bad: list[BadImage] = []
         for step in range(len(self.source) if self.skip_bad_images else 1):
             position = (index + step) % len(self.source)
             try:
                 pixels = self.transform.decode(self.source.load(position))
+                label = self.source.label(position) if self.with_labels else None
+                captions = self.source.captions(position) if self.with_captions else [None]
             except Exception as error:  # Pillow's decoders raise nearly any type on broken files
                 bad.append(BadImage(self.source.name(position), _why_unreadable(error)))
             else:
                 # Drawn for the index that was asked for: a substitute differs from its own appearance in the epoch.
-                return {"pixel_values": self.transform.augment(pixels, epoch, index), "bad": bad}
+                caption = captions[derive_seed(self.transform.seed, "caption", epoch, index) % len(captions)]
+                return {"pixel_values": self.transform.augment(pixels, epoch, index), "label": label, "caption": caption, "bad": bad}
         return {"bad": bad}
 
 
@@ -555,8 +752,15 @@ def _why_unreadable(error: Exception) -> str:
 
 def collate(items: Sequence[dict[str, Any]]) -> Batch:
     """A `Batch` of items of `ImageDataset`; those without pixels leave their row out, and ``pixel_values`` is [0] if all do."""
-    pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
-    return {"pixel_values": torch.stack(pixels) if pixels else torch.empty(0), "bad": [bad for item in items for bad in item["bad"]]}
+    good = [item for item in items if "pixel_values" in item]
+    labels = [item["label"] for item in good if item["label"] is not None]
+    captions = [item["caption"] for item in good if item["caption"] is not None]
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in good]) if good else torch.empty(0),
+        "labels": torch.tensor(labels) if labels else None,
+        "captions": captions or None,
+        "bad": [bad for item in items for bad in item["bad"]],
+    }
 
 
 def check_batch(batch: Batch, skip_bad_images: bool) -> list[BadImage]:
@@ -650,8 +854,8 @@ def _end_at_the_parents_sigterm() -> None:
     os._exit(0)
 
 
-def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Tensor]:
-    """The pixels of each batch, float32 [B,C,H,W] on the CPU; names each skipped image once, and counts them.
+def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Images]:
+    """The images of each batch, on the CPU, with labels if the dataset gives them; names each skipped image once, and counts them.
 
     Raises:
         UserError: as `check_batch`.
@@ -662,4 +866,4 @@ def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Tens
             if bad not in skipped:
                 skipped.add(bad)
                 logger.warning("skipped image %s: %s (%d skipped so far)", bad.name, bad.reason, len(skipped))
-        yield batch["pixel_values"]
+        yield Images(batch["pixel_values"], batch["labels"], batch["captions"])

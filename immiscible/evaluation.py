@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import UserError
 from .randomness import seeded_generator
@@ -40,9 +40,20 @@ def build_pipeline(unet: UNet2DModel, training_scheduler: SchedulerMixin, *, sam
 
 
 def sample_images(
-    pipeline: DiffusionPipeline, count: int, *, steps: int, seed: int, batch_size: int, device: torch.device, first: int = 0
+    pipeline: DiffusionPipeline,
+    count: int,
+    *,
+    steps: int,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+    first: int = 0,
+    prompts: Sequence[str] = (),
+    guidance_scale: float = 7.5,
 ) -> numpy.ndarray:
     """Samples with one generator per image, so that image i is the same for every batch size and device.
+
+    A class-conditional network is told the classes that `sample_labels` gives: in turn, so each is sampled equally often.
 
     Args:
         pipeline: from `build_pipeline` or loaded by diffusers.
@@ -52,6 +63,8 @@ def sample_images(
         batch_size: images sampled together.
         device: where the network runs.
         first: the number of the first image; samples 0..n may be taken in several calls.
+        prompts: of a text-to-image pipeline: image i is of prompt i modulo their number.
+        guidance_scale: of a text-to-image pipeline; 1 is without guidance.
 
     Returns:
         uint8 [count, H, W, C].
@@ -62,11 +75,47 @@ def sample_images(
     for start in range(first, first + count, batch_size):
         numbers = range(start, min(start + batch_size, first + count))
         generators = [seeded_generator(seed, "sample", number) for number in numbers]
-        batches.append(pipeline(batch_size=len(numbers), generator=generators, num_inference_steps=steps, output_type="np").images)
+        wanted: dict[str, Any] = {"batch_size": len(numbers)}
+        if prompts:
+            wanted = {"prompt": [prompts[number % len(prompts)] for number in numbers], "guidance_scale": guidance_scale}
+        labels = sample_labels(pipeline.unet, len(numbers), first=start)
+        with told_classes(pipeline.unet, labels):
+            batches.append(pipeline(**wanted, generator=generators, num_inference_steps=steps, output_type="np").images)
     images = numpy.concatenate(batches)
     if not numpy.isfinite(images).all():
         raise UserError("samples hold NaN values: the network's weights have diverged", exit_code=1)
     return (images * 255).round().astype(numpy.uint8)
+
+
+def sample_labels(unet: UNet2DModel, count: int, *, first: int = 0) -> Tensor | None:
+    """The classes of samples ``first`` to ``first + count - 1``: int64 [count], sample i is of class i modulo the number of classes.
+
+    None for an unconditional network.
+    """
+    num_classes = unet.config.num_class_embeds
+    return None if num_classes is None else torch.arange(first, first + count) % num_classes
+
+
+@contextmanager
+def told_classes(unet: nn.Module, labels: Tensor | None) -> Iterator[None]:
+    """Inside the block every call of ``unet`` gets these ``class_labels``: diffusers' unconditional pipelines have no argument for them.
+
+    Args:
+        unet: called inside the block on batches [B, C, H, W].
+        labels: int64 [B], on any device; None leaves the network as it is.
+    """
+    if labels is None:
+        yield
+        return
+
+    def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "class_labels": labels.to(args[0].device)}
+
+    hook = unet.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def image_grid(images: numpy.ndarray, *, least_side: int = 64) -> Image.Image:

@@ -13,7 +13,7 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from . import checkpoints
 from .choices import build_choice
-from .data import ImageDataset, ImageSource, ImageTransform, Subset, check_batch, collate, load_digits
+from .data import ImageDataset, Images, ImageSource, ImageTransform, Subset, check_batch, collate, load_digits
 from .errors import UserError
 from .evaluation import evaluation_weights, sample_images
 from .objectives import weighted_mse
@@ -200,8 +200,8 @@ def _digits_network() -> nn.Sequential:
 
 def _train_digits_classifier(epochs: int = 12, batch_size: int = 32) -> dict[str, Tensor]:
     """The network's tensors, with ``scale`` and ``accuracy`` (float64, 0-d)."""
-    images = _unit_range(torch.from_numpy(load_digits().images)[:, None])
-    labels = torch.from_numpy(import_module("sklearn.datasets").load_digits().target)
+    digits = load_digits()
+    images, labels = _unit_range(torch.from_numpy(digits.images)[:, None]), torch.from_numpy(digits.labels)
     generator = seeded_generator("digits classifier")
     shuffled = torch.randperm(len(images), generator=generator)
     test, train = shuffled[: len(images) // 5], shuffled[len(images) // 5 :]
@@ -319,7 +319,8 @@ class EvaluationResult(TypedDict):
 class Evaluation:
     """Frechet distances of a pipeline's samples at several numbers of inference steps, always from the same noises.
 
-    It samples in the calling process alone; in a run of several ranks rank 0 evaluates and the others wait.
+    It samples in the calling process alone; in a run of several ranks rank 0 evaluates and the others wait. A class-conditional
+    network is sampled with every class equally often, also where the reference's classes are not.
 
     Args:
         features: from `build_features`, or any `FeatureNetwork`.
@@ -327,6 +328,7 @@ class Evaluation:
         samples: images to sample per number of inference steps; at least 2, and more than the features are many.
         inference_steps: the numbers of inference steps, each at least 1.
         batch_size: images sampled together.
+        prompts: sample i is of prompt i modulo their number, for a text-to-image pipeline; without guidance.
 
     Raises:
         UserError: a number is out of range, or what `FrechetDistance` raises.
@@ -340,7 +342,9 @@ class Evaluation:
         samples: int,
         inference_steps: Iterable[int],
         batch_size: int = BATCH_SIZE,
+        prompts: Sequence[str] = (),
     ) -> None:
+        self.prompts = prompts
         self.samples, self.inference_steps, self.batch_size = samples, sorted(set(inference_steps)), batch_size
         if samples < 2:
             raise UserError(f"--eval_samples {samples} is too small: a covariance needs 2, a meaningful one {features.num_features + 1}")
@@ -394,6 +398,8 @@ class Evaluation:
                 batch_size=count,
                 device=pipeline.unet.device,
                 first=first,
+                prompts=self.prompts,
+                guidance_scale=1.0,
             )
             yield torch.from_numpy(images).permute(0, 3, 1, 2)
             bar.update(count)
@@ -405,6 +411,7 @@ def validation_loss(
     process: NoiseProcess,
     prediction_type: str,
     *,
+    condition: Mapping[str, Tensor] | None = None,
     ema: EMAModel | None = None,
     levels: int = 10,
     batch_size: int = BATCH_SIZE,
@@ -416,10 +423,11 @@ def validation_loss(
     process and prediction type. Drawn on the CPU, so the device does not matter either.
 
     Args:
-        model: called as ``model(xt, time)``, returns an object with ``sample``; measured in evaluation mode.
-        images: fp32 [N, C, H, W] in [-1, 1], N at least 1.
+        model: called as ``model(xt, time, **condition)``, returns an object with ``sample``; measured in evaluation mode.
+        images: pixels or latents, fp32 [N, C, H, W], N at least 1.
         process: the noise process of training, on the model's device.
         prediction_type: what the model predicts.
+        condition: keyword arguments of the model, each [N, ...].
         ema: the averaged weights to measure with, swapped in for the time of the call.
         levels: the number of ranges; at most T of them are made.
         batch_size: images measured together.
@@ -438,7 +446,8 @@ def validation_loss(
                 x0 = images[first : first + batch_size].to(device)
                 noise = Draws(EVALUATION_SEED, level, first, torch.device("cpu")).normal("validation", *x0.shape).to(device)
                 t = torch.full((len(x0),), (start + stop) // 2, device=device)
-                output = model(process.add_noise(x0, noise, t), process.model_time[t]).sample
+                told = {name: value[first : first + batch_size].to(device) for name, value in (condition or {}).items()}
+                output = model(process.add_noise(x0, noise, t), process.model_time[t], **told).sample
                 target = process.target(x0, noise, t, prediction_type)
                 total += float(weighted_mse(output, target, torch.ones(len(x0), device=device)).sum())
             losses[f"{start}-{stop - 1}"] = total / len(images)
@@ -463,8 +472,14 @@ def split_source(source: ImageSource, fraction: float) -> tuple[Subset, Subset]:
 
 
 def fixed_images(
-    source: ImageSource, transform: ImageTransform, *, limit: int = REFERENCE_IMAGES, skip_bad_images: bool = False
-) -> Iterator[Tensor]:
+    source: ImageSource,
+    transform: ImageTransform,
+    *,
+    limit: int = REFERENCE_IMAGES,
+    skip_bad_images: bool = False,
+    with_labels: bool = False,
+    with_captions: bool = False,
+) -> Iterator[Images]:
     """Images as training sees them but cut from the middle and never flipped: the same ones for every run of this data.
 
     Args:
@@ -472,14 +487,17 @@ def fixed_images(
         transform: training's; its crop and flip are overridden.
         limit: at most this many, a fixed random choice.
         skip_bad_images: leave unreadable images out.
+        with_labels: give their classes too.
+        with_captions: give a caption of each too.
 
     Yields:
-        fp32 [B, C, H, W] in [-1, 1], in the order of ``source``.
+        `Images`, in the order of ``source``.
 
     Raises:
         UserError: an image cannot be read and ``skip_bad_images`` is off.
     """
-    dataset = ImageDataset(source, replace(transform, center_crop=True, random_flip=False))
+    fixed = replace(transform, center_crop=True, random_flip=False)
+    dataset = ImageDataset(source, fixed, with_labels=with_labels, with_captions=with_captions)
     chosen = torch.randperm(len(source), generator=seeded_generator("fixed_images"))[:limit].sort().values
     with tqdm(total=len(chosen), desc="reading images", unit="image", delay=2, leave=False, disable=None) as bar:
         for indices in chosen.split(BATCH_SIZE):
@@ -488,7 +506,7 @@ def fixed_images(
             if not skip_bad_images:
                 check_batch(batch, skip_bad_images)
             if len(batch["pixel_values"]):
-                yield batch["pixel_values"]
+                yield Images(batch["pixel_values"], batch["labels"], batch["captions"])
             bar.update(len(items))
 
 

@@ -15,10 +15,11 @@ from torch import nn
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DModel
+    from diffusers import ModelMixin, UNet2DModel
     from diffusers.training_utils import EMAModel
 
     from .config import UnconditionalConfig
+    from .text_config import AnyConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 160 thousand parameters: the bundled 8x8 digits.
@@ -57,7 +58,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def unet_config(
-    *, config_name_or_path: str | None, preset: str | None, resolution: int, channels: int, dropout: float | None
+    *,
+    config_name_or_path: str | None,
+    preset: str | None,
+    resolution: int,
+    channels: int,
+    dropout: float | None,
+    num_classes: int | None = None,
 ) -> dict[str, Any]:
     """The constructor arguments of the U-Net that these flags mean.
 
@@ -67,9 +74,12 @@ def unet_config(
         resolution: becomes ``sample_size``, at which pipelines sample.
         channels: of the images, where no configuration says otherwise.
         dropout: overrides the configuration's if not None.
+        num_classes: of a network that is told the class of each image, by the embedding that the configuration's ``class_embed_type``
+            names: diffusers' learned one if it names none. None for an unconditional network.
 
     Raises:
-        UserError: the configuration cannot be found or is not an unconditional U-Net's, or the resolution does not halve often enough.
+        UserError: the configuration cannot be found or is not such a U-Net's, the resolution does not halve often enough, or the
+            configuration has another number of classes.
     """
     if config_name_or_path:
         config = _load_config(config_name_or_path)
@@ -85,6 +95,16 @@ def unet_config(
         )
     if dropout is not None:
         config["dropout"] = dropout
+    declared, kind = config.get("num_class_embeds"), config.get("class_embed_type")
+    if num_classes is None:
+        if declared or kind:
+            raise UserError(f"{flag}: the network expects class labels; give --class_conditional")
+    elif declared not in (None, num_classes):
+        raise UserError(f"{flag}: num_class_embeds is {declared}, but the data has {num_classes} classes; make them equal or leave it out")
+    elif kind not in (None, "timestep"):
+        raise UserError(f"{flag}: class_embed_type {kind!r} does not take class numbers; leave it out or give 'timestep'")
+    else:
+        config["num_class_embeds"] = num_classes
     return {**config, "sample_size": resolution}
 
 
@@ -130,7 +150,7 @@ def build_optimizer(unet: UNet2DModel, config: UnconditionalConfig) -> torch.opt
     )
 
 
-def learning_rate(config: UnconditionalConfig, optimizer: torch.optim.Optimizer, max_steps: int) -> Callable[[int], float]:
+def learning_rate(config: AnyConfig, optimizer: torch.optim.Optimizer, max_steps: int) -> Callable[[int], float]:
     """The rate of optimizer step s, from 0: diffusers' schedule, counted in optimizer steps whatever the accumulation and the ranks."""
     from diffusers.optimization import get_scheduler
 
@@ -146,7 +166,7 @@ def learning_rate(config: UnconditionalConfig, optimizer: torch.optim.Optimizer,
     return lambda step: config.learning_rate * factor(step)
 
 
-def tuned(unet: UNet2DModel, config: UnconditionalConfig) -> nn.Module:
+def tuned(unet: ModelMixin, config: AnyConfig) -> nn.Module:
     """The network with the speed and memory options of the flags switched on."""
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -187,8 +207,6 @@ def _load_config(name_or_path: str) -> dict[str, Any]:
     unknown = [key for key in config if not key.startswith("_") and key not in known]
     if unknown or not isinstance(config["block_out_channels"], list | tuple):
         raise UserError(f"{flag}: not a UNet2DModel configuration: {', '.join(unknown) or 'block_out_channels'} is not one of its settings")
-    if config.get("num_class_embeds") or config.get("class_embed_type"):
-        raise UserError(f"{flag}: the network expects class labels; this script trains without")
     if config.get("in_channels", 3) != config.get("out_channels", 3):
         raise UserError(f"{flag}: in_channels and out_channels differ; a learned variance is not trained here")
     return {"in_channels": 3, "out_channels": 3} | {key: value for key, value in config.items() if not key.startswith("_")}

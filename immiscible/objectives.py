@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .coupling import Coupling, coupling_statistics, paired_together
 from .process import NoiseProcess
-from .randomness import Draws
+from .randomness import Draws, PoolDraws
 from .timesteps import TimestepSampler
 
 
@@ -26,13 +26,27 @@ class Pairs:
         x0: images or latents, fp32 [B, C, H, W].
         timesteps: int64 [B].
         noise: the noise of each image, fp32 [B, C, H, W].
+        labels: what the coupling may look at, [B] or [B, E], or None.
+        condition: keyword arguments of the network, each [B, ...].
         statistics: fp32 scalars on the device: see `coupling_statistics`; also ``paired_images`` and ``coupling_seconds``.
     """
 
     x0: Tensor
     timesteps: Tensor
     noise: Tensor
+    labels: Tensor | None
+    condition: Mapping[str, Tensor]
     statistics: dict[str, Tensor]
+
+    def split(self, batch_size: int) -> list[Pairs]:
+        """The micro-batches of a window; the statistics are the window's, and its seconds are shared out."""
+        count = len(self.x0) // batch_size
+        statistics = self.statistics | {"coupling_seconds": self.statistics["coupling_seconds"] / count}
+        labels = [None] * count if self.labels is None else self.labels.split(batch_size)
+        columns = (self.x0.split(batch_size), self.timesteps.split(batch_size), self.noise.split(batch_size), labels)
+        told = {name: value.split(batch_size) for name, value in self.condition.items()}
+        conditions = [{name: parts[number] for name, parts in told.items()} for number in range(count)]
+        return [Pairs(*parts, statistics) for parts in zip(*columns, conditions, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,8 @@ class DenoisingObjective:
         coupling_start_step: noise stays independent before this optimizer step.
         noise_offset: standard deviation of a per-channel constant added to the paired noise.
         input_perturbation: standard deviation of what x_t's noise differs from the target's by.
+        dream_detail_preservation: p of DREAM (arXiv 2312.00210), which adds ``sigma_t^p`` of the network's own error in the noise to the
+            target and to x_t's noise, found by a forward pass without gradient; epsilon-prediction only. None is without.
     """
 
     process: NoiseProcess
@@ -63,33 +79,43 @@ class DenoisingObjective:
     coupling_start_step: int = 0
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
+    dream_detail_preservation: float | None = None
 
-    def pair(self, x0: Tensor, draws: Draws) -> Pairs:
-        """What does not need the network: timesteps and paired noises. May run on another thread, one batch ahead.
+    def pair(self, x0: Tensor, draws: PoolDraws, labels: Tensor | None = None, condition: Mapping[str, Tensor] | None = None) -> Pairs:
+        """What does not need the network: timesteps and paired noises. May run on another thread, ahead of its step.
 
         Args:
-            x0: images or latents, fp32 [B, C, H, W], on the process's device.
-            draws: this micro-batch's random numbers.
+            x0: this rank's images or latents, fp32 [K * B, C, H, W], on the process's device.
+            draws: the random numbers of the pool that they belong to, of this rank alone or of all.
+            labels: for a coupling that looks at the condition: int64 [K * B], or floating [K * B, E].
+            condition: keyword arguments of the network, each [K * B, ...].
         """
-        t = self.sampler.from_uniforms(draws.uniform("timesteps", len(x0))).to(x0.device)  # [B] how often each level is trained  <- SpeeD
-        drawn = draws.normal("noise", *x0.shape)  #                            [B,C,H,W] the pool of noises
+        uniforms = draws.uniform("timesteps").split(draws.batch_size)  #     a law may tie the draws of one micro-batch together
+        t = torch.cat([self.sampler.from_uniforms(part) for part in uniforms]).to(
+            x0.device
+        )  # [N] how often each level is trained  <- SpeeD
+        drawn = draws.normal("noise", *x0.shape[1:])  #                      [N,C,H,W] the pool of noises
         scaled = x0 if self.image_scale == 1 else self.image_scale * x0
         coupled = draws.step >= self.coupling_start_step
+        own = slice(None) if draws.own is None else draws.own  #             N = K * B rows, or those of all ranks
         start = time.perf_counter()
-        noise = self.coupling(scaled, drawn, timesteps=t, generator=draws.generator("coupling")) if coupled else drawn  # <- Immiscible
+        if coupled:
+            generator = draws.generator("coupling")
+            noise = self.coupling(scaled, drawn, timesteps=t, labels=labels, generator=generator)  # [K*B,C,H,W]  <- Immiscible
+        else:
+            noise = drawn[own]
         seconds = torch.tensor(time.perf_counter() - start, device=t.device)
         together = paired_together(self.coupling, t) if coupled else torch.ones((), device=t.device)
-        statistics = {**coupling_statistics(scaled, drawn, noise), "paired_images": together, "coupling_seconds": seconds}
-        return Pairs(x0, t, noise, statistics)
+        statistics = {**coupling_statistics(scaled, drawn[own], noise), "paired_images": together, "coupling_seconds": seconds}
+        return Pairs(x0, t[own], noise, labels, condition or {}, statistics)
 
-    def __call__(self, model: nn.Module, pairs: Pairs, draws: Draws, condition: Mapping[str, Tensor] | None = None) -> Tensor:
+    def __call__(self, model: nn.Module, pairs: Pairs, draws: Draws) -> Tensor:
         """The loss of each image.
 
         Args:
             model: called as ``model(xt, time, **condition)``; returns an object with ``sample``.
-            pairs: from `pair`.
-            draws: the same random numbers.
-            condition: keyword arguments of the model.
+            pairs: a micro-batch from `pair`.
+            draws: its random numbers.
 
         Returns:
             fp32 [B], weighted; the loop takes the mean.
@@ -102,9 +128,20 @@ class DenoisingObjective:
         if self.input_perturbation:
             perturbed = noise + self.input_perturbation * draws.normal("input_perturbation", *x0.shape)
         xt = self.process.add_noise(x0, perturbed, t)  #                     [B,C,H,W] the scheduler's arithmetic, fp32
-        output = model(xt, self.process.model_time[t], **(condition or {})).sample
         target = self.process.target(x0, noise, t, self.prediction_type)
+        if self.dream_detail_preservation is not None:
+            xt, target = self._dream(model, xt, target, t, pairs.condition, self.dream_detail_preservation)
+        output = model(xt, self.process.model_time[t], **pairs.condition).sample
         return weighted_mse(output, target, self.weights[t])  #              [B]       what an error at each level costs <- SpeeD
+
+    def _dream(
+        self, model: nn.Module, xt: Tensor, target: Tensor, t: Tensor, condition: Mapping[str, Tensor], power: float
+    ) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            predicted = model(xt, self.process.model_time[t], **condition).sample.float()
+        sigma = self.process.noise[t].view(-1, 1, 1, 1)
+        correction = sigma**power * (target - predicted)
+        return xt + sigma * correction, target + correction
 
 
 def weighted_mse(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy
 import torch
@@ -76,3 +77,56 @@ class Draws:
             fill(block, generator.manual_seed(derive_seed(self.seed, purpose, self.step, number)))
         offset = self.first_row - first_block * ROWS_PER_BLOCK
         return blocks.flatten(0, 1)[offset : offset + shape[0]].contiguous()
+
+
+@dataclass(frozen=True)
+class PoolDraws:
+    """The random numbers of a pool: the images that a coupling pairs together, one micro-batch or more, of this rank or of all ranks.
+
+    Rows of the pool stand in the order of global rows: micro-batch by micro-batch and, within one, rank by rank. So the pool of a
+    global batch is the same however many ranks share it.
+
+    Args:
+        parts: each micro-batch's own draws, of this rank.
+        batch_size: B, images of a micro-batch on a rank.
+        rank: this process, if the pool spans the ranks.
+        ranks: W, how many ranks the pool spans; 1 is this rank alone.
+    """
+
+    parts: tuple[Draws, ...]
+    batch_size: int
+    rank: int = 0
+    ranks: int = 1
+
+    @cached_property
+    def own(self) -> Tensor | None:
+        """Where this rank's rows are in the pool, int64 [K * B] on the draws' device; None where they are all of it."""
+        if self.ranks == 1:
+            return None
+        rows = torch.arange(len(self.parts) * self.ranks * self.batch_size, device=self.parts[0].device)
+        return rows.view(-1, self.ranks, self.batch_size)[:, self.rank].flatten()
+
+    @property
+    def step(self) -> int:
+        """The optimizer step of the pool's first micro-batch."""
+        return self.parts[0].step
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """As `Draws.normal` for all rows of the pool: [K * W * B, *shape], where ``shape`` is one row's."""
+        return _joined([part.normal(purpose, self.ranks * self.batch_size, *shape) for part in self._parts_over_ranks()])
+
+    def uniform(self, purpose: str) -> Tensor:
+        """As `Draws.uniform` for all rows of the pool: [K * W * B]."""
+        return _joined([part.uniform(purpose, self.ranks * self.batch_size) for part in self._parts_over_ranks()])
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """As `Draws.generator`, a function of the first micro-batch's first global row on this rank."""
+        return self.parts[0].generator(purpose)
+
+    def _parts_over_ranks(self) -> list[Draws]:
+        before = self.rank * self.batch_size if self.ranks > 1 else 0
+        return [replace(part, first_row=part.first_row - before) for part in self.parts]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

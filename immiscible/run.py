@@ -10,7 +10,7 @@ import secrets
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -20,29 +20,39 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .checkpoints import PARTIAL, read_state, replace
-from .config import OWN_FILES, UnconditionalConfig, save_config
-from .coupling import Coupling, bias_notice, pairs_batch
+from .conditions import ClassLeak
+from .config import OWN_FILES, MethodArguments, UnconditionalConfig, given, save_config
+from .coupling import Coupling, bias_notice, build_coupling, leak_notice, pairs_batch
 from .data import GlobalBatchOrder, ImageSource, ImageTransform
+from .encoding import Encoded, Encoder
 from .errors import UserError
-from .evaluation import build_pipeline, evaluation_weights, image_grid, sample_images
+from .evaluation import build_pipeline, evaluation_weights, image_grid, sample_images, sample_labels
 from .metrics import Evaluation, build_features, fixed_images, to_uint8, validation_loss
 from .objectives import DenoisingObjective
-from .training import StepStats
+from .process import NoiseProcess
+from .randomness import Draws
+from .ranks import across_ranks
+from .timesteps import timestep_sampler
+from .training import StepStats, StopRequest
+from .weighting import loss_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import SchedulerMixin, UNet2DModel
+    from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
     from diffusers.training_utils import EMAModel
+
+    from .text_config import AnyConfig
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def session(config: UnconditionalConfig) -> Iterator[Accelerator]:
+def session(config: AnyConfig) -> Iterator[Accelerator]:
     """The accelerator of this process, set up as the flags say, and ended on every path; rank 0 alone logs notices."""
     if config.local_rank != -1 and "RANK" in os.environ:  # without a launcher it means nothing, as in the diffusers script
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
@@ -50,7 +60,7 @@ def session(config: UnconditionalConfig) -> Iterator[Accelerator]:
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, is_tensorboard_available, is_wandb_available
 
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "none": lambda: True}
-    if not available[config.logger]():
+    if not available.get(config.logger, lambda: True)():
         raise UserError(
             f"--logger {config.logger} is not installed: `pip install {config.logger}`, or --logger none (metrics.jsonl is always written)"
         )
@@ -66,7 +76,7 @@ def session(config: UnconditionalConfig) -> Iterator[Accelerator]:
             mixed_precision=config.mixed_precision,
             log_with=None if config.logger == "none" else config.logger,
             project_config=ProjectConfiguration(
-                project_dir=config.output_dir, logging_dir=os.path.join(config.output_dir, config.logging_dir)
+                project_dir=config.output_dir, logging_dir=os.path.join(config.output_dir or "", config.logging_dir)
             ),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
@@ -91,7 +101,7 @@ def session(config: UnconditionalConfig) -> Iterator[Accelerator]:
         accelerator.end_training()
 
 
-def settle_seed(config: UnconditionalConfig, resumed: Path | None) -> int:
+def settle_seed(config: AnyConfig, resumed: Path | None) -> int:
     """The run's seed: as given, else the resumed checkpoint's, else drawn by rank 0 and shared. It is written into ``config``."""
     from accelerate.utils import broadcast_object_list
 
@@ -102,7 +112,52 @@ def settle_seed(config: UnconditionalConfig, resumed: Path | None) -> int:
     return config.seed
 
 
-def check_batch_size(config: UnconditionalConfig, objective: DenoisingObjective, images: int, global_batch: int) -> None:
+def build_objective(
+    config: MethodArguments,
+    scheduler: Any,
+    accelerator: Accelerator,
+    *,
+    image_scale: float = 1.0,
+    dream_detail_preservation: float | None = None,
+) -> DenoisingObjective:
+    """The objective that the flags ask for, on the process and the prediction type of a diffusers scheduler; every rank calls it.
+
+    Raises:
+        UserError: an option out of range, or what the coupling, the law or the weighting cannot do with this process.
+    """
+    method, process = given(config, MethodArguments), NoiseProcess.from_scheduler(scheduler)
+    prediction_type = scheduler.config.get("prediction_type", "flow_prediction")
+    if config.coupling_min_timestep >= process.num_timesteps:
+        raise UserError(f"--coupling_min_timestep must be below {process.num_timesteps}, not {config.coupling_min_timestep}")
+    coupling = build_coupling(
+        config.noise_coupling,
+        min_timestep=config.coupling_min_timestep,
+        metric=config.coupling_metric,
+        dtype=config.coupling_dtype,
+        solver=config.coupling_solver,
+        condition=config.coupling_condition,
+        condition_ratio=config.coupling_condition_ratio,
+        candidates=config.coupling_candidates,
+        score=config.coupling_score,
+        size=config.coupling_reservoir,
+    )
+    if config.coupling_scope == "global" and pairs_batch(coupling):
+        coupling = across_ranks(coupling, accelerator, config.coupling_window)
+    return DenoisingObjective(
+        process=process.to(accelerator.device),
+        sampler=timestep_sampler(config.timestep_sampling, process, **method),
+        coupling=coupling,
+        weights=loss_weights(config.loss_weighting, process, prediction_type, **method).float().to(accelerator.device),
+        prediction_type=prediction_type,
+        image_scale=image_scale,
+        coupling_start_step=config.coupling_start_step,
+        noise_offset=config.noise_offset,
+        input_perturbation=config.input_perturbation,
+        dream_detail_preservation=dream_detail_preservation,
+    )
+
+
+def check_batch_size(config: AnyConfig, objective: DenoisingObjective, images: int, global_batch: int) -> None:
     """Warns of a batch in which pairing is void or images repeat.
 
     Raises:
@@ -116,9 +171,12 @@ def check_batch_size(config: UnconditionalConfig, objective: DenoisingObjective,
                 f"{shortage}, which --noise_coupling {config.noise_coupling} needs; lower --train_batch_size to at most {images}"
             )
         logger.warning("%s: images repeat within a batch", shortage)
-    if pairs and config.train_batch_size == 1:
+    shared = global_batch if config.coupling_scope == "global" else config.train_batch_size
+    if pairs and shared * config.coupling_window == 1:
         logger.warning(
-            "--noise_coupling %s with --train_batch_size 1 is the identity: one image has one noise to choose from", config.noise_coupling
+            "--noise_coupling %s with --train_batch_size 1 is the identity: one image has one noise to choose from; "
+            "--coupling_window pairs over several batches, --noise_coupling reservoir keeps noises between them",
+            config.noise_coupling,
         )
 
 
@@ -134,7 +192,7 @@ class RunLog:
     ``train_seconds`` is the time spent in steps since the run began, without evaluation, sampling and saving.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, config: UnconditionalConfig, start_step: int) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator, config: AnyConfig, start_step: int) -> None:
         self._path = folder / "metrics.jsonl"
         self._accelerator = accelerator
         self._sums: dict[str, float] = {}
@@ -149,10 +207,10 @@ class RunLog:
             scalars = {
                 name: value for name, value in asdict(config).items() if isinstance(value, int | float | str | bool) and name != "hub_token"
             }
-            accelerator.init_trackers(Path(__file__).parent.name, config=scalars)
+            accelerator.init_trackers(getattr(config, "tracker_project_name", Path(__file__).parent.name), config=scalars)
 
-    def add(self, step: int, metrics: dict[str, float], *, write: bool) -> dict[str, float]:
-        """Collects a step's metrics; with ``write`` their means become a line. Returns the means so far."""
+    def add(self, step: int, metrics: dict[str, float], *, write: bool, leak: ClassLeak | None = None) -> dict[str, float]:
+        """Collects a step's metrics; with ``write`` their means become a line, with what ``leak`` has found. Returns the means so far."""
         self.train_seconds += metrics["step_seconds"]
         self._count += 1
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in metrics.items()}
@@ -161,6 +219,8 @@ class RunLog:
         means |= {"distance_reduction_percent": 100 * (before - means["pair_distance"]) / before, "train_seconds": self.train_seconds}
         if write:
             self._sums, self._count = {}, 0
+            if leak:
+                means |= {f"class_leak_{name}": value for name, value in leak.result().items() if isinstance(value, float)}
             if self._accelerator.is_main_process:
                 _append_line(self._path, {"step": step, **{name: float(f"{value:.8g}") for name, value in means.items()}})
                 self._accelerator.log(means, step=step)
@@ -176,48 +236,62 @@ class RunEvaluation:
         held_out: images for the loss per noise level, or None.
         transform: training's; reference images are cut from the middle and not flipped.
         objective: gives process and prediction type.
-        scheduler: of training.
+        encode: turns held-out images into what is diffused and what the network is told.
+        pipeline: what samples the network in training.
+        features: the name of the feature network where the flags give none.
+        prompts: how many of the data's captions are sampled in turn; 0 for a pipeline without prompts.
     """
 
     def __init__(
         self,
-        config: UnconditionalConfig,
+        config: AnyConfig,
         source: ImageSource,
         held_out: ImageSource | None,
         transform: ImageTransform,
         objective: DenoisingObjective,
-        scheduler: SchedulerMixin,
+        encode: Encoder,
+        pipeline: Callable[[], DiffusionPipeline],
+        *,
+        features: str = "pixels",
+        prompts: int = 0,
     ) -> None:
-        self._config, self._objective, self._scheduler = config, objective, scheduler
+        self._config, self._objective, self._encode, self._pipeline = config, objective, encode, pipeline
         self._source, self._held_out_source, self._transform = source, held_out, transform
-        self._path = Path(config.output_dir) / "evaluation.jsonl"
+        self._features, self._prompts = config.eval_features or features, prompts
+        self._path = Path(config.output_dir or "") / "evaluation.jsonl"
 
     def prepare(self, start_step: int) -> None:
         """Reads the reference images; drops lines of steps after ``start_step``, which a killed run left behind."""
         config, transform = self._config, self._transform
-        name = config.eval_features or ("digits" if config.bundled_data == "digits" else "pixels")
-        features = build_features(name, channels=transform.channels, resolution=transform.resolution)
-        reference = map(to_uint8, fixed_images(self._source, transform, skip_bad_images=config.skip_bad_images))
-        self._evaluation = Evaluation(features, reference, samples=config.eval_samples, inference_steps=config.eval_inference_steps)
-        self._held_out = None
+        features = build_features(self._features, channels=transform.channels, resolution=transform.resolution)
+        images = fixed_images(self._source, transform, skip_bad_images=config.skip_bad_images)
+        reference = (to_uint8(batch.x0) for batch in images)
+        prompts = [self._source.captions(index)[0] for index in range(min(self._prompts, len(self._source)))]
+        self._evaluation = Evaluation(
+            features, reference, samples=config.eval_samples, inference_steps=config.eval_inference_steps, prompts=prompts
+        )
+        self._held_out: list[Encoded] = []
         if self._held_out_source is not None:
-            self._held_out = torch.cat(list(fixed_images(self._held_out_source, transform, skip_bad_images=config.skip_bad_images)))
+            options = {"with_labels": config.labels_for is not None, "with_captions": self._prompts > 0}
+            batches = fixed_images(self._held_out_source, transform, skip_bad_images=config.skip_bad_images, **options)
+            device = self._objective.process.signal.device
+            self._held_out = [self._encode(batch, Draws(0, 0, number, device)) for number, batch in enumerate(batches)]
         _drop_later_lines(self._path, start_step)
 
-    def __call__(self, unet: UNet2DModel, ema: EMAModel | None, step: int, train_seconds: float) -> None:
+    def __call__(self, unet: nn.Module, ema: EMAModel | None, step: int, train_seconds: float) -> None:
         """Measures the weights at ``step`` and appends a line."""
-        pipeline = build_pipeline(unet, self._scheduler, sampler=self._config.sampling_scheduler, spacing=self._config.timestep_spacing)
         line: dict[str, Any] = {
             "step": step,
             "train_seconds": train_seconds,
             "data": self._source.fingerprint,
-            **self._evaluation(pipeline, ema),
+            **self._evaluation(self._pipeline(), ema),
         }
         line["num_features"] = self._evaluation.distance.features.num_features
-        if self._held_out is not None:
-            line["validation_loss"] = validation_loss(
-                unet, self._held_out, self._objective.process, self._objective.prediction_type, ema=ema
-            )
+        if self._held_out:
+            x0 = torch.cat([batch.x0 for batch in self._held_out])
+            condition = {name: torch.cat([batch.condition[name] for batch in self._held_out]) for name in self._held_out[0].condition}
+            process, prediction_type = self._objective.process, self._objective.prediction_type
+            line["validation_loss"] = validation_loss(unet, x0, process, prediction_type, condition=condition, ema=ema)
         _append_line(self._path, {**line, "weights": "raw" if ema is None else "ema"})
         distances = ", ".join(f"{value:.3f} at {steps} steps" for steps, value in line["frechet_distance"].items())
         logger.info("step %d: %s %s", step, line["feature"], distances)
@@ -237,6 +311,69 @@ def _drop_later_lines(path: Path, start_step: int) -> list[dict[str, Any]]:
     return kept
 
 
+def follow(
+    steps: Iterator[StepStats],
+    config: AnyConfig,
+    accelerator: Accelerator,
+    log: RunLog,
+    stop: StopRequest,
+    *,
+    start_step: int,
+    max_steps: int,
+    state: Mapping[str, Tensor],
+    saved: bool,
+    leak: ClassLeak | None,
+    measure: Callable[[int], None],
+    save: Callable[[int, Mapping[str, Tensor]], None],
+    show: Callable[[int], None],
+) -> bool:
+    """Takes a run's steps: shows progress, writes lines, saves a checkpoint when one is due and at the end.
+
+    Args:
+        steps: from `train`.
+        config: the run's flags.
+        accelerator: every rank calls this.
+        log: of the run.
+        stop: what may end the run early.
+        start_step: optimizer steps taken before.
+        max_steps: the last step.
+        state: the coupling's at ``start_step``.
+        saved: whether the run's folder holds a checkpoint of ``start_step``.
+        leak: what is logged of the classes in the noise, if anything.
+        measure: called with each step before it may be saved, so that a run that goes on from there has its measurements.
+        save: writes a checkpoint of a step and its coupling state.
+        show: called with each step but the last after it may have been saved, for samples.
+
+    Returns:
+        whether the last step was reached; if not, a signal stopped the run, and it has said so.
+
+    Raises:
+        UserError: a rank met one; everything up to the last step is saved.
+    """
+    step = start_step
+    main = accelerator.is_main_process
+    with stop, tqdm(total=max_steps, initial=start_step, desc="training", unit="step", disable=not main) as bar:
+        for stats in steps:
+            step, state, last = stats.step, stats.coupling_state, stats.step == max_steps
+            checkpoint_due = step % config.checkpointing_steps == 0
+            means = log.add(step, stats.metrics, write=step % config.logging_steps == 0 or checkpoint_due or last, leak=leak)
+            bar.update()
+            bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
+            measure(step)
+            if checkpoint_due:
+                save(step, state)
+            saved = checkpoint_due
+            if not last:
+                show(step)
+    if not saved:
+        save(step, state)
+    if stop.error:
+        raise UserError(f"{stop.error} (stopped and saved at step {step})", exit_code=1)
+    if step < max_steps:
+        accelerator.print(f"Stopped by {stop.reason} at step {step} of {max_steps}; continue with --resume_from_checkpoint latest")
+    return step == max_steps
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``.jsonl`` file; a half-written last line is left out."""
     lines = []
@@ -248,38 +385,49 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def method_facts(config: UnconditionalConfig, objective: DenoisingObjective) -> dict[str, str]:
-    """What is trained and how, for the start of the run, the model card and the weights' metadata."""
+def method_facts(config: AnyConfig, objective: DenoisingObjective, *, schedule: str, inference_steps: int) -> dict[str, str]:
+    """What is trained and how, for the start of the run, the model card and the weights' metadata.
+
+    Args:
+        config: the run's flags.
+        objective: built from them.
+        schedule: the noise schedule's name, empty for a process that has none.
+        inference_steps: with which samples are drawn.
+    """
     coupling = {
         "assignment": f" ({config.coupling_metric}, cost in {config.coupling_dtype})",
         "flipped_assignment": f" ({config.coupling_metric}, cost in {config.coupling_dtype})",
+        "reservoir": f" ({config.coupling_reservoir} noises)",
         "nearest": f" (best of {config.coupling_candidates} by {config.coupling_score})",
     }.get(config.noise_coupling, "")
+    if config.coupling_condition != "none":
+        coupling += f", condition {config.coupling_condition}"
+    if config.coupling_window > 1:
+        coupling += f", over {config.coupling_window} micro-batches"
+    if config.coupling_scope == "global":
+        coupling += ", over all processes"
     if config.coupling_min_timestep:
         coupling += f", timesteps from {config.coupling_min_timestep}"
     if config.coupling_start_step:
         coupling += f", from optimizer step {config.coupling_start_step}"
     moved = objective.sampler.moved_share()
     near_none = " (near none: on this schedule the law hardly differs from uniform)" if 0 < moved < 0.05 else ""
-    schedule = (
-        f" ({config.ddpm_beta_schedule}, {config.ddpm_num_steps} steps)"
-        if config.noise_process == "ddpm"
-        else f" ({config.ddpm_num_steps} steps)"
-    )
+    steps = f"{objective.process.num_timesteps} steps"
+    process = f"{objective.process.kind} ({schedule}, {steps})" if schedule else f"{objective.process.kind} ({steps})"
     return {
         "noise_coupling": config.noise_coupling + coupling,
         "timestep_sampling": f"{config.timestep_sampling}, moves {100 * moved:.1f} % of the draws{near_none}",
         "loss_weighting": config.loss_weighting,
-        "noise_process": config.noise_process + schedule + (f", image scale {config.image_scale:g}" if config.image_scale != 1 else ""),
-        "prediction_type": config.prediction_type,
-        "inference_steps": str(config.ddpm_num_inference_steps),
+        "noise_process": process + (f", image scale {objective.image_scale:g}" if objective.image_scale != 1 else ""),
+        "prediction_type": objective.prediction_type,
+        "inference_steps": str(inference_steps),
         "seed": str(config.seed),
     }
 
 
-def measured_facts(config: UnconditionalConfig) -> dict[str, str]:
+def measured_facts(config: AnyConfig) -> dict[str, str]:
     """Means over the run's ``metrics.jsonl``: what the coupling did and what it cost, and the last loss."""
-    lines = read_lines(Path(config.output_dir) / "metrics.jsonl")
+    lines = read_lines(Path(config.output_dir or "") / "metrics.jsonl")
     mean = {name: sum(line[name] for line in lines) / len(lines) for name in lines[-1]} if lines else {}
     if not mean:
         return {}
@@ -308,17 +456,18 @@ def report_start(
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     ranks = order.global_batch_size // order.batch_size
     side, images = unet.config.sample_size, order.global_batch_size * accumulation
+    classes = f", {unet.config.num_class_embeds} classes" if unet.config.num_class_embeds else ""
     for name, value in {
         "data": data,
-        "network": f"{type(unet).__name__}, {parameters / 1e6:.2f} million parameters, {unet.config.in_channels}x{side}x{side}",
+        "network": f"{type(unet).__name__}, {parameters / 1e6:.2f} million parameters, {unet.config.in_channels}x{side}x{side}{classes}",
         "batch": f"{order.batch_size} images x {ranks} processes x {accumulation} micro-batches = {images} a step",
         "steps": f"{start_step} to {max_steps} ({order.batches_per_epoch / accumulation:.4g} an epoch)",
         **facts,
     }.items():
         logger.info("%-18s %s", name.replace("_", " "), value)
-    notice = bias_notice(coupling, unet.config.in_channels * side**2)
-    if notice:
-        logger.warning(notice)
+    for notice in (bias_notice(coupling, unet.config.in_channels * side**2), leak_notice(coupling, unet.config.num_class_embeds or 0)):
+        if notice:
+            logger.warning(notice)
 
 
 def report_plan(steps: Iterator[StepStats], unet: UNet2DModel, accelerator: Accelerator, remaining: int, *, timed: int = 5) -> None:
@@ -344,18 +493,18 @@ def report_plan(steps: Iterator[StepStats], unet: UNet2DModel, accelerator: Acce
     )
 
 
-def is_finished(config: UnconditionalConfig, start_step: int, max_steps: int) -> bool:
+def is_finished(config: AnyConfig, start_step: int, max_steps: int) -> bool:
     """Whether the resumed run has nothing left to do; says so."""
-    summary = Path(config.output_dir) / "summary.json"
+    summary = Path(config.output_dir or "") / "summary.json"
     finished = start_step >= max_steps and summary.exists() and json.loads(summary.read_text())["step"] >= max_steps
     if finished:
         logger.info("The run in %s is finished (step %d of %d): no step taken, nothing changed", config.output_dir, start_step, max_steps)
     return finished
 
 
-def report_end(config: UnconditionalConfig, step: int, facts: dict[str, str]) -> None:
+def report_end(config: AnyConfig, step: int, facts: dict[str, str]) -> None:
     """Writes ``summary.json``, which marks the run as finished, and prints the summary."""
-    folder = Path(config.output_dir)
+    folder = Path(config.output_dir or "")
     measured = measured_facts(config)
     partial = folder / f"{PARTIAL}summary.json"
     partial.write_text(json.dumps({"step": step, **facts, **measured}, indent=1))
@@ -364,7 +513,7 @@ def report_end(config: UnconditionalConfig, step: int, facts: dict[str, str]) ->
         **facts,
         **measured,
         "pipeline": folder,
-        "samples": _grid_path(folder, step),
+        "samples": grid_path(folder, step),
         "metrics": folder / "metrics.jsonl",
         "restart": f"--config {folder / 'config.yaml'} --output_dir ANOTHER_FOLDER",
     }
@@ -372,13 +521,19 @@ def report_end(config: UnconditionalConfig, step: int, facts: dict[str, str]) ->
 
 
 def save_pipeline(
-    unet: UNet2DModel, ema: EMAModel | None, scheduler: SchedulerMixin, config: UnconditionalConfig, facts: dict[str, str]
+    unet: UNet2DModel,
+    ema: EMAModel | None,
+    scheduler: SchedulerMixin,
+    config: UnconditionalConfig,
+    facts: dict[str, str],
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Leaves in the run's folder a pipeline that plain diffusers samples, with the model card and the method in the weights' metadata.
 
-    With EMA the pipeline holds the averaged weights, and ``unet_non_ema`` beside it the others.
+    With EMA the pipeline holds the averaged weights, and ``unet_non_ema`` beside it the others. ``class_names`` are the data's; the
+    card of a class-conditional network lists them by number.
     """
-    folder = Path(config.output_dir)
+    folder = Path(config.output_dir or "")
     partial = folder / f"{PARTIAL}pipeline"
     shutil.rmtree(partial, ignore_errors=True)
     if ema is not None:
@@ -386,9 +541,11 @@ def save_pipeline(
     with evaluation_weights(unet, ema):
         pipeline = build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing)
         pipeline.save_pretrained(partial)
+    num_classes = unet.config.num_class_embeds
+    names = class_names if num_classes and class_names else ()
     for weights in partial.glob("unet*/*.safetensors"):
         _add_metadata(weights, facts)
-    (partial / "README.md").write_text(_model_card(folder.resolve().name, type(pipeline).__name__, facts))
+    (partial / "README.md").write_text(_model_card(folder.resolve().name, type(pipeline).__name__, facts, num_classes, names))
     for item in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):  # last: it makes the folder a pipeline
         replace(item, folder / item.name)
     partial.rmdir()
@@ -397,7 +554,7 @@ def save_pipeline(
 def save_samples(
     unet: UNet2DModel, ema: EMAModel | None, scheduler: SchedulerMixin, config: UnconditionalConfig, seed: int, step: int
 ) -> None:
-    """A grid of samples with the same noises at every step, in ``samples/``."""
+    """A grid of samples with the same noises at every step, in ``samples/``; a class-conditional network's are in the order of classes."""
     with evaluation_weights(unet, ema):
         pipeline = build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing)
         images = sample_images(
@@ -408,21 +565,25 @@ def save_samples(
             batch_size=config.eval_batch_size,
             device=unet.device,
         )
-    path = _grid_path(Path(config.output_dir), step)
+    labels = sample_labels(unet, len(images))
+    if labels is not None:
+        images = images[labels.argsort(stable=True).numpy()]
+    path = grid_path(Path(config.output_dir or ""), step)
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(images).save(path)
 
 
-def _grid_path(folder: Path, step: int) -> Path:
+def grid_path(folder: Path, step: int) -> Path:
+    """Where the samples of a step are."""
     return folder / "samples" / f"step-{step:07d}.png"
 
 
-def push_pipeline(config: UnconditionalConfig, step: int) -> None:
+def push_pipeline(config: AnyConfig, step: int) -> None:
     """Uploads the pipeline, samples, config and metrics, no checkpoints."""
     from huggingface_hub import create_repo, upload_folder
     from huggingface_hub.errors import HfHubHTTPError
 
-    folder = Path(config.output_dir)
+    folder = Path(config.output_dir or "")
     try:
         name = config.hub_model_id or folder.resolve().name
         repository = create_repo(name, private=config.hub_private_repo, exist_ok=True, token=config.hub_token).repo_id
@@ -448,7 +609,25 @@ def _add_metadata(path: Path, facts: dict[str, str]) -> None:
     save_file(tensors, path, metadata=metadata)
 
 
-def _model_card(title: str, pipeline: str, facts: dict[str, str]) -> str:
+def _model_card(title: str, pipeline: str, facts: dict[str, str], num_classes: int | None, class_names: Sequence[str]) -> str:
+    if num_classes is None:
+        example = f"""from diffusers import {pipeline}
+image = {pipeline}.from_pretrained("THIS_FOLDER")(num_inference_steps={facts["inference_steps"]}).images[0]"""
+    else:
+        example = f"""import torch
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_pretrained("THIS_FOLDER")
+labels = torch.arange({min(num_classes, 8)})  # the class of each image, by its number
+
+
+def tell_classes(unet, args, kwargs):  # the pipeline has no argument for them
+    return args, {{**kwargs, "class_labels": labels.to(unet.device)}}
+
+
+pipeline.unet.register_forward_pre_hook(tell_classes, with_kwargs=True)
+images = pipeline(batch_size=len(labels), num_inference_steps={facts["inference_steps"]}).images"""
+    classes = "\nClasses:\n\n" + "".join(f"{number}. {name}\n" for number, name in enumerate(class_names)) if class_names else ""
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
     return f"""---
 library_name: diffusers
@@ -459,10 +638,9 @@ tags: [diffusers, unconditional-image-generation, immiscible-diffusion]
 # {title}
 
 ```python
-from diffusers import {pipeline}
-image = {pipeline}.from_pretrained("THIS_FOLDER")(num_inference_steps={facts["inference_steps"]}).images[0]
+{example}
 ```
-
+{classes}
 How it was trained (`config.yaml` holds every flag):
 
 | | |

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoints import checkpoints, clean_up, discard, is_complete, resolve_checkpoint, step_of
-from .config import FREE_ON_RESUME, OWN_FILES, UnconditionalConfig
+from .config import OWN_FILES
 from .errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from .text_config import AnyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +25,14 @@ MARKER = ".immiscible-run"  # a folder without it is nobody's run, whatever name
 FINISHED = "a finished run"
 
 
-def check_folder(config: UnconditionalConfig) -> Path | None:
+def check_folder(config: AnyConfig) -> Path | None:
     """The checkpoint to resume, or None for a fresh start; touches nothing.
 
     Raises:
         UserError: the output folder holds a run and neither resuming nor overwriting is asked for, or the checkpoint is missing or
             incomplete.
     """
-    folder = Path(config.output_dir)
+    folder = Path(config.output_dir or "")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; give a folder")
     held = _run_in(folder)
@@ -64,15 +66,15 @@ def check_folder(config: UnconditionalConfig) -> Path | None:
     return resumed
 
 
-def run_identity(config: UnconditionalConfig, *, data: str, network: dict[str, Any], processes: int) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued: every flag not in `FREE_ON_RESUME`, the data, the network, the ranks."""
-    flags = {f"--{name}": value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
+def run_identity(config: AnyConfig, *, data: str, network: dict[str, Any], processes: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued: every flag not in ``free_on_resume``, the data, the network, the ranks."""
+    flags = {f"--{name}": value for name, value in asdict(config).items() if name not in config.free_on_resume}
     return json.loads(json.dumps({**flags, "data": data, "network": network, "processes": processes}))
 
 
-def prepare_folder(config: UnconditionalConfig, accelerator: Accelerator) -> None:
+def prepare_folder(config: AnyConfig, accelerator: Accelerator) -> None:
     """Creates the output folder; removes what a killed run left half written and, with ``--overwrite_output_dir``, the old run."""
-    folder = Path(config.output_dir)
+    folder = Path(config.output_dir or "")
 
     def prepare() -> None:
         try:

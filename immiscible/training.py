@@ -6,18 +6,22 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count, islice
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .coupling import coupling_state
+from .encoding import Encoder
 from .errors import UserError
 from .objectives import DenoisingObjective, Pairs
-from .randomness import Draws, reseed_globally
+from .randomness import Draws, PoolDraws, reseed_globally
+from .ranks import AnotherRankFailed, GlobalAssignment
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,10 +36,20 @@ class StepStats:
         step: optimizer steps taken so far; a checkpoint written now bears this number.
         metrics: ``loss``, ``learning_rate``, ``grad_norm`` (before clipping), ``step_seconds`` (this rank's,
             loading included), ``wait_seconds`` (of it, for batches and pairs) and the pairs' statistics.
+        coupling_state: what the coupling must remember for a run that continues here, for a checkpoint; empty for most.
     """
 
     step: int
     metrics: dict[str, float]
+    coupling_state: Mapping[str, Tensor]
+
+
+class Item(NamedTuple):
+    """A micro-batch ready for the network, and the coupling's state to save if it is the last of its step."""
+
+    draws: Draws
+    pairs: Pairs
+    coupling_state: Mapping[str, Tensor]
 
 
 class StopRequest:
@@ -83,8 +97,10 @@ def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     objective: DenoisingObjective,
-    batches: Iterator[Tensor],
+    batches: Iterator[Any],
+    encode: Encoder,
     *,
+    batch_size: int,
     seed: int,
     start_step: int,
     max_steps: int,
@@ -93,6 +109,8 @@ def train(
     ema: EMAModel | None,
     stop: StopRequest,
     ahead: bool = False,
+    window: int = 1,
+    watch: Callable[[Pairs], None] | None = None,
 ) -> Iterator[StepStats]:
     """Trains ``model`` from ``start_step`` to ``max_steps``.
 
@@ -101,7 +119,9 @@ def train(
         model: prepared by ``accelerator``, in train mode.
         optimizer: likewise.
         objective: the loss of a micro-batch.
-        batches: this rank's micro-batches, fp32 [B, C, H, W], all of one size; may raise `UserError`.
+        batches: this rank's micro-batches, all of one size, from the window on that ``start_step`` begins in; may raise `UserError`.
+        encode: turns one into what is diffused and what the network is told.
+        batch_size: images of a micro-batch.
         seed: of every draw; step s of a resumed run draws what step s of an uninterrupted one draws.
         start_step: optimizer steps already taken.
         max_steps: optimizer steps in all.
@@ -110,6 +130,8 @@ def train(
         ema: updated after each step, on ``model``'s parameters.
         stop: ends the loop at a step boundary, when all ranks have learned of it.
         ahead: load and pair the next step's batches on another thread while this step runs; the numbers are the same.
+        window: micro-batches that are paired at once, whether or not they belong to one step.
+        watch: called with each of this rank's micro-batches before the network sees it.
 
     Yields:
         `StepStats`, when weights, optimizer and EMA are at the state that a checkpoint should hold.
@@ -118,9 +140,10 @@ def train(
         UserError: (exit code 1) the loss or the gradient is NaN or infinite; the step is not taken, the weights are those before it.
     """
     accumulation = accelerator.gradient_accumulation_steps
-    micro_batches = _paired(accelerator, objective, batches, seed, start_step)
+    micro_batches = _paired(accelerator, objective, batches, encode, batch_size, seed, start_step, window)
     if ahead:
-        micro_batches = _look_ahead(micro_batches, accumulation, accelerator.device)
+        depth = accumulation if window == 1 else accumulation + window  # a window is begun when the one before it is under way
+        micro_batches = _look_ahead(micro_batches, depth, accelerator.device)
     for step in range(start_step, max_steps):
         start = time.perf_counter()
         fetched = _fetch(micro_batches, accumulation, stop)
@@ -129,7 +152,9 @@ def train(
             return
         reseed_globally(seed, "library", step, accelerator.process_index)
         collected = []
-        for draws, pairs in fetched:
+        for draws, pairs, _ in fetched:
+            if watch:
+                watch(pairs)
             with accelerator.accumulate(model):
                 loss = objective(model, pairs, draws).mean()
                 accelerator.backward(loss)
@@ -143,28 +168,74 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
             ema.step(model.parameters())
-        yield StepStats(step + 1, metrics | {"wait_seconds": waited, "step_seconds": time.perf_counter() - start})
+        metrics |= {"wait_seconds": waited, "step_seconds": time.perf_counter() - start}
+        yield StepStats(step + 1, metrics, fetched[-1].coupling_state)
+
+
+def whole_windows(start: int, stop: int, window: int) -> tuple[int, int]:
+    """The micro-batches that a run from ``start`` to ``stop`` must load so that its first and last window are whole."""
+    return start - start % window, stop + -stop % window
 
 
 def _paired(
-    accelerator: Accelerator, objective: DenoisingObjective, batches: Iterator[Tensor], seed: int, start_step: int
-) -> Iterator[tuple[Draws, Pairs]]:
-    """Each micro-batch with its random numbers, timesteps and paired noises, on the device."""
-    for count, x0 in enumerate(batches, start=start_step * accelerator.gradient_accumulation_steps):
-        step, micro = divmod(count, accelerator.gradient_accumulation_steps)
-        first_row = (micro * accelerator.num_processes + accelerator.process_index) * len(x0)
-        draws = Draws(seed, step, first_row, accelerator.device)
-        yield draws, objective.pair(x0.to(accelerator.device, non_blocking=True), draws)
+    accelerator: Accelerator,
+    objective: DenoisingObjective,
+    batches: Iterator[Any],
+    encode: Encoder,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    window: int,
+) -> Iterator[Item]:
+    """Each micro-batch with its random numbers, timesteps and paired noises, on the device.
+
+    Windows of ``window`` micro-batches are paired at once. They are counted from the run's beginning, so that a run which resumes
+    within one (``batches`` then begins where the window does) pairs it again as it was.
+    """
+    accumulation, processes, rank = accelerator.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
+    ranks = objective.coupling.ranks if isinstance(objective.coupling, GlobalAssignment) else None
+    start = start_step * accumulation
+    for first in count(start - start % window, window):
+        try:
+            taken = list(islice(batches, window))
+        except UserError:
+            if ranks:
+                ranks.any_failed(True)
+            raise
+        if ranks and ranks.any_failed(False):
+            raise AnotherRankFailed("another process stopped")
+        if not taken:
+            return
+        steps = [divmod(micro_batch, accumulation) for micro_batch in range(first, first + len(taken))]
+        draws = [Draws(seed, step, (micro * processes + rank) * batch_size, accelerator.device) for step, micro in steps]
+        pool = PoolDraws(tuple(draws), batch_size, rank, processes if ranks else 1)
+        encoded = map(encode, taken, draws)
+        x0, labels, condition = (_joined(column) for column in zip(*encoded, strict=True))
+        before = coupling_state(objective.coupling)
+        parts = objective.pair(x0, pool, labels, condition).split(batch_size)
+        # Who continues within a window pairs all of it again, and so needs the state before it.
+        states = [before] * (len(parts) - 1) + [coupling_state(objective.coupling)]
+        yield from list(map(Item, draws, parts, states))[max(0, start - first) :]
 
 
-def _look_ahead(items: Iterator[tuple[Draws, Pairs]], depth: int, device: torch.device) -> Iterator[tuple[Draws, Pairs]]:
+def _joined(column: Sequence[Any]) -> Any:
+    """The rows of several micro-batches as one: tensors, mappings of them, or Nones."""
+    if len(column) == 1 or column[0] is None:
+        return column[0]
+    if isinstance(column[0], Tensor):
+        return torch.cat(list(column))
+    return {name: torch.cat([part[name] for part in column]) for name in column[0]}
+
+
+def _look_ahead(items: Iterator[Item], depth: int, device: torch.device) -> Iterator[Item]:
     """The same items, ``depth`` of them made on a worker thread while the caller works; on a GPU on a stream of their own.
 
-    The first item is made at once by the caller, so that loader processes are forked from the main thread.
+    The first item is made at once by the caller, so that loader processes are forked from the main thread. What was begun is finished
+    before this ends, on every rank, because another rank may wait for its part in it.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def make() -> tuple[Draws, Pairs] | None:
+    def make() -> Item | None:
         with torch.cuda.stream(stream):  # no stream, no effect
             item = next(items, None)
             if stream is not None:
@@ -177,24 +248,27 @@ def _look_ahead(items: Iterator[tuple[Draws, Pairs]], depth: int, device: torch.
         try:
             while item is not None:
                 if stream is not None:
-                    _hand_over(item[1], torch.cuda.current_stream(device))
+                    _hand_over(item.pairs, torch.cuda.current_stream(device))
                 yield item
                 waiting.append(worker.submit(make))
                 item = waiting.popleft().result()
         finally:
-            worker.shutdown(cancel_futures=True)
+            worker.shutdown()
 
 
 def _hand_over(pairs: Pairs, stream: torch.cuda.Stream) -> None:
     """Tells the allocator that another stream's tensors are used on this one, so that their memory is not given away too early."""
-    for tensor in (pairs.x0, pairs.timesteps, pairs.noise, *pairs.statistics.values()):
-        tensor.record_stream(stream)
+    for tensor in (pairs.x0, pairs.timesteps, pairs.noise, pairs.labels, *pairs.condition.values(), *pairs.statistics.values()):
+        if tensor is not None:
+            tensor.record_stream(stream)
 
 
-def _fetch(micro_batches: Iterator[tuple[Draws, Pairs]], count: int, stop: StopRequest) -> list[tuple[Draws, Pairs]]:
+def _fetch(micro_batches: Iterator[Item], number: int, stop: StopRequest) -> list[Item]:
     """This step's micro-batches; a failure is kept for the other ranks to learn of instead of leaving them in a collective call."""
     try:
-        return [next(micro_batches) for _ in range(count)]
+        return [next(micro_batches) for _ in range(number)]
+    except AnotherRankFailed:
+        return []
     except UserError as error:
         stop.fail(error)
         return []

@@ -21,6 +21,8 @@ import torch
 from tqdm import tqdm
 
 from immiscible.coupling import AssignmentCoupling, IndependentCoupling
+from immiscible.data import Images
+from immiscible.encoding import PixelEncoder
 from immiscible.errors import run_script
 from immiscible.models import build_unet, unet_config
 from immiscible.objectives import DenoisingObjective
@@ -63,7 +65,8 @@ def our_steps(arguments: argparse.Namespace, assignment: bool) -> Iterator[float
         loss_weights("none", process, "epsilon").float().to(accelerator.device),
     )
     for stats in train(
-        accelerator, model, optimizer, objective, batches(arguments), seed=0, start_step=0, max_steps=10**9,
+        accelerator, model, optimizer, objective, map(Images, batches(arguments)), PixelEncoder(accelerator.device),
+        batch_size=arguments.batch, seed=0, start_step=0, max_steps=10**9,
         learning_rate=lambda step: RATE, max_grad_norm=1.0, ema=ema, stop=StopRequest(),
     ):  # fmt: skip
         yield stats.metrics["coupling_seconds"]

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import immiscible.data as data
+from immiscible.config import UnconditionalConfig, parse_config
 from immiscible.data import (
     BUNDLED,
     ArrayImages,
@@ -19,12 +20,16 @@ from immiscible.data import (
     GlobalBatchOrder,
     ImageDataset,
     ImageTransform,
+    Subset,
+    TableImages,
     build_loader,
     check_batch,
     collate,
+    images_of,
     load_images,
 )
 from immiscible.errors import UserError
+from immiscible.metrics import split_source
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0)
@@ -371,6 +376,164 @@ def test_max_train_samples():
     assert np.array_equal(some.load(7), everything.load(int(some.name(7).split()[1])))
     with pytest.raises(UserError, match="--max_train_samples 0"):
         load_images(max_train_samples=0)
+
+
+# Classes
+
+
+def test_labels_of_the_digits_are_sklearns_through_every_subset():
+    from sklearn.datasets import load_digits
+
+    target = load_digits().target
+    source = load_images(labels_for="--class_conditional")
+    assert list(source.class_names) == [str(digit) for digit in range(10)]
+    assert [source.label(i) for i in range(1797)] == target.tolist() and type(source.label(0)) is int
+    train, held_out = split_source(load_images(max_train_samples=200), 0.2)
+    for part in (train, held_out):
+        assert part.class_names == source.class_names
+        assert [part.label(i) for i in range(len(part))] == [target[int(part.name(i).split()[1])] for i in range(len(part))]
+
+
+def test_photo_crops_have_no_classes():
+    source = load_images(bundled_data="photo_crops", resolution=8)
+    assert source.class_names is None and Subset(source, [1]).class_names is None
+    with pytest.raises(UserError, match=r"--class_conditional needs classes, and --bundled_data photo_crops has none"):
+        load_images(bundled_data="photo_crops", labels_for="--class_conditional")
+    with pytest.raises(UserError, match=r"class labels are asked for, and photo_crops .* has none"):
+        ImageDataset(source, ImageTransform(8), with_labels=True)
+
+
+def test_bundled_data_has_no_label_column():
+    words = ["--bundled_data", "digits", "--label_column", "fine", "--class_conditional"]
+    with pytest.raises(UserError, match=r"--label_column names a column of --dataset_name or --train_data_dir"):
+        parse_config(UnconditionalConfig, words, program="train_unconditional.py", description="", no_data_config=Path("none.yaml"))
+
+
+def test_classes_of_folders_are_numbered_in_the_order_of_their_names(tmp_path):
+    names = ["Zebra", "cat", "cat 2", "catfish", "crane"]
+    images = {f"{name}/{i}.png": noise(4, 4, 3) for name in reversed(names) for i in range(2)}
+    source = folder(tmp_path, images, labels_for="--class_conditional")
+    assert list(source.class_names) == names
+    assert sorted(source.label(i) for i in range(10)) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert all(names[source.label(i)] == Path(source.name(i)).parent.name for i in range(10))
+
+
+def test_a_folder_without_class_folders_has_no_classes(tmp_path):
+    images = {"1.png": noise(4, 4, 3), "2.png": noise(4, 4, 3)}
+    assert folder(tmp_path, images).class_names is None
+    with pytest.raises(
+        UserError, match=r"--class_conditional needs classes.*one subfolder per class; its columns: image; of classes: none"
+    ):
+        load_images(train_data_dir=str(tmp_path), labels_for="--class_conditional")
+
+
+def write_classes(path, labels, **columns):
+    """Images that hold their row's number; ``columns`` are names and their classes."""
+    import datasets
+
+    cells = [{"bytes": encoded(np.full((4, 4), i, np.uint8)), "path": None} for i in range(len(labels))]
+    table = datasets.Dataset.from_dict({"image": cells, "size": labels, **dict.fromkeys(columns, labels)})
+    for name, classes in columns.items():
+        table = table.cast_column(name, datasets.ClassLabel(names=classes))
+    path.mkdir(exist_ok=True)
+    table.to_parquet(path / "train.parquet")
+    return str(path)
+
+
+def test_classes_of_parquet_files(tmp_path):
+    labels, names = [2, 0, 1, 1], ["crane", "dog", "crane, the machine"]
+    source = load_images(train_data_dir=write_classes(tmp_path / "one", labels, label=names))
+    assert list(source.class_names) == names and [source.label(i) for i in range(4)] == labels
+    two = write_classes(tmp_path / "two", labels, fine=names, coarse=["a", "b", "c"])
+    assert load_images(train_data_dir=two).class_names is None
+    source = load_images(train_data_dir=two, label_column="fine", labels_for="--class_conditional")
+    assert list(source.class_names) == names and [source.label(i) for i in range(4)] == labels
+    columns = r"its columns: image, size, fine, coarse; of classes: fine, coarse$"
+    with pytest.raises(UserError, match=rf"--class_conditional needs classes.*--label_column.*{columns}"):
+        load_images(train_data_dir=two, labels_for="--class_conditional")
+    for wrong in ("size", "label", "image"):
+        with pytest.raises(UserError, match=rf"--label_column '{wrong}' is not a column of classes .*{columns}"):
+            load_images(train_data_dir=two, label_column=wrong)
+
+
+def test_rows_without_a_class_are_bad_images(tmp_path):
+    path = write_classes(tmp_path / "a", [0, 1, None, -1], label=["a", "b"])
+    source = load_images(train_data_dir=path)
+    dataset = ImageDataset(source, ImageTransform(4), with_labels=True)
+    batch = collate([dataset[0, i] for i in range(4)])
+    assert [bad.name.split()[1] for bad in batch["bad"]] == ["2", "3"] and batch["labels"].tolist() == [0, 1]
+    with pytest.raises(UserError, match=r"row 2 .*its class is None, not a number from 0 to 1.*--skip_bad_images"):
+        check_batch(batch, skip_bad_images=False)
+    assert one_batch(source, ImageTransform(4), [(0, 2)])["bad"] == []  # a run without labels needs none
+
+
+def test_classes_of_one_name_are_told_apart_by_number(tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"label": [2, 0, 1]}).cast_column("label", datasets.ClassLabel(num_classes=3))
+    table.info.features["label"].names = ["crane", "dog", "crane"]  # `datasets` itself refuses to make or to read such a column
+    source = TableImages(table, "image", "birds", "", labels=table)
+    assert list(source.class_names) == ["crane", "dog", "crane"] and [source.label(i) for i in range(3)] == [2, 0, 1]
+
+
+def test_a_parquet_file_with_classes_of_one_name_is_one_line(tmp_path):
+    import json
+
+    import pyarrow.parquet as pq
+
+    write_classes(tmp_path, [2, 0, 1], label=["crane", "dog", "heron"])
+    [path] = tmp_path.glob("*.parquet")
+    table = pq.read_table(path)
+    information = json.loads(table.schema.metadata[b"huggingface"])
+    information["info"]["features"]["label"]["names"][2] = "crane"
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(information)}), path)
+    with pytest.raises(UserError, match=r"cannot read its \.parquet files \(Some label names are duplicated"):
+        load_images(train_data_dir=str(tmp_path), labels_for="--class_conditional")
+
+
+def test_classes_of_a_hub_dataset(monkeypatch):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"image": [{"bytes": encoded(noise(4, 4)), "path": None}] * 3, "label": [1, 0, 2]})
+    table = table.cast_column("label", datasets.ClassLabel(names=["x", "y", "z"]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: table)
+    source = load_images(dataset_name="some/set", labels_for="--class_conditional")
+    assert list(source.class_names) == ["x", "y", "z"] and [source.label(i) for i in range(3)] == [1, 0, 2]
+    assert source.fingerprint == "some/set, 3 images, columns image label"
+
+
+def labelled_batches(workers, start=0, with_labels=True):
+    """Image i is of the gray i, and of class i * i modulo 7."""
+    grays = np.arange(20, dtype=np.uint8)
+    source = ArrayImages(np.tile(grays[:, None, None], (1, 8, 8)), "grays", labels=(np.arange(20) ** 2) % 7, class_names=list("abcdefg"))
+    dataset = ImageDataset(source, ImageTransform(8, channels=1, random_flip=True), with_labels=with_labels)
+    return list(images_of(build_loader(dataset, GlobalBatchOrder(20, 4, 5, start=start, stop=12), workers, CPU), False))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_labels_stay_with_their_images(workers):
+    batches = labelled_batches(workers)
+    seen = []
+    for x0, labels in batches:
+        numbers = grays(x0)[:, 0, 0, 0].round().long()
+        assert labels.dtype == torch.int64 and torch.equal(labels, numbers**2 % 7)
+        seen += numbers.tolist()
+    assert sorted(seen[:20]) == list(range(20)) and seen[:20] != seen[20:40]  # shuffled, anew in each epoch
+    for (x0, labels), (again, same) in zip(batches[7:], labelled_batches(workers, start=7), strict=True):
+        assert torch.equal(x0, again) and torch.equal(labels, same)
+    plain = labelled_batches(workers, with_labels=False)
+    assert all(labels is None and torch.equal(x0, batch.x0) for (x0, labels), batch in zip(plain, batches, strict=True))
+
+
+def test_a_substitute_brings_its_own_label(tmp_path):
+    source = folder(tmp_path, {f"{'ab'[i % 2]}/{i}.png": np.full((8, 8), 10 * i, np.uint8) for i in range(6)})
+    names = [Path(source.name(i)).name for i in range(6)]
+    truncate(tmp_path / "a" / "4.png")  # before b/1.png
+    dataset = ImageDataset(source, ImageTransform(8, channels=1), skip_bad_images=True, with_labels=True)
+    batch = collate([dataset[0, i] for i in range(6)])
+    numbers = (grays(batch["pixel_values"])[:, 0, 0, 0] / 10).round().long()
+    assert numbers[names.index("4.png")] == 1 and len(numbers) == 6
+    assert torch.equal(batch["labels"], numbers % 2)
 
 
 def test_photographs_taken_sideways_are_turned_upright(tmp_path):

@@ -389,6 +389,27 @@ def test_validation_loss_is_a_plain_mean_whatever_the_batches():
     assert validation_loss(blank, images, process, "sample", levels=3, batch_size=4) == losses[1]
 
 
+class Guesser(nn.Module):
+    """Says that an image is the first of its class."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.images = images
+
+    def forward(self, xt, time, class_labels):
+        return types.SimpleNamespace(sample=self.images[class_labels])
+
+
+def test_validation_loss_tells_the_classes():
+    process = NoiseProcess.from_scheduler(build_scheduler("ddpm", prediction_type="sample"))
+    firsts = DIGITS[:10].float() / 127.5 - 1  # the digits 0 to 9
+    labels = torch.tensor([3, 3, 0, 9, 5, 1, 7])
+    losses = validation_loss(Guesser(firsts), firsts[labels], process, "sample", condition={"class_labels": labels}, batch_size=3)
+    assert set(losses.values()) == {0.0}
+    wrong = validation_loss(Guesser(firsts), firsts[labels], process, "sample", condition={"class_labels": labels.roll(1)}, batch_size=3)
+    assert min(wrong.values()) > 0.05
+
+
 # Images to measure on
 
 
@@ -426,13 +447,22 @@ class Shapes:
         return f"shape {index}"
 
 
+def pixels(batches):
+    return torch.cat([batch.x0 for batch in batches])
+
+
 def test_fixed_images_are_cut_from_the_middle_and_never_flipped():
     source, transform = load_digits(), ImageTransform(8, 1, random_flip=True, seed=3)
-    assert torch.equal(to_uint8(torch.cat(list(fixed_images(source, transform)))), DIGITS)
-    few = torch.cat(list(fixed_images(source, transform, limit=300)))
-    assert few.shape == (300, 1, 8, 8) and torch.equal(few, torch.cat(list(fixed_images(source, transform, limit=300))))
+    assert torch.equal(to_uint8(pixels(fixed_images(source, transform))), DIGITS)
+    few = pixels(fixed_images(source, transform, limit=300))
+    assert few.shape == (300, 1, 8, 8) and torch.equal(few, pixels(fixed_images(source, transform, limit=300)))
+    assert all(batch.labels is None for batch in fixed_images(source, transform, limit=300))
+    labelled = list(fixed_images(source, transform, limit=300, with_labels=True))
+    rows = [int((image == DIGITS).flatten(1).all(1).nonzero()[0]) for image in to_uint8(few)]
+    assert torch.equal(pixels(labelled), few)
+    assert torch.cat([batch.labels for batch in labelled]).tolist() == [source.label(row) for row in rows]
 
     with pytest.raises(UserError, match="shape 1: broken"):
         list(fixed_images(Shapes(), transform))
-    white, black = torch.cat(list(fixed_images(Shapes(), transform, skip_bad_images=True)))
+    white, black = pixels(fixed_images(Shapes(), transform, skip_bad_images=True))
     assert (white == 1).all() and (black == -1).all()

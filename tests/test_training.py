@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from immiscible.coupling import AssignmentCoupling, IndependentCoupling, build_coupling
+from immiscible.data import Images
+from immiscible.encoding import PixelEncoder
 from immiscible.errors import UserError
 from immiscible.objectives import DenoisingObjective, weighted_mse
 from immiscible.process import NoiseProcess, build_scheduler
-from immiscible.randomness import Draws, reseed_globally
+from immiscible.randomness import Draws, PoolDraws, reseed_globally
 from immiscible.timesteps import timestep_sampler
 from immiscible.training import StopRequest, train
 from immiscible.weighting import loss_weights
@@ -63,7 +65,9 @@ def run(accelerator, unet, loss, batches, steps, ema=None, start=0, grad_norm=1.
             model,
             optimizer,
             loss,
-            iter(batches),
+            map(Images, batches),
+            PixelEncoder(CPU),
+            batch_size=len(batches[0]),
             seed=SEED,
             start_step=start,
             max_steps=steps,
@@ -134,7 +138,7 @@ def record(loss, x0, draws, sample=None):
             seen.update(xt=xt, time=time)
             return type("Output", (), {"sample": torch.zeros_like(xt) if sample is None else sample})()
 
-    pairs = loss.pair(x0, draws)
+    pairs = loss.pair(x0, PoolDraws((draws,), len(x0)))
     losses = loss(Model(), pairs, draws)
     return seen["xt"], seen["time"], losses, pairs.statistics
 
@@ -289,7 +293,7 @@ def test_looking_ahead_passes_errors_on_and_leaves_no_thread(accelerator):
     import threading
 
     def two_then_bad():
-        yield from images(2)
+        yield from map(Images, images(2))
         raise UserError("cannot read image x.png")
 
     unet, stop = tiny_unet(), StopRequest()
@@ -300,6 +304,8 @@ def test_looking_ahead_passes_errors_on_and_leaves_no_thread(accelerator):
         optimizer,
         objective(),
         two_then_bad(),
+        PixelEncoder(CPU),
+        batch_size=8,
         seed=SEED,
         start_step=0,
         max_steps=5,
@@ -316,7 +322,9 @@ def test_looking_ahead_passes_errors_on_and_leaves_no_thread(accelerator):
         unet,
         optimizer,
         objective(),
-        iter(images(5)),
+        map(Images, images(5)),
+        PixelEncoder(CPU),
+        batch_size=8,
         seed=SEED,
         start_step=0,
         max_steps=5,
