@@ -95,7 +95,8 @@ def cost_matrix(x0: Tensor, noise: Tensor, *, metric: str = "l2", dtype: str = "
 
     All but ``l1`` (`torch.cdist`) are one matrix product, since ``d^2 = |x - n|^2 = |x|^2 + |n|^2 - 2 x.n``. ``squared_l2`` is ``-2 x.n``,
     which alone differs within a row and within a column. ``l2`` is ``d - |n|``, less ``|x|`` too in rows of images longer than the noises
-    are on average, so that images of any scale keep the digits that the difference of two large lengths loses:
+    are on average, so that images of any scale keep the digits that the difference of two large lengths loses. A column's constant depends
+    on its noise alone, so rows may be computed apart.
 
         d - |n| = (|x|^2 - 2 x.n) / (d + |n|),    d - |x| = (|n|^2 - 2 x.n) / (d + |x|).
 
@@ -108,8 +109,9 @@ def cost_matrix(x0: Tensor, noise: Tensor, *, metric: str = "l2", dtype: str = "
             whatever stands beside it; by default `ROWS_PER_PRODUCT`, as they come.
 
     Raises:
-        UserError: int8 where there is no such product.
+        UserError: an unknown name, or int8 where there is no such product.
     """
+    _check_names(metric, dtype)
     images, noises = x0.detach().flatten(1), noise.detach().flatten(1)  # [N,D], [M,D]
     return _costs(images, noises, (_norms(images), _norms(noises)), metric, dtype, rows_per_product)
 
@@ -212,11 +214,14 @@ def _costs(
 
     if dtype == "auto":
         dtype = "float32" if metric == "l1" else fast_dtype(images.device, images.shape[1])
-    if metric == "l1":
-        precision = getattr(torch, dtype)
-        return torch.cdist(images.to(precision).float(), noises.to(precision).float(), p=1)
-    columns, noise_scale = _operand(noises, dtype)  # [M,D], [M]
     image_norm, noise_norm = norms
+    if metric == "l1":
+        ratio = float(image_norm.mean() / noise_norm.mean())
+        wide = torch.float32 if 1e-2 < ratio < 1e2 else torch.float64  # what pairs differ by must not drown in the larger one's digits
+        images, noises = (rows.to(getattr(torch, dtype)).to(wide) for rows in (images, noises))
+        cost = torch.cdist(images, noises, p=1).sub_(noises.abs().sum(1))
+        return cost.sub_(cost.mean(1, keepdim=True)).float()
+    columns, noise_scale = _operand(noises, dtype)  # [M,D], [M]
     far = image_norm > noise_norm.mean()
     cost = torch.empty(len(images), len(noises), device=images.device)
     height = rows_per_product or ROWS_PER_PRODUCT
@@ -347,14 +352,18 @@ def _not_finite(cost: Tensor) -> UserError:
 
 
 def _check(x0: Tensor, noise: Tensor, metric: str, dtype: str, solver: str) -> None:
-    for flag, name, known in (("metric", metric, METRICS), ("dtype", dtype, COST_DTYPES), ("solver", solver, SOLVERS)):
-        if name not in known:
-            raise UserError(f"--coupling_{flag} {name!r} is unknown; known: {', '.join(known)}")
-    if metric == "l1" and dtype == "int8":
-        raise UserError("--coupling_metric l1 is no inner product and has no int8 form; give --coupling_dtype float32")
+    _check_names(metric, dtype, solver)
     if x0.shape != noise.shape or x0.device != noise.device:
         raise UserError(
             f"images and noises must agree in shape and device: {tuple(x0.shape)} on {x0.device}, {tuple(noise.shape)} on {noise.device}"
         )
     if x0.dim() < 2 or not x0.is_floating_point() or not noise.is_floating_point():
-        raise UserError(f"images and noises must be floating point [N, ...], not {x0.dtype} {list(x0.shape)} and {noise.dtype}")
+        raise UserError(f"images and noises must be floating point [N, ...], not {list(x0.shape)} of {x0.dtype} and {noise.dtype}")
+
+
+def _check_names(metric: str, dtype: str, solver: str = "auto") -> None:
+    for flag, name, known in (("metric", metric, METRICS), ("dtype", dtype, COST_DTYPES), ("solver", solver, SOLVERS)):
+        if name not in known:
+            raise UserError(f"--coupling_{flag} {name!r} is unknown; known: {', '.join(known)}")
+    if metric == "l1" and dtype == "int8":
+        raise UserError("--coupling_metric l1 is no inner product, which alone has an int8 form; give --coupling_dtype float32")

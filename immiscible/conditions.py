@@ -9,8 +9,11 @@ the noise's marginal stays exactly standard normal:
 - ``within``: noises change places among images of one class only. The noise says nothing about the class, but a class with one image
   in the batch has nothing to exchange.
 - ``centered``: the assignment of x0 - E[x0 | condition], as far as it is known. Ours and experimental: the class's mean is gone from the
-  noise, differences between the classes' covariances are not.
+  noise, differences between the classes' covariances are not. On the digits a linear probe finds nothing, a quadratic one still reads
+  the class in 19 % of cases (chance 11 %).
 - ``penalty``: an exchange between conditions costs extra (C2OT), so much that few pairs are still worth it.
+
+``scripts/benchmark_conditions.py`` measures what each tells and what it costs in distance.
 """
 
 from __future__ import annotations

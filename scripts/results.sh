@@ -28,6 +28,8 @@ grid() { # name, seeds, methods, flags of every run
 
 grid digits_v "0 1 2" "baseline immiscible speed immiscible_speed scaled scaled+immiscible speed_sampling immiscible+speed_sampling scaled+immiscible+speed_sampling" "${common[@]}"
 grid digits_fresh "3 4 5" "baseline immiscible immiscible_speed_sampling" "${common[@]}"
+grid digits_window "0 1 2" "baseline window window+speed_sampling scaled+window+speed_sampling" "${common[@]}"
+grid digits_window_fresh "3 4 5" "baseline window window+speed_sampling" "${common[@]}"
 grid digits_epsilon "0 1 2" "baseline immiscible speed" "${common[@]}" --prediction_type epsilon
 grid digits_sample "0 1 2" "baseline immiscible" "${common[@]}" --prediction_type sample
 grid digits_flow "0 1 2" "baseline immiscible" "${common[@]}" "${flow[@]}"

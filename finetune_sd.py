@@ -1,0 +1,30 @@
+#!/usr/bin/env python
+"""Fine-tunes a Stable Diffusion checkpoint, all of its U-Net or low-rank adapters, with noise coupling and asymmetric timesteps.
+
+Takes every flag of diffusers' train_text_to_image.py and, with --use_lora, of its train_text_to_image_lora.py:
+
+    accelerate launch finetune_sd.py --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 --dataset_name DATA \\
+      --config configs/methods/immiscible.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from immiscible.config import parse_config
+from immiscible.errors import run_script
+from immiscible.run import session
+from immiscible.text_config import TextToImageConfig
+from train_text_to_image import train_text_to_image
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse_config(TextToImageConfig, argv, program=Path(__file__).name, description=__doc__)
+    with session(config) as accelerator:
+        train_text_to_image(config, accelerator, from_scratch=False)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,229 @@
+#!/usr/bin/env python
+"""Trains a Stable Diffusion U-Net from random weights on captions or class names, with noise coupling and asymmetric timesteps.
+
+The checkpoint of --pretrained_model_name_or_path gives VAE, text encoder, tokenizer, scheduler and the U-Net's configuration; to start
+from its weights take finetune_sd.py. Takes every flag of the diffusers example of this name:
+
+    accelerate launch train_text_to_image.py --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 --dataset_name DATA \\
+      --config configs/methods/immiscible.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from immiscible.checkpoints import check_identity, load_checkpoint, save_checkpoint
+from immiscible.conditions import ClassLeak
+from immiscible.config import parse_config
+from immiscible.coupling import coupling_state, restore_coupling
+from immiscible.data import GlobalBatchOrder, ImageDataset, ImageTransform, build_loader, images_of, load_images
+from immiscible.errors import UserError, run_script
+from immiscible.metrics import split_source
+from immiscible.models import tuned
+from immiscible.randomness import reseed_globally
+from immiscible.run import (
+    RunEvaluation,
+    RunLog,
+    build_objective,
+    check_batch_size,
+    follow,
+    is_finished,
+    measured_facts,
+    method_facts,
+    push_pipeline,
+    report_end,
+    report_plan,
+    report_start,
+    session,
+    settle_seed,
+)
+from immiscible.run_folder import check_folder, on_main_process, prepare_folder, run_identity
+from immiscible.stable_diffusion import (
+    TextToImageEncoder,
+    build_text_ema,
+    build_text_optimizer,
+    build_text_pipeline,
+    load_stable_diffusion,
+    place,
+    save_prompt_grid,
+    save_text_pipeline,
+    text_learning_rate,
+    text_model_card,
+)
+from immiscible.text_config import TextToImageConfig
+from immiscible.training import StopRequest, train, whole_windows
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse_config(TextToImageConfig, argv, program=Path(__file__).name, description=__doc__)
+    if config.use_lora:
+        raise UserError("--use_lora adapts pretrained weights, which this script does not load; use finetune_sd.py")
+    with session(config) as accelerator:
+        train_text_to_image(config, accelerator, from_scratch=True)
+
+
+def train_text_to_image(config: TextToImageConfig, accelerator: Accelerator, *, from_scratch: bool) -> None:
+    # Data, networks, and the checkpoint to continue; nothing is written before all of it is known to fit together.
+    resumed = check_folder(config)
+    seed = settle_seed(config, resumed)
+    source = load_images(
+        dataset_name=config.dataset_name,
+        dataset_config_name=config.dataset_config_name,
+        train_data_dir=config.train_data_dir,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        label_column=config.caption_column if config.labels_for else None,
+        labels_for=config.labels_for,
+        cache_dir=config.cache_dir,
+        max_train_samples=config.max_train_samples,
+    )
+    source, held_out = split_source(source, config.validation_split) if config.validation_split else (source, None)
+    reseed_globally(seed, "network")
+    parts = load_stable_diffusion(config, from_scratch=from_scratch)
+    place(parts, config, accelerator)
+    objective = build_objective(
+        config,
+        parts.scheduler,
+        accelerator,
+        dream_detail_preservation=config.dream_detail_preservation if config.dream_training else None,
+    )
+    ema = build_text_ema(parts.unet, config, accelerator.device)
+    model, optimizer = accelerator.prepare(tuned(parts.unet, config), build_text_optimizer(parts.unet, config, accelerator))
+
+    processes, accumulation = accelerator.num_processes, config.gradient_accumulation_steps
+    order = GlobalBatchOrder(len(source), config.train_batch_size, seed, stop=0, rank=accelerator.process_index, num_processes=processes)
+    check_batch_size(config, objective, len(source), order.global_batch_size)
+    max_steps = config.max_train_steps or max(1, config.num_train_epochs * order.batches_per_epoch // accumulation)
+    start_step = 0
+    network = {"from_scratch": from_scratch, "unet": dict(parts.unet.config), "vae": dict(parts.vae.config)}
+    identity = run_identity(config, data=source.fingerprint, network=network, processes=processes)
+    if resumed:
+        check_identity(resumed, identity)
+        start_step, restored = load_checkpoint(accelerator, resumed, ema)
+        restore_coupling(objective.coupling, restored)
+    order.start, order.stop = whole_windows(start_step * accumulation, max_steps * accumulation, config.coupling_window)
+    transform = ImageTransform(
+        config.resolution,
+        3,
+        config.center_crop,
+        config.random_flip,
+        seed=seed,
+        interpolation=config.image_interpolation_mode,
+        crop=config.crop,
+    )
+    dataset = ImageDataset(source, transform, config.skip_bad_images, with_labels=config.labels_for is not None, with_captions=True)
+    loader = build_loader(dataset, order, config.dataloader_num_workers, accelerator.device)
+
+    encode = TextToImageEncoder(
+        parts,
+        accelerator.device,
+        empty_prompts=config.proportion_empty_prompts,
+        pooled_labels=config.coupling_condition in ("centered", "penalty"),
+    )
+    stop, leak = StopRequest(), ClassLeak() if config.log_class_leak else None
+    steps = train(
+        accelerator,
+        model,
+        optimizer,
+        objective,
+        images_of(loader, config.skip_bad_images),
+        encode,
+        batch_size=config.train_batch_size,
+        seed=seed,
+        start_step=start_step,
+        max_steps=max_steps,
+        learning_rate=text_learning_rate(config, optimizer, max_steps, processes),
+        max_grad_norm=config.max_grad_norm,
+        ema=ema,
+        stop=stop,
+        ahead=config.look_ahead,
+        window=config.coupling_window,
+        watch=leak and (lambda pairs: leak.add(pairs.noise, pairs.labels, pairs.x0)),
+    )
+    schedule = str(parts.scheduler.config.beta_schedule)
+    facts = method_facts(config, objective, schedule=schedule, inference_steps=config.validation_inference_steps)
+    report_start(facts, source.description, parts.unet, order, accumulation, start_step, max_steps, objective.coupling)
+    if config.plan:
+        report_plan(steps, parts.unet, accelerator, max_steps - start_step)
+        return
+    if is_finished(config, start_step, max_steps):
+        return
+
+    # The run: everything that rank 0 does alone goes through on_main_process, so that its failures reach all ranks.
+    folder = Path(config.output_dir or "")
+    prepare_folder(config, accelerator)
+    log = RunLog(folder, accelerator, config, start_step)
+    evaluation = RunEvaluation(
+        config,
+        source,
+        held_out,
+        transform,
+        objective,
+        replace(encode, empty_prompts=0.0),
+        lambda: build_text_pipeline(parts),
+        prompts=config.eval_samples,
+    )
+    if config.eval_steps:
+        on_main_process(accelerator, lambda: evaluation.prepare(start_step))
+
+    def measure(step: int) -> None:
+        if config.eval_steps and (step % config.eval_steps == 0 or step == max_steps):
+            on_main_process(accelerator, lambda: evaluation(parts.unet, ema, step, log.train_seconds))
+
+    def save(step: int, state: Mapping[str, Tensor]) -> None:
+        save_checkpoint(accelerator, folder, step, ema, identity, config.checkpoints_total_limit, state)
+
+    def sample(step: int) -> None:
+        if config.prompts:
+            on_main_process(accelerator, lambda: save_prompt_grid(parts, ema, config, seed, step))
+
+    def show(step: int) -> None:
+        epochs = config.validation_epochs or 1
+        now, before = (count * accumulation // order.batches_per_epoch for count in (step, step - 1))
+        if now // epochs > before // epochs:
+            sample(step)
+
+    def save_model() -> None:
+        card = text_model_card(parts, folder.resolve().name, {**facts, **measured_facts(config)})
+        save_text_pipeline(parts, ema, folder, card)
+
+    state = coupling_state(objective.coupling)
+    saved = resumed is not None and resumed.resolve().parent == folder.resolve()
+    if resumed and not saved:
+        save(start_step, state)  # a run that goes on in another folder has its beginning there too
+        saved = True
+    finished = follow(
+        steps,
+        config,
+        accelerator,
+        log,
+        stop,
+        start_step=start_step,
+        max_steps=max_steps,
+        state=state,
+        saved=saved,
+        leak=leak,
+        measure=measure,
+        save=save,
+        show=show,
+    )
+    if not finished:
+        return
+    sample(max_steps)
+    on_main_process(accelerator, save_model)
+    on_main_process(accelerator, lambda: report_end(config, max_steps, facts))
+    if config.push_to_hub:
+        on_main_process(accelerator, lambda: push_pipeline(config, max_steps))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
