@@ -10,7 +10,9 @@ operations; memory is O(N^2), never O(N^2 D).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -30,6 +32,9 @@ BIDS_PER_ROW = 200  # ten times what an ordinary batch needs
 ROWS_PER_PRODUCT = 2048  # of a matrix product whose result is kept beside the cost
 INT8_DIMENSIONS = range(2, 2**31 // 127**2)  # D whose inner products cannot leave 32 bits; torch misreads operands of one column
 NORMS = (1e-12, 1e12)  # the largest norm of a batch that fp32 squares comfortably; others are solved in another unit of length
+
+
+_recorded: ContextVar[list[Assignment] | None] = ContextVar("recorded solutions", default=None)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,17 @@ def fast_dtype(device: torch.device, dimension: int = 3072) -> str:
     return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
 
+@contextmanager
+def recorded_solutions() -> Iterator[list[Assignment]]:
+    """Inside the block every `solve` of this thread, whoever calls it, is added to the list that the block is given."""
+    solutions: list[Assignment] = []
+    token = _recorded.set(solutions)
+    try:
+        yield solutions
+    finally:
+        _recorded.reset(token)
+
+
 def solve(cost: Tensor, *, solver: str = "auto") -> Assignment:
     """Minimizes ``sum_i cost[i, index[i]]`` over permutations.
 
@@ -146,10 +162,14 @@ def solve(cost: Tensor, *, solver: str = "auto") -> Assignment:
     if cost.shape != (n, n):
         raise UserError(f"a cost matrix must be square, not {list(cost.shape)}")
     if n < 2:
-        return _only_assignment(n, cost.device)
-    if solver == "exact" or (solver == "auto" and n < EXACT_BELOW):
-        return _exact(cost)
-    return price_auction(cost)[0]
+        solution = _only_assignment(n, cost.device)
+    elif solver == "exact" or (solver == "auto" and n < EXACT_BELOW):
+        solution = _exact(cost)
+    else:
+        solution = price_auction(cost)[0]
+    if (solutions := _recorded.get()) is not None:
+        solutions.append(solution)
+    return solution
 
 
 def price_auction(cost: Tensor, epsilon: float = EPSILON) -> tuple[Assignment, numpy.ndarray]:

@@ -6,13 +6,14 @@ Five independent choices meet here and nowhere else: timestep sampling, noise co
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .coupling import Coupling, coupling_statistics, paired_together
+from .assignment import Assignment, recorded_solutions
+from .coupling import Coupling, coupling_statistics, paired_together, pairs_batch
 from .process import NoiseProcess
 from .randomness import Draws, PoolDraws
 from .timesteps import TimestepSampler
@@ -99,14 +100,17 @@ class DenoisingObjective:
         coupled = draws.step >= self.coupling_start_step
         own = slice(None) if draws.own is None else draws.own  #             N = K * B rows, or those of all ranks
         start = time.perf_counter()
-        if coupled:
-            generator = draws.generator("coupling")
-            noise = self.coupling(scaled, drawn, timesteps=t, labels=labels, generator=generator)  # [K*B,C,H,W]  <- Immiscible
-        else:
-            noise = drawn[own]
+        with recorded_solutions() as solutions:
+            if coupled:
+                generator = draws.generator("coupling")
+                noise = self.coupling(scaled, drawn, timesteps=t, labels=labels, generator=generator)  # [K*B,C,H,W]  <- Immiscible
+            else:
+                noise = drawn[own]
         seconds = torch.tensor(time.perf_counter() - start, device=t.device)
         together = paired_together(self.coupling, t) if coupled else torch.ones((), device=t.device)
         statistics = {**coupling_statistics(scaled, drawn[own], noise), "paired_images": together, "coupling_seconds": seconds}
+        if pairs_batch(self.coupling):
+            statistics |= solution_statistics(solutions, t.device)
         return Pairs(x0, t[own], noise, labels, condition or {}, statistics)
 
     def __call__(self, model: nn.Module, pairs: Pairs, draws: Draws) -> Tensor:
@@ -142,6 +146,21 @@ class DenoisingObjective:
         sigma = self.process.noise[t].view(-1, 1, 1, 1)
         correction = sigma**power * (target - predicted)
         return xt + sigma * correction, target + correction
+
+
+def solution_statistics(solutions: Sequence[Assignment], device: torch.device) -> dict[str, Tensor]:
+    """What the solver has to say of one pool's assignments, as fp32 scalars.
+
+    ``assignment_kept`` is the share of the achievable reduction that is certainly kept (the least, if classes are solved apart),
+    ``assignment_bids_per_row`` the auction's work, and ``assignment_relaxations`` how often it met its cap and went on more coarsely.
+    """
+    rows = sum(len(solution.index) for solution in solutions) or 1
+    values = {
+        "assignment_kept": min((solution.kept for solution in solutions), default=1.0),
+        "assignment_bids_per_row": sum(solution.bids for solution in solutions) / rows,
+        "assignment_relaxations": float(sum(solution.relaxations for solution in solutions)),
+    }
+    return {name: torch.tensor(value, device=device) for name, value in values.items()}
 
 
 def weighted_mse(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:

@@ -219,6 +219,8 @@ class RunLog:
         means |= {"distance_reduction_percent": 100 * (before - means["pair_distance"]) / before, "train_seconds": self.train_seconds}
         if write:
             self._sums, self._count = {}, 0
+            if means.get("assignment_relaxations"):
+                logger.warning("the assignment's auction met its cap of bids and went on with a coarser step, up to step %d", step)
             if leak:
                 means |= {f"class_leak_{name}": value for name, value in leak.result().items() if isinstance(value, float)}
             if self._accelerator.is_main_process:
@@ -432,11 +434,17 @@ def measured_facts(config: AnyConfig) -> dict[str, str]:
     if not mean:
         return {}
     drawn, paired = mean["pair_distance_drawn"], mean["pair_distance"]
+    solved = {}
+    if "assignment_kept" in mean:
+        solved["assignment"] = f"at least {100 * mean['assignment_kept']:.2f} % kept, {mean['assignment_bids_per_row']:.1f} bids an image"
+        if mean["assignment_relaxations"]:
+            solved["assignment"] += f", {mean['assignment_relaxations']:.3g} relaxations a step: bids met their cap"
     return {
         "optimizer_steps": f"{lines[-1]['step']:g}",
         "pair_distance": f"{drawn:.4f} drawn, {paired:.4f} paired ({mean['distance_reduction_percent']:+.2f} % reduction)",
         "noise_marginal_drift": f"variance {mean['noise_variance_drift']:+.5f}, norm {mean['noise_norm_drift']:+.5f}",
         "images_paired_together": f"{mean['paired_images']:.1f}",
+        **solved,
         "coupling_time": f"{1000 * mean['coupling_seconds']:.2f} ms of a {1000 * mean['step_seconds']:.1f} ms step",
         "final_loss": f"{lines[-1]['loss']:.5f}",
     }

@@ -1,44 +1,52 @@
 #!/usr/bin/env python
-"""Times the assignment engine beside what most trainers do and beside the published release, in one run, interleaved.
+"""The assignment engine beside what most trainers do and beside the published release, in one run, interleaved, on one core or one GPU.
 
-    python scripts/benchmark_assignment.py --output_dir benchmarks
+    python scripts/benchmark_assignment.py                                       # N = 64 to 4096, about half an hour
+    python scripts/benchmark_assignment.py --sizes 1024 16384 --dimensions 3072  # the large one, on request
 
-Methods: the engine (cost, solve, total); `torch.cdist` and scipy on the L2 matrix (what most trainers do); the difference of all pairs in
-fp16, its norm, and scipy (what the published release computes). Times are medians; the share kept is of the reduction that an exact
-assignment of the same metric reaches, the worst of the seeds. Each line of the targets is printed with whether it was met here.
+Two references, in our words: `torch.cdist` and scipy on the L2 matrix (most trainers), and the norms of the fp16 differences of all pairs
+and scipy (the release). Times are from images and noises to the permutation; taking the noises by it costs the same everywhere and is left
+out. A time is the median over the repeats of a seed and then over the seeds. What is kept is the share of the reduction of the summed
+distance, against the mean over all pairings, that the best permutation reaches; beyond --largest_scipy, a lower bound on that share. A
+target must be met by the worst of the declared seeds. Peak memory is the resident set's, of a forked process, beyond the inputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
+import os
+import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
-from immiscible.assignment import cost_matrix, fast_dtype, solve
+from immiscible.assignment import EPSILON, assign, certified_assignment, cost_matrix, fast_dtype, price_auction, solve
 from immiscible.data import ImageTransform, PhotoCrops
 from immiscible.errors import UserError, run_script
 from immiscible.randomness import seeded_generator
 
 SEEDS = (0, 1, 2, 3, 4)  # declared here; the worst of them must meet a target
 SIDES = {3072: 32, 4096: 0, 12288: 64}  # D -> side of RGB photo crops; 4096 has none and is drawn as 4x32x32 latents
+METRICS = ("l2", "squared_l2")
+FINE = EPSILON / 16  # of the auction that bounds the best permutation from below where an exact one would take minutes
+Row = dict[str, Any]
 
 
 def batch(n: int, dimension: int, seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and noises [N, D]: photo crops, or for D = 4096 smooth unit-deviation stand-ins for latents."""
     generator = seeded_generator(seed, "benchmark", n, dimension)
     if SIDES[dimension]:
-        source = PhotoCrops(SIDES[dimension])
-        transform = ImageTransform(SIDES[dimension])
-        chosen = torch.randperm(len(source), generator=generator)[:n].tolist()
-        chosen += torch.randint(len(source), (n - len(chosen),), generator=generator).tolist()
+        source, transform = PhotoCrops(SIDES[dimension]), ImageTransform(SIDES[dimension])
+        chosen = torch.randperm(max(n, len(source)), generator=generator)[:n].tolist()  # any number names a crop
         x0 = torch.stack([transform(source.load(i), 0, i) for i in chosen]).flatten(1)
     else:
         coarse = torch.randn(n, 4, 4, 4, generator=generator)
@@ -53,156 +61,344 @@ def scipy_on(cost: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])
 
 
-def broadcast_norm(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The release's cost in our words: norms of fp16 differences of all pairs, scaled by 0.1 against overflow, a few rows at a time."""
-    images, noises = 0.1 * x0.half(), 0.1 * noise.half()
-    return torch.cat([torch.linalg.vector_norm(rows[:, None] - noises[None], dim=2) for rows in images.split(16)])
+def cdist_scipy(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    return scipy_on(torch.cdist(x0, noise))
 
 
 def broadcast_scipy(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    return scipy_on(broadcast_norm(x0, noise))
+    """The release's cost: norms of fp16 differences of all pairs, scaled by 0.1 against overflow; here a few rows at a time, which is
+    faster on a CPU than all 2 N^2 D bytes at once."""
+    images, noises = 0.1 * x0.half(), 0.1 * noise.half()
+    return scipy_on(torch.cat([torch.linalg.vector_norm(rows[:, None] - noises[None], dim=2) for rows in images.split(16)]))
+
+
+def bf16_product(images: torch.Tensor, noises: torch.Tensor) -> torch.Tensor:
+    return images @ noises.T
 
 
 def exact(cost: torch.Tensor) -> torch.Tensor:
     return solve(cost, solver="exact").index
 
 
-def timed(device: torch.device, work: Callable[..., torch.Tensor], *arguments: Any, **options: Any) -> tuple[float, torch.Tensor]:
+def milliseconds(device: torch.device, work: Callable[[], Any]) -> float:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
-    result = work(*arguments, **options)
+    work()
     if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - start)
 
 
-def kept(cost: torch.Tensor, index: torch.Tensor, best: torch.Tensor) -> float:
-    """The share of the reduction of the summed distance that ``index`` reaches; the mean over all pairings is no reduction."""
-    rows, costs = torch.arange(len(cost)), cost.double().cpu()
-    none = costs.mean() * len(cost)
-    return float((none - costs[rows, index.cpu()].sum()) / (none - costs[rows, best.cpu()].sum()))
+def interleaved(device: torch.device, ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median time of each way; in every repeat each runs once, and none always follows the same one."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for turn in range(repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            times[name].append(milliseconds(device, ways[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure(n: int, dimension: int, metric: str, arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    times: dict[str, list[float]] = {}
-    shares, certificates, bids = [], [], []
-    for seed in SEEDS[: arguments.seeds]:
-        x0, noise = batch(n, dimension, seed, device)
+def total_cost(cost: torch.Tensor, index: torch.Tensor) -> float:
+    return float(cost[torch.arange(len(cost), device=cost.device), index.to(cost.device)].double().sum())
+
+
+def best_reduction(cost: torch.Tensor, none: float, largest_scipy: int) -> float:
+    """Of the summed cost against ``none``: what the best permutation reaches or, for a large cost, cannot exceed."""
+    if len(cost) <= largest_scipy:
+        return none - total_cost(cost, exact(cost))
+    solution, _ = price_auction(cost, FINE)
+    return none - total_cost(cost, solution.index) + solution.gap
+
+
+def measure(n: int, dimension: int, seed: int, arguments: argparse.Namespace, device: torch.device) -> dict[str, Row]:
+    """One seed: a row for each metric."""
+    x0, noise = batch(n, dimension, seed, device)
+    halves = x0.bfloat16(), noise.bfloat16()
+    costs = {metric: cost_matrix(x0, noise, metric=metric, dtype="auto") for metric in METRICS}
+    fast: dict[str, Callable[[], Any]] = {"bf16_product": lambda: bf16_product(*halves)}
+    slow: dict[str, Callable[[], Any]] = {}
+    for metric in METRICS:
+        fast[f"cost {metric}"] = lambda metric=metric: cost_matrix(x0, noise, metric=metric, dtype="auto")
+        fast[f"solve {metric}"] = lambda metric=metric: solve(costs[metric])
+        fast[f"total {metric}"] = lambda metric=metric: assign(x0, noise, metric=metric)
+        if n <= arguments.largest_scipy:
+            slow[f"scipy_same {metric}"] = lambda metric=metric: scipy_on(costs[metric])
+    row: Row = {}
+    if n <= arguments.largest_scipy:
+        raw = torch.cdist(x0, noise)
+        slow |= {"cdist_scipy": lambda: cdist_scipy(x0, noise), "scipy_raw": lambda: scipy_on(raw), "exact_raw": lambda: exact(raw)}
+        least = total_cost(raw, scipy_on(raw))
+        row["exact_error"] = abs(total_cost(raw, exact(raw)) / least - 1)
+    if n <= arguments.largest_broadcast or (n, dimension) == (1024, 3072):
+        row["broadcast_scipy"] = milliseconds(device, lambda: broadcast_scipy(x0, noise))
+    for name in fast:
+        fast[name]()  # warm
+    if n <= 1024:
+        row |= interleaved(device, fast | slow, arguments.repeats)
+    else:  # a turn of the slow ones takes seconds to minutes
+        row |= interleaved(device, fast, arguments.repeats) | interleaved(device, slow, 1)
+
+    rows = {}
+    for metric in METRICS:
         distance = cost_matrix(x0, noise, metric=metric, dtype="float32")
-        best = exact(distance)
-        for _ in range(arguments.repeats):
-            seconds, cost = timed(device, cost_matrix, x0, noise, metric=metric, dtype="auto")
-            times.setdefault("cost", []).append(seconds)
-            start = time.perf_counter()
-            solution = solve(cost, solver="auction")
-            times.setdefault("solve", []).append(time.perf_counter() - start)
-            times.setdefault("total", []).append(times["cost"][-1] + times["solve"][-1])
-            times.setdefault("exact", []).append(timed(device, exact, distance)[0])
-            if n <= arguments.largest_scipy:
-                seconds, rivals = timed(device, torch.cdist, x0, noise)
-                solving, _ = timed(device, scipy_on, rivals)
-                times.setdefault("cdist_scipy", []).append(seconds + solving)
-                times.setdefault("scipy_raw", []).append(solving)
-                times.setdefault("scipy_same", []).append(timed(device, scipy_on, cost)[0])
-            if n <= arguments.largest_broadcast:
-                times.setdefault("broadcast_scipy", []).append(timed(device, broadcast_scipy, x0, noise)[0])
-        shares.append(kept(distance, solution.index, best))
-        certificates.append(solution.kept)
-        bids.append(solution.bids / n)
-    row: dict[str, float] = {"N": n, "D": dimension}
-    row |= {f"{name}_ms": 1000 * statistics.median(values) for name, values in times.items()}
-    row |= {"kept_worst": min(shares), "certified_worst": min(certificates), "bids_per_row": statistics.mean(bids)}
-    for name in ("cdist_scipy", "broadcast_scipy"):
-        if name in times:
-            row[f"ratio_{name}"] = statistics.median(a / b for a, b in zip(times[name], times["total"], strict=True))
-    if "scipy_same" in times:
-        row["ratio_solve_alone"] = statistics.median(a / b for a, b in zip(times["scipy_same"], times["solve"], strict=True))
-        row["ratio_exact"] = statistics.median(a / b for a, b in zip(times["scipy_raw"], times["exact"], strict=True))
-    row["matrix_mib"] = (4 + 4) * n * n / 2**20
+        solution = certified_assignment(x0, noise, metric=metric)
+        none = float(distance.double().mean()) * n
+        kept = (none - total_cost(distance, solution.index)) / best_reduction(distance, none, arguments.largest_scipy)
+        own = {name.removesuffix(f" {metric}"): value for name, value in row.items() if name.endswith(f" {metric}") or " " not in name}
+        rows[metric] = own | {"kept": kept, "certified": solution.kept, "bids_per_row": solution.bids / n}
+    return rows
+
+
+def summary(n: int, dimension: int, metric: str, seeds: list[Row]) -> Row:
+    """Medians of the times, the worst seed's shares and ratios."""
+    row: Row = {"N": n, "D": dimension, "metric": metric}
+    timed = ("cost", "solve", "total", "bf16_product", "exact_raw", "cdist_scipy", "broadcast_scipy", "scipy_raw", "scipy_same")
+    row |= {f"{name}_ms": statistics.median(seed[name] for seed in seeds) for name in timed if name in seeds[0]}
+    for name in ("kept", "certified"):
+        row[f"{name}_worst"] = min(seed[name] for seed in seeds)
+    row["bids_per_row"] = statistics.median(seed["bids_per_row"] for seed in seeds)
+    row["bids_per_row_most"] = max(seed["bids_per_row"] for seed in seeds)
+    row["bids_per_row_of_seeds"] = " ".join(f"{seed['bids_per_row']:.4g}" for seed in seeds)
+    ratios = {
+        "cdist_scipy_over_total": ("cdist_scipy", "total"),
+        "broadcast_scipy_over_total": ("broadcast_scipy", "total"),
+        "scipy_over_solve": ("scipy_same", "solve"),
+        "scipy_over_exact": ("scipy_raw", "exact_raw"),
+        "bf16_product_over_solve": ("bf16_product", "solve"),
+    }
+    for name, (slow, quick) in ratios.items():
+        if slow in seeds[0]:
+            row[f"{name}_worst"] = min(seed[slow] / seed[quick] for seed in seeds)
+    if "exact_error" in seeds[0]:
+        row["exact_error_worst"] = max(seed["exact_error"] for seed in seeds)
     return row
 
 
-def targets(rows: list[dict[str, float]], metric: str) -> list[str]:
-    lines = []
+def targets(rows: list[Row], device: torch.device, arguments: argparse.Namespace) -> list[str]:
+    """A line for each part of each target: met or not by the worst seed, or what to run to measure it."""
+    lines: list[str] = []
+    found = {(row["N"], row["D"], row["metric"]): row for row in rows}
 
-    def check(text: str, value: float | None, target: float, at_least: bool = True) -> None:
-        if value is not None:
-            met = value >= target if at_least else value <= target
-            lines.append(f"{'met    ' if met else 'NOT MET'} {text}: {value:.4g} (target {'>=' if at_least else '<='} {target:g})")
+    def line(number: str, text: str, value: float | None, target: float, at_least: bool, needs: str) -> None:
+        sign = ">=" if at_least else "<="
+        if value is None:
+            lines.append(f"not measured  {number}. {text} (target {sign} {target:g}): {needs}")
+            return
+        met = value >= target if at_least else value <= target
+        lines.append(f"{'MET         ' if met else 'NOT MET     '}  {number}. {text}: {value:.6g} (target {sign} {target:g})")
 
-    for row in rows:
-        if (row["N"], row["D"]) == (1024, 3072):
-            check("total against cdist + scipy, N=1024", row.get("ratio_cdist_scipy"), 12)
-            check("total against the broadcast reference, N=1024", row.get("ratio_broadcast_scipy"), 300)
-            check(f"share of the {metric} reduction kept, worst seed", row["kept_worst"], 0.999)
-            check("solve alone against scipy on the same matrix", row.get("ratio_solve_alone"), 40)
-            check("exact against scipy on the raw L2 matrix", row.get("ratio_exact"), 2)
-        if row["N"] == 16384:
-            check("solve against the matrix product, N=16384", row["solve_ms"] / row["cost_ms"], 0.3, at_least=False)
-            check("share kept, N=16384", row["kept_worst"], 0.999)
+    on_cpu = device.type == "cpu"
+    for metric in METRICS:
+        row = found.get((1024, 3072, metric), {})
+        needs = "run with --sizes 1024 --dimensions 3072" + ("" if on_cpu else " --device cpu")
+        ratio = row.get if on_cpu else {}.get  # the ratios are of one CPU core
+        for text, key, target in (
+            ("times faster than cdist + scipy", "cdist_scipy_over_total_worst", 12),
+            ("times faster than the broadcast reference", "broadcast_scipy_over_total_worst", 300),
+        ):
+            line("1", f"N=1024, D=3072, {metric}: total, {text}", ratio(key), target, True, needs)
+        line("1", f"N=1024, D=3072, {metric}: share of its reduction kept", row.get("kept_worst"), 0.999, True, needs)
+    for metric in METRICS:
+        row = found.get((1024, 3072, metric), {})
+        ratio = row.get if on_cpu else {}.get
+        line("2", f"N=1024, {metric}: solve, times faster than scipy on the same matrix", ratio("scipy_over_solve_worst"), 40, True, needs)
+    line("2", "N=1024: exact, times faster than scipy on the raw L2 matrix", ratio("scipy_over_exact_worst"), 2, True, needs)
+    line("2", "N=1024: exact, relative distance from scipy's optimum", row.get("exact_error_worst"), 1e-9, False, needs)
+    for metric in METRICS:
+        row, small = found.get((16384, 3072, metric), {}), found.get((1024, 3072, metric), {})
+        needs = "run with --sizes 1024 16384 --dimensions 3072"
+        over = 1 / row["bf16_product_over_solve_worst"] if row and on_cpu else None
+        line("3", f"N=16384, {metric}: solve, times the bf16 product of the same matrix", over, 0.3, False, needs)
+        line("3", f"N=16384, {metric}: share of its reduction kept, at least", row.get("kept_worst"), 0.999, True, needs)
+        bids = row["bids_per_row_most"] / small["bids_per_row"] if row and small else None
+        line("3", f"N=16384, {metric}: most bids per row, times the median at N=1024", bids, 1.5, False, needs)
+    lines.append("elsewhere     4. look-ahead, exposed overhead per step: scripts/benchmark_look_ahead.py")
+    lines.append("elsewhere     9. adversarial inputs: tests/test_assignment.py")
+    row = found.get((1024, 3072, "l2"), {})
+    total = row.get("total_ms") if not on_cpu else None
+    line("10", "N=1024, D=3072 on a GPU: total, ms", total, 2.5, False, "no GPU here" if on_cpu else needs)
     return lines
+
+
+def table(rows: list[Row]) -> str:
+    columns = {
+        "N": ("N", "d"),
+        "D": ("D", "d"),
+        "metric": ("metric", "s"),
+        "cost": ("cost_ms", ".3f"),
+        "solve": ("solve_ms", ".3f"),
+        "total": ("total_ms", ".3f"),
+        "cdist+scipy": ("cdist_scipy_ms", ".1f"),
+        "broadcast": ("broadcast_scipy_ms", ".0f"),
+        "scipy alone": ("scipy_same_ms", ".2f"),
+        "exact": ("exact_raw_ms", ".2f"),
+        "kept": ("kept_worst", ".5f"),
+        "certified": ("certified_worst", ".4f"),
+        "bids/row": ("bids_per_row", ".1f"),
+        "peak MiB": ("extra_mib", ".1f"),
+        "/ inputs": ("extra_over_inputs", ".2f"),
+    }
+    lines = ["  ".join(f"{title:>11}" for title in columns)]
+    for row in rows:
+        cells = (format(row[key], style) if row.get(key) is not None else "-" for key, style in columns.values())
+        lines.append("  ".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
+
+
+def extra_memory(n: int, dimension: int, metric: str, device: torch.device) -> float | None:
+    """MiB that `assign` needs beside its inputs at its peak; None where it cannot be told."""
+    if device.type == "cuda":
+        x0, noise = torch.randn(n, dimension, device=device), torch.randn(n, dimension, device=device)
+        assign(x0, noise, metric=metric)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        assign(x0, noise, metric=metric)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    context = multiprocessing.get_context("fork")  # a child has all that is compiled, and a heap without holes
+    here, there = context.Pipe()
+    child = context.Process(target=_send_extra_memory, args=(n, dimension, metric, there))
+    child.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        return None
+    finally:
+        child.join()
+
+
+def _send_extra_memory(n: int, dimension: int, metric: str, pipe: Connection) -> None:
+    def status(field: str) -> float:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) / 2**10
+
+    x0, noise = torch.randn(n, dimension), torch.randn(n, dimension)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    assign(x0, noise, metric=metric)
+    pipe.send(status("VmHWM") - before)
+    pipe.close()
+
+
+def processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    known: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    features = {
+        "avx512_f": "AVX-512",
+        "avx2": "AVX2",
+        "avx512_bf16": "bf16",
+        "avx512_vnni": "VNNI",
+        "avx_vnni": "AVX-VNNI",
+        "amx_bf16": "AMX",
+    }
+    return f"{platform.machine()} with {', '.join(name for key, name in features.items() if known().get(key))}, one core"
+
+
+def versions() -> str:
+    from importlib.metadata import version
+
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in ("torch", "numpy", "scipy", "numba"))])
+
+
+def pin_to_one_core() -> None:
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def report(file: TextIO, text: str) -> None:
+    print(text)
+    print(text, file=file)
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096], help="batch sizes; 16384 on request")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096], help="batch sizes N; 16384 on request"
+    )
     parser.add_argument("--dimensions", type=int, nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--metric", choices=("l2", "squared_l2"), default="l2")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help=f"how many of the declared seeds {SEEDS}")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--largest_scipy", type=int, default=2048, help="largest N at which scipy is timed (minutes beyond)")
-    parser.add_argument("--largest_broadcast", type=int, default=256, help="largest N at which the broadcast reference is timed")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--largest_scipy", type=int, default=2048, help="largest N at which scipy is run")
+    parser.add_argument(
+        "--largest_broadcast", type=int, default=256, help="largest N at which the broadcast reference is run; 1024 always is"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks"), help="of the table (CSV), the plot and the printed text")
     arguments = parser.parse_args(argv)
-    if not 1 <= arguments.seeds <= len(SEEDS) or arguments.repeats < 1:
-        raise UserError(f"--seeds must be from 1 to {len(SEEDS)} and --repeats at least 1")
-    torch.set_num_threads(1)
+    if not 1 <= arguments.seeds <= len(SEEDS) or arguments.repeats < 1 or min(arguments.sizes) < 2:
+        raise UserError(f"--seeds must be from 1 to {len(SEEDS)}, --repeats at least 1 and --sizes at least 2")
     device = torch.device(arguments.device)
+    if device.type == "cpu":
+        pin_to_one_core()
+    assign(torch.randn(150, 64), torch.randn(150, 64))  # compiles
+
+    memory = {}  # first: forked processes start with what this one holds
     work = [(n, dimension) for dimension in arguments.dimensions for n in arguments.sizes]
+    for n, dimension in tqdm(work, desc="memory", leave=False):
+        for metric in METRICS:
+            memory[n, dimension, metric] = extra_memory(n, dimension, metric, device)
     rows = []
     for n, dimension in tqdm(work, desc="benchmark", leave=False):
-        rows.append(measure(n, dimension, arguments.metric, arguments, device))
-        tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in rows[-1].items()))
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, one core"
-    )
-    print(f"\n{name}; cost in {fast_dtype(device)}; metric {arguments.metric}; {arguments.seeds} seeds x {arguments.repeats} repeats")
-    print("\n".join(targets(rows, arguments.metric)))
+        seeds = [
+            measure(n, dimension, seed, arguments, device) for seed in tqdm(SEEDS[: arguments.seeds], desc=f"{n}x{dimension}", leave=False)
+        ]
+        for metric in METRICS:
+            row = summary(n, dimension, metric, [seed[metric] for seed in seeds])
+            extra = memory[n, dimension, metric]
+            if extra is not None:
+                row |= {"extra_mib": extra, "extra_over_inputs": extra * 2**20 / (8 * n * dimension)}
+            rows.append(row)
+
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    table = arguments.output_dir / f"assignment_{arguments.metric}_{device.type}.csv"
-    with table.open("w", newline="") as file:
+    ordinary = arguments.sizes == parser.get_default("sizes")
+    stem = "_".join(["assignment", device.type, *([] if ordinary else map(str, arguments.sizes))])
+    path = arguments.output_dir / f"{stem}.txt"
+    with path.open("w") as file:
+        report(file, f"python scripts/benchmark_assignment.py {' '.join(argv)}".strip())
+        report(file, f"{processor(device)}; {versions()}; operands of the cost in {fast_dtype(device)}")
+        report(file, f"{arguments.seeds} seeds x {arguments.repeats} repeats; ms are medians, shares and targets the worst seed's\n")
+        report(file, table(rows) + "\n")
+        report(file, "\n".join(targets(rows, device, arguments)))
+    with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
-        writer.writerows(rows)
-    print(f"table in {table}, plot in {plot(rows, table.with_suffix('.png'))}")
+        writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+    plot(rows, path.with_suffix(".png"))
+    print(f"\n{path}, {path.with_suffix('.csv').name}, {path.with_suffix('.png').name}")
 
 
-def plot(rows: list[dict[str, float]], path: Path) -> Path:
+def plot(rows: list[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     dimensions = sorted({row["D"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(dimensions), figsize=(5 * len(dimensions), 4), squeeze=False, sharey=True)
+    figure, axes = pyplot.subplots(1, len(dimensions), figsize=(4.5 * len(dimensions), 4), squeeze=False, sharey=True)
     for axis, dimension in zip(axes[0], dimensions, strict=True):
-        for name, label in (
-            ("total_ms", "here: cost and auction"),
-            ("solve_ms", "here: auction alone"),
-            ("cdist_scipy_ms", "cdist + scipy"),
-            ("broadcast_scipy_ms", "fp16 broadcast + scipy"),
+        for name, label, style in (
+            ("broadcast_scipy_ms", "fp16 broadcast + scipy (release)", "C3o-"),
+            ("cdist_scipy_ms", "cdist + scipy (most trainers)", "C1o-"),
+            ("exact_raw_ms", "exact solve alone", "C2s--"),
+            ("total_ms", "total", "C0o-"),
+            ("solve_ms", "solve alone", "C0s--"),
         ):
-            points = [(row["N"], row[name]) for row in rows if row["D"] == dimension and name in row]
+            points = [(row["N"], row[name]) for row in rows if row["D"] == dimension and row["metric"] == "l2" and name in row]
             if points:
-                axis.loglog(*zip(*points, strict=True), marker="o", label=label)
-        axis.set(title=f"D = {dimension:g}", xlabel="batch size N", ylabel="ms")
+                axis.loglog(*zip(*points, strict=True), style, label=label, base=10, markersize=4)
+        axis.set(title=f"D = {dimension}", xlabel="batch size N")
+        axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    axes[0][0].set_ylabel("ms, L2")
+    axes[0][0].legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    return path
+    figure.savefig(path, dpi=90)
 
 
 if __name__ == "__main__":

@@ -337,3 +337,14 @@ def test_looking_ahead_passes_errors_on_and_leaves_no_thread(accelerator):
     next(early)
     early.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("look-ahead")]
+
+
+def test_a_step_says_how_good_its_assignment_is(accelerator):
+    kept = {}
+    for solver in ("exact", "auction"):
+        (stats,) = run(accelerator, tiny_unet(), objective(coupling=AssignmentCoupling(solver=solver)), images(1, batch=64), 1)
+        kept[solver] = stats.metrics["assignment_kept"]
+        assert stats.metrics["assignment_relaxations"] == 0 and (stats.metrics["assignment_bids_per_row"] > 0) == (solver == "auction")
+    assert kept["exact"] == 1 and 0.9 < kept["auction"] <= 1
+    (plain,) = run(accelerator, tiny_unet(), objective(), images(1), 1)
+    assert "assignment_kept" not in plain.metrics

@@ -1,0 +1,180 @@
+#!/usr/bin/env python
+"""What assignment adds to a step when the next batch's pairs are made while the step runs.
+
+    python scripts/benchmark_look_ahead.py
+
+A step waits 50 ms, as one does whose network runs on a GPU; in one variant a fifth of it is Python, as when kernels are launched. Two loops:
+`train`, the real one, whose network does nothing but wait, and `_look_ahead` alone, whose consumer does. Each runs with independent noise and
+with assignment, with look-ahead and without. What assignment adds to the median step over independent noise is its exposed overhead. Arms
+take turns of a few steps, of which the first are not counted, since what they need was made while the others ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, cycle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmark_assignment import batch, processor, versions
+from immiscible.coupling import AssignmentCoupling, Coupling, IndependentCoupling
+from immiscible.data import Images
+from immiscible.encoding import PixelEncoder
+from immiscible.errors import run_script
+from immiscible.objectives import DenoisingObjective
+from immiscible.process import NoiseProcess, build_scheduler
+from immiscible.randomness import seeded_generator
+from immiscible.timesteps import timestep_sampler
+from immiscible.training import StopRequest, _look_ahead, train
+from immiscible.weighting import loss_weights
+
+SEEDS = (0, 1, 2, 3, 4)  # declared here; the worst of them must meet the target
+SHARE = 0.01  # of the step's wait: the target
+SKIPPED = 4  # steps of a turn that are not counted
+
+
+class Waiting(nn.Module):
+    """A network of one weight that takes ``seconds``, a share ``python`` of them in the interpreter."""
+
+    def __init__(self, seconds: float, python: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5))
+        self.seconds, self.python = seconds, python
+
+    def forward(self, xt: Tensor, time: Tensor) -> SimpleNamespace:
+        self.wait()
+        return SimpleNamespace(sample=self.weight * xt)
+
+    def wait(self) -> None:
+        for _ in range(10):
+            end = time.perf_counter() + self.python * self.seconds / 10
+            while time.perf_counter() < end:
+                pass
+            time.sleep((1 - self.python) * self.seconds / 10)
+
+
+def pair_steps(images: list[Tensor], coupling: Coupling, network: Waiting, seed: int, ahead: bool) -> Iterator[float]:
+    """`_look_ahead` alone: noises are drawn and coupled, the step waits."""
+    generator = seeded_generator(seed, "look_ahead")
+    items: Iterator[Any] = (coupling(x0, torch.randn(x0.shape, generator=generator)) for x0 in cycle(images))
+    if ahead:
+        items = _look_ahead(items, 1, torch.device("cpu"))
+    while True:
+        start = time.perf_counter()
+        next(items)
+        network.wait()
+        yield time.perf_counter() - start
+
+
+def train_steps(images: list[Tensor], coupling: Coupling, network: Waiting, seed: int, ahead: bool) -> Iterator[float]:
+    """`train`: draws, coupling, corruption, loss, gradient, update."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    process = NoiseProcess.from_scheduler(build_scheduler("ddpm")).to(accelerator.device)
+    weights = loss_weights("none", process, "epsilon").float().to(accelerator.device)
+    objective = DenoisingObjective(process, timestep_sampler("uniform", process), coupling, weights)
+    model, optimizer = accelerator.prepare(network, torch.optim.SGD(network.parameters(), lr=1e-3))
+    for stats in train(
+        accelerator, model, optimizer, objective, map(Images, cycle(images)), PixelEncoder(accelerator.device),
+        batch_size=len(images[0]), seed=seed, start_step=0, max_steps=10**9,
+        learning_rate=lambda step: 1e-3, max_grad_norm=1.0, ema=None, stop=StopRequest(), ahead=ahead,
+    ):  # fmt: skip
+        yield stats.metrics["step_seconds"]
+
+
+LOOPS: dict[str, Callable[..., Iterator[float]]] = {"train": train_steps, "pairs alone": pair_steps}
+
+
+def measure(loop: str, n: int, python: float, seed: int, arguments: argparse.Namespace) -> dict[tuple[str, bool], float]:
+    """Median seconds of a step by (noise, look-ahead)."""
+    images = [x0.view(n, 3, 32, 32) for x0 in batch(4 * n, 3072, seed, torch.device("cpu"))[0].split(n)]
+    couplings: dict[str, Callable[[], Coupling]] = {"independent": IndependentCoupling, "assignment": AssignmentCoupling}
+    arms = {
+        (noise, ahead): LOOPS[loop](images, couplings[noise](), Waiting(arguments.milliseconds / 1000, python), seed, ahead)
+        for noise in couplings
+        for ahead in (False, True)
+    }
+    times: dict[tuple[str, bool], list[float]] = {arm: [] for arm in arms}
+    for turn in range(arguments.turns):
+        order = list(arms) if turn % 2 else list(reversed(arms))
+        for arm in order:
+            times[arm] += [next(arms[arm]) for _ in range(SKIPPED + arguments.steps)][SKIPPED:]
+    for steps in arms.values():
+        steps.close()  # type: ignore[attr-defined]
+    return {arm: statistics.median(values) for arm, values in times.items()}
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], help="batch sizes N, of 32x32 photo crops")
+    parser.add_argument("--milliseconds", type=float, default=50, help="that a step waits")
+    parser.add_argument("--steps", type=int, default=12, help="counted steps of a turn")
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help=f"how many of the declared seeds {SEEDS}")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks"), help="of the table (CSV) and the printed text")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+
+    rows: list[dict[str, Any]] = []
+    cases = [(loop, n, python) for loop in LOOPS for n in arguments.sizes for python in (0.0, 0.2)]
+    for number, (loop, n, python) in zip(count(1), tqdm(cases, desc="look-ahead", leave=False)):
+        seeds = []
+        for seed in tqdm(SEEDS[: arguments.seeds], desc=f"case {number}", leave=False):
+            seeds.append(measure(loop, n, python, seed, arguments))
+        for ahead in (False, True):
+            exposed = [1000 * (steps["assignment", ahead] - steps["independent", ahead]) for steps in seeds]
+            rows.append(
+                {"loop": loop, "N": n, "python_share": python, "look_ahead": ahead}
+                | {
+                    f"{noise}_ms": 1000 * statistics.median(steps[noise, ahead] for steps in seeds)
+                    for noise in ("independent", "assignment")
+                }
+                | {"exposed_ms_median": statistics.median(exposed), "exposed_ms_worst": max(exposed)}
+            )
+
+    lines = [
+        f"python scripts/benchmark_look_ahead.py {' '.join(argv)}".strip(),
+        f"{processor(torch.device('cpu')).removesuffix(', one core')}, {torch.get_num_threads()} thread of torch; {versions()}",
+        f"{arguments.seeds} seeds x {arguments.turns} turns x {arguments.steps} steps of {arguments.milliseconds:g} ms on {platform.system()}; "
+        f"medians, and the worst seed's\n",
+        f"{'loop':<12}{'N':>6}{'python':>8}{'ahead':>7}{'independent':>13}{'assignment':>12}{'exposed':>9}{'worst':>9}  ms",
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['loop']:<12}{row['N']:>6}{row['python_share']:>8.0%}{'yes' if row['look_ahead'] else 'no':>7}{row['independent_ms']:>13.2f}"
+            f"{row['assignment_ms']:>12.2f}{row['exposed_ms_median']:>9.2f}{row['exposed_ms_worst']:>9.2f}"
+        )
+    lines.append("")
+    target = SHARE * arguments.milliseconds
+    for row in rows:
+        if row["look_ahead"]:
+            met = "MET    " if row["exposed_ms_worst"] <= target else "NOT MET"
+            lines.append(
+                f"{met}  4. {row['loop']}, N={row['N']}, {row['python_share']:.0%} Python: exposed overhead per step, worst seed "
+                f"{row['exposed_ms_worst']:.3f} ms (target <= {SHARE:.0%} of {arguments.milliseconds:g} ms, {target:g} ms)"
+            )
+    print("\n".join(lines))
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    path = arguments.output_dir / "look_ahead.txt"
+    path.write_text("\n".join(lines) + "\n")
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+    print(f"\n{path}, {path.with_suffix('.csv').name}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
