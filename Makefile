@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # finished runs and only writes the report again.
 demo: $(VENV)/installed
 	$(BIN)/python scripts/compare.py --task digits --seeds 0 1 2 --jobs 2 --output_dir $(DEMO_DIR) \
-	  --methods baseline immiscible speed immiscible_speed best_stack=immiscible_speed_sampling -- --eval_steps 100 --eval_samples 400
+	  --methods baseline immiscible speed immiscible_speed best_stack=window_speed_sampling -- --eval_steps 100 --eval_samples 400
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .

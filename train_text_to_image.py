@@ -22,8 +22,9 @@ from immiscible.checkpoints import check_identity, load_checkpoint, save_checkpo
 from immiscible.conditions import ClassLeak
 from immiscible.config import parse_config
 from immiscible.coupling import coupling_state, restore_coupling
-from immiscible.data import GlobalBatchOrder, ImageDataset, ImageTransform, build_loader, images_of, load_images
+from immiscible.data import ImageTransform, build_loader, images_of
 from immiscible.errors import UserError, run_script
+from immiscible.latent_cache import open_cache
 from immiscible.metrics import split_source
 from immiscible.models import tuned
 from immiscible.randomness import reseed_globally
@@ -49,13 +50,16 @@ from immiscible.stable_diffusion import (
     build_text_ema,
     build_text_optimizer,
     build_text_pipeline,
+    load_captioned_images,
     load_stable_diffusion,
     place,
+    prompt_classes,
     save_prompt_grid,
     save_text_pipeline,
     text_learning_rate,
     text_model_card,
 )
+from immiscible.streaming import batch_order, training_images
 from immiscible.text_config import TextToImageConfig
 from immiscible.training import StopRequest, train, whole_windows
 
@@ -72,23 +76,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def train_text_to_image(config: TextToImageConfig, accelerator: Accelerator, *, from_scratch: bool) -> None:
+    config.mixed_precision = accelerator.mixed_precision  # accelerate's own setting where the flag is not given
     # Data, networks, and the checkpoint to continue; nothing is written before all of it is known to fit together.
     resumed = check_folder(config)
     seed = settle_seed(config, resumed)
-    source = load_images(
-        dataset_name=config.dataset_name,
-        dataset_config_name=config.dataset_config_name,
-        train_data_dir=config.train_data_dir,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        label_column=config.caption_column if config.labels_for else None,
-        labels_for=config.labels_for,
-        cache_dir=config.cache_dir,
-        max_train_samples=config.max_train_samples,
-    )
+    source = load_captioned_images(config)
     source, held_out = split_source(source, config.validation_split) if config.validation_split else (source, None)
     reseed_globally(seed, "network")
     parts = load_stable_diffusion(config, from_scratch=from_scratch)
+    cache = open_cache(config, parts, source) if config.cache_latents else None
+    images = cache.images(source) if cache else source
     place(parts, config, accelerator)
     objective = build_objective(
         config,
@@ -100,12 +97,12 @@ def train_text_to_image(config: TextToImageConfig, accelerator: Accelerator, *, 
     model, optimizer = accelerator.prepare(tuned(parts.unet, config), build_text_optimizer(parts.unet, config, accelerator))
 
     processes, accumulation = accelerator.num_processes, config.gradient_accumulation_steps
-    order = GlobalBatchOrder(len(source), config.train_batch_size, seed, stop=0, rank=accelerator.process_index, num_processes=processes)
-    check_batch_size(config, objective, len(source), order.global_batch_size)
+    order = batch_order(source, config, seed, accelerator.process_index, processes)
+    check_batch_size(config, objective, order.num_images, order.global_batch_size)
     max_steps = config.max_train_steps or max(1, config.num_train_epochs * order.batches_per_epoch // accumulation)
     start_step = 0
-    network = {"from_scratch": from_scratch, "unet": dict(parts.unet.config), "vae": dict(parts.vae.config)}
-    identity = run_identity(config, data=source.fingerprint, network=network, processes=processes)
+    network = {"from_scratch": from_scratch, "unet": dict(parts.unet.config), "vae": dict(parts.vae.config), "frozen": parts.digest}
+    identity = run_identity(config, data=images.fingerprint, network=network, processes=processes)
     if resumed:
         check_identity(resumed, identity)
         start_step, restored = load_checkpoint(accelerator, resumed, ema)
@@ -120,7 +117,8 @@ def train_text_to_image(config: TextToImageConfig, accelerator: Accelerator, *, 
         interpolation=config.image_interpolation_mode,
         crop=config.crop,
     )
-    dataset = ImageDataset(source, transform, config.skip_bad_images, with_labels=config.labels_for is not None, with_captions=True)
+    augment = cache.transform(transform) if cache else transform
+    dataset = training_images(images, augment, config, with_captions=True)
     loader = build_loader(dataset, order, config.dataloader_num_workers, accelerator.device)
 
     encode = TextToImageEncoder(
@@ -136,7 +134,7 @@ def train_text_to_image(config: TextToImageConfig, accelerator: Accelerator, *, 
         optimizer,
         objective,
         images_of(loader, config.skip_bad_images),
-        encode,
+        cache.encoder(encode) if cache else encode,
         batch_size=config.train_batch_size,
         seed=seed,
         start_step=start_step,
@@ -151,7 +149,19 @@ def train_text_to_image(config: TextToImageConfig, accelerator: Accelerator, *, 
     )
     schedule = str(parts.scheduler.config.beta_schedule)
     facts = method_facts(config, objective, schedule=schedule, inference_steps=config.validation_inference_steps)
-    report_start(facts, source.description, parts.unet, order, accumulation, start_step, max_steps, objective.coupling)
+    classes = prompt_classes(source, config.caption_column)
+    report_start(
+        facts,
+        images.description,
+        parts.unet,
+        order,
+        accumulation,
+        start_step,
+        max_steps,
+        objective.coupling,
+        told_apart=len(classes) if classes else min(order.num_images, max_steps * accumulation * order.global_batch_size),
+        captions=classes is None,
+    )
     if config.plan:
         report_plan(steps, parts.unet, accelerator, max_steps - start_step)
         return

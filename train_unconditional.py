@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 """Trains an unconditional diffusion model with noise coupling (Immiscible Diffusion) and asymmetric timesteps (SpeeD).
 
-Takes every flag of the diffusers example of this name. Without flags it trains on the bundled digits:
+Takes every flag of the diffusers example of this name. Without flags it trains on the bundled digits; it diffuses pixels, or latents
+with --vae_model_name_or_path:
 
     accelerate launch train_unconditional.py
     accelerate launch train_unconditional.py --train_data_dir photos --config configs/methods/immiscible_speed.yaml
+    accelerate launch train_unconditional.py --train_data_dir photos --resolution 256 --vae_model_name_or_path stabilityai/sd-vae-ft-mse
 """
 
 from __future__ import annotations
@@ -21,13 +23,22 @@ from immiscible.checkpoints import check_identity, load_checkpoint, save_checkpo
 from immiscible.conditions import ClassLeak
 from immiscible.config import DataArguments, UnconditionalConfig, given, parse_config
 from immiscible.coupling import coupling_state, restore_coupling
-from immiscible.data import GlobalBatchOrder, ImageDataset, ImageTransform, build_loader, images_of, load_images
-from immiscible.encoding import PixelEncoder
+from immiscible.data import ImageTransform, build_loader, images_of, load_images
+from immiscible.encoding import PRECISIONS, Encoder, LatentEncoder, PixelEncoder
 from immiscible.errors import run_script
 from immiscible.evaluation import build_pipeline
 from immiscible.metrics import split_source
-from immiscible.models import build_ema, build_optimizer, build_unet, learning_rate, tuned, unet_config
-from immiscible.process import build_scheduler
+from immiscible.models import (
+    build_ema,
+    build_optimizer,
+    build_unet,
+    latent_downsampling,
+    learning_rate,
+    load_vae,
+    tuned,
+    unet_config,
+    vae_identity,
+)
 from immiscible.randomness import reseed_globally
 from immiscible.run import (
     RunEvaluation,
@@ -46,8 +57,10 @@ from immiscible.run import (
     save_samples,
     session,
     settle_seed,
+    training_scheduler,
 )
 from immiscible.run_folder import check_folder, on_main_process, prepare_folder, run_identity
+from immiscible.streaming import batch_order, load_stream, training_images
 from immiscible.training import StopRequest, train, whole_windows
 
 if TYPE_CHECKING:
@@ -65,31 +78,28 @@ def main(argv: Sequence[str]) -> None:
 
 
 def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -> None:
-    scheduler = build_scheduler(
-        config.noise_process,
-        num_train_timesteps=config.ddpm_num_steps,
-        beta_schedule=config.ddpm_beta_schedule,
-        beta_start=config.ddpm_beta_start,
-        beta_end=config.ddpm_beta_end,
-        prediction_type=config.prediction_type,
-        image_scale=config.image_scale,
-    )
+    scheduler = training_scheduler(config)
     objective = build_objective(config, scheduler, accelerator, image_scale=config.image_scale)
 
     # Data, network, and the checkpoint to continue; nothing is written before all of it is known to fit together.
     resumed = check_folder(config)
     seed = settle_seed(config, resumed)
     data = given(config, DataArguments)
-    chosen = {name: data[name] for name in signature(load_images).parameters if name in data}
-    source = load_images(**chosen, labels_for=config.labels_for)
+    load = load_stream if config.streaming else load_images
+    chosen = {name: data[name] for name in signature(load).parameters if name in data}
+    source = load(**chosen, labels_for=config.labels_for)
     source, held_out = split_source(source, config.validation_split) if config.validation_split else (source, None)
+    vae = None
+    if config.vae_model_name_or_path:
+        vae = load_vae(config.vae_model_name_or_path, resolution=config.resolution, cache_dir=config.cache_dir).to(accelerator.device)
     network = unet_config(
         config_name_or_path=config.model_config_name_or_path,
         preset=config.model_preset,
         resolution=config.resolution,
-        channels=source.channels,
+        channels=vae.config.latent_channels if vae else source.channels,
         dropout=config.dropout,
         num_classes=len(source.class_names or ()) if config.class_conditional else None,
+        downsampling=latent_downsampling(vae) if vae else 1,
     )
     reseed_globally(seed, "network")
     unet = build_unet(network)
@@ -97,23 +107,37 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
     model, optimizer = accelerator.prepare(tuned(unet, config), build_optimizer(unet, config))
 
     processes, accumulation = accelerator.num_processes, config.gradient_accumulation_steps
-    order = GlobalBatchOrder(len(source), config.train_batch_size, seed, stop=0, rank=accelerator.process_index, num_processes=processes)
-    check_batch_size(config, objective, len(source), order.global_batch_size)
+    order = batch_order(source, config, seed, accelerator.process_index, processes)
+    check_batch_size(config, objective, order.num_images, order.global_batch_size)
     max_steps = config.max_train_steps or max(1, config.num_epochs * order.batches_per_epoch // accumulation)
     start_step = 0
-    identity = run_identity(config, data=source.fingerprint, network=network, processes=processes)
+    identity = run_identity(
+        config,
+        data=source.fingerprint,
+        network={**network, "vae": vae_identity(vae)} if vae else network,
+        processes=processes,
+    )
     if resumed:
         check_identity(resumed, identity)
         start_step, restored = load_checkpoint(accelerator, resumed, ema)
         restore_coupling(objective.coupling, restored)
     order.start, order.stop = whole_windows(start_step * accumulation, max_steps * accumulation, config.coupling_window)
+    channels = vae.config.in_channels if vae else network["in_channels"]
     transform = ImageTransform(
-        config.resolution, network["in_channels"], config.center_crop, config.random_flip, config.preserve_input_precision, seed
+        config.resolution,
+        channels,
+        config.center_crop,
+        config.random_flip,
+        config.preserve_input_precision,
+        seed,
+        crop=config.crop,
     )
-    dataset = ImageDataset(source, transform, config.skip_bad_images, with_labels=config.labels_for is not None)
+    dataset = training_images(source, transform, config)
     loader = build_loader(dataset, order, config.dataloader_num_workers, accelerator.device)
 
-    encode = PixelEncoder(accelerator.device, config.class_conditional)
+    encode: Encoder = PixelEncoder(accelerator.device, config.class_conditional)
+    if vae:
+        encode = LatentEncoder(vae, accelerator.device, config.class_conditional, PRECISIONS[accelerator.mixed_precision])
     stop, leak = StopRequest(), ClassLeak() if config.log_class_leak else None
     steps = train(
         accelerator,
@@ -136,6 +160,8 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
     )
     schedule = config.ddpm_beta_schedule if config.noise_process == "ddpm" else ""
     facts = method_facts(config, objective, schedule=schedule, inference_steps=config.ddpm_num_inference_steps)
+    if vae:
+        facts["latents"] = f"of {config.vae_model_name_or_path}, scaled by {vae.config.scaling_factor:g}"
     report_start(facts, source.description, unet, order, accumulation, start_step, max_steps, objective.coupling)
     if config.plan:
         report_plan(steps, unet, accelerator, max_steps - start_step)
@@ -154,8 +180,8 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
         transform,
         objective,
         encode,
-        lambda: build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing),
-        features="digits" if config.bundled_data == "digits" else "pixels",
+        lambda: build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing, vae=vae),
+        features="digits" if config.bundled_data == "digits" and not vae else "pixels",
     )
     if config.eval_steps:
         on_main_process(accelerator, lambda: evaluation.prepare(start_step))
@@ -173,11 +199,11 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
         return epochs > 0 and now // epochs > before // epochs
 
     def sample(step: int) -> None:
-        on_main_process(accelerator, lambda: save_samples(unet, ema, scheduler, config, seed, step))
+        on_main_process(accelerator, lambda: save_samples(unet, ema, scheduler, config, seed, step, vae))
 
     def save_model() -> None:
         on_main_process(
-            accelerator, lambda: save_pipeline(unet, ema, scheduler, config, {**facts, **measured_facts(config)}, source.class_names)
+            accelerator, lambda: save_pipeline(unet, ema, scheduler, config, {**facts, **measured_facts(config)}, source.class_names, vae)
         )
 
     def show(step: int) -> None:

@@ -347,7 +347,7 @@ def _exact(cost: Tensor) -> Assignment:
     if not numpy.isfinite(reduced).all():
         raise _not_finite(cost)
     if len(cost) >= EXACT_BELOW:
-        reduced += price_auction(torch.from_numpy(reduced.astype(numpy.float32)))[1]
+        reduced += price_auction(torch.from_numpy(reduced.astype(numpy.float32)), EPSILON / 4)[1]  # scipy takes longer with coarser prices
         reduced -= reduced.min(1, keepdims=True)
     return Assignment(torch.from_numpy(linear_sum_assignment(reduced)[1]).to(cost.device), 0.0, 1.0, 0, 0)
 

@@ -114,8 +114,9 @@ def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None) 
     finally:
         hook.remove()
     if ema is not None:
+        device = ema.shadow_params[0].device
         ema.load_state_dict(EMAModel.from_pretrained(str(path / "unet_ema"), kind).state_dict())
-        ema.to(accelerator.device)
+        ema.to(device)
     file = _coupling_file(path, accelerator)
     state = load_file(file) if file.exists() else {}
     return int(read_state(path)["step"]), state

@@ -29,6 +29,7 @@ from .timesteps import TIMESTEP_SAMPLINGS
 from .weighting import LOSS_WEIGHTINGS
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+CROPS = ("diffusers", "adm")
 SPACINGS = ("leading", "trailing", "linspace")
 
 
@@ -44,6 +45,7 @@ OWN_FILES = (
     "unet_non_ema",
     "scheduler",
     "vae",
+    "vqvae",
     "text_encoder",
     "tokenizer",
     "pytorch_lora_weights.safetensors",
@@ -64,7 +66,7 @@ class DataArguments:
 
     dataset_name: str | None = flag(None, "a data set on the hub (its `train` split), or a local folder that `datasets` can load")
     dataset_config_name: str | None = flag(None, "the configuration of --dataset_name")
-    train_data_dir: str | None = flag(None, "a folder of images (subfolders allowed) or of parquet files")
+    train_data_dir: str | None = flag(None, "a folder of images (subfolders allowed), of parquet files or of WebDataset shards (.tar)")
     bundled_data: str | None = flag(
         None, "real images that install with the packages: 1,797 digits of 8x8, or random crops of photographs", choices=BUNDLED
     )
@@ -76,9 +78,23 @@ class DataArguments:
     resolution: int = flag(64, "images are resized and cropped to this many pixels a side")
     center_crop: bool = flag(False, "crop the center instead of a random place")
     random_flip: bool = flag(False, "flip half of the images left to right")
+    crop: str = flag(
+        "diffusers",
+        "diffusers: resize the short side, then cut; adm: halve by box filters, then bicubic, and cut the center, as ImageNet papers do",
+        choices=CROPS,
+    )
     preserve_input_precision: bool = flag(False, "keep 16 and 32-bit images at their precision instead of converting to 8-bit")
     max_train_samples: int | None = flag(None, "train on at most this many images, a fixed random subset")
+    train_subset_fraction: float | None = flag(
+        None, "train on this share of the images, a fixed random subset that does not depend on --seed: 0.1 is the paper's 10 % of ImageNet"
+    )
     skip_bad_images: bool = flag(False, "replace unreadable images by the next one and count them, instead of stopping")
+    streaming: bool = flag(
+        False,
+        "read .tar or .parquet shards from front to back, over the network if --dataset_name is on the hub, and keep nothing on disk; "
+        "epochs are not counted, so give --max_train_steps",
+    )
+    shuffle_buffer: int = flag(1000, "with --streaming: images of one shard that are shuffled together")
     dataloader_num_workers: int = flag(0, "processes that decode images; 0 decodes in the training process")
 
 
@@ -91,6 +107,11 @@ class ModelArguments:
     model_config_name_or_path: str | None = flag(None, "a UNet2DModel configuration: folder, file, or name on the hub")
     model_preset: str | None = flag(
         None, "a U-Net by name; by default the diffusers example's where the resolution divides by 32, else unet-small", choices=PRESETS
+    )
+    vae_model_name_or_path: str | None = flag(
+        None,
+        "diffuse the latents of this VAE instead of pixels: an AutoencoderKL of diffusers, or a checkpoint that has one in its folder "
+        "`vae`, on the hub or local; it stays as it is",
     )
     class_conditional: bool = flag(False, "tell the network the class of each image; the data must have classes")
     dropout: float | None = flag(None, "dropout in the U-Net; by default what the configuration says")
@@ -303,6 +324,13 @@ class UnconditionalConfig(EvaluationArguments, RunArguments, OptimizationArgumen
             raise UserError("--model_preset and --model_config_name_or_path are given together; choose one")
         if self.label_column and self.bundled_data:
             raise UserError("--label_column names a column of --dataset_name or --train_data_dir; bundled data needs none")
+        if self.crop == "adm" and self.preserve_input_precision:
+            raise UserError("--crop adm is defined for 8-bit images, which --preserve_input_precision avoids; leave one of them out")
+        if self.vae_model_name_or_path and self.noise_process == "flow":
+            raise UserError(
+                "--vae_model_name_or_path with --noise_process flow: diffusers has no pipeline that samples such a network; "
+                "train latents with --noise_process ddpm"
+            )
 
     @property
     def labels_for(self) -> str | None:
@@ -340,8 +368,10 @@ FREE_ON_RESUME = frozenset(
         "bundled_data",
         "image_column",
         "max_train_samples",
+        "train_subset_fraction",
         "model_config_name_or_path",
         "model_preset",
+        "vae_model_name_or_path",
     ]
 ) | {item.name for group in (RunArguments, EvaluationArguments) for item in fields(group)}
 
@@ -469,6 +499,19 @@ def _validate(config: UnconditionalConfig) -> None:
         if value is not None and not 0 <= value < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, not {value}")
     assigns = config.noise_coupling in ("independent", "assignment", "flipped_assignment")
+    if config.train_subset_fraction is not None:
+        if not 0 < config.train_subset_fraction <= 1:
+            raise UserError(f"--train_subset_fraction must be above 0 and at most 1, not {config.train_subset_fraction}")
+        if config.max_train_samples is not None:
+            raise UserError("--train_subset_fraction and --max_train_samples both say how many images are used; give one of them")
+    if config.streaming:
+        if not (config.dataset_name or config.train_data_dir):
+            raise UserError("--streaming is for --dataset_name or --train_data_dir; leave it out")
+        if config.max_train_steps is None:
+            raise UserError("--streaming needs --max_train_steps: how many images a stream holds is not known beforehand")
+        for name in ("eval_steps", "max_train_samples", "train_subset_fraction", "cache_latents"):
+            if getattr(config, name, None):
+                raise UserError(f"--{name} needs images in any order, which --streaming does not give; leave out one of them")
     for name, default in (("coupling_scope", "process"), ("coupling_window", 1), ("coupling_condition", "none")):
         if getattr(config, name) != default and not assigns:
             raise UserError(
@@ -490,7 +533,7 @@ _AT_LEAST_ONE = (
     "resolution train_batch_size num_epochs num_train_epochs max_train_steps gradient_accumulation_steps checkpointing_steps "
     "checkpoints_total_limit eval_batch_size ddpm_num_steps ddpm_num_inference_steps logging_steps max_train_samples eval_steps "
     "eval_samples coupling_candidates coupling_window coupling_reservoir asymmetric_k asymmetric_r asymmetric_tau rank "
-    "num_validation_images validation_epochs"
+    "num_validation_images validation_epochs shuffle_buffer"
 )
 _NOT_NEGATIVE = (
     "lr_warmup_steps learning_rate adam_epsilon adam_weight_decay max_grad_norm save_images_epochs save_model_epochs "

@@ -15,7 +15,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -74,6 +74,13 @@ class ImageSource(Protocol):
         """The image's captions, one at least. What it raises makes that image a `BadImage`; data without captions always does."""
 
 
+def open_image(file: Any) -> Image.Image:
+    """The decoded image of a path or a binary file, turned upright as its EXIF orientation says."""
+    with Image.open(file) as image:
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
 @dataclass(frozen=True)
 class TableImages:
     """The images of one column of a `datasets.Dataset`, decoded here and not by `datasets`, so that an unreadable one can be named.
@@ -113,9 +120,7 @@ class TableImages:
         cell = self.table[index][self.column]
         if cell is None:
             raise ValueError("the row holds no image")
-        with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
+        return open_image(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
 
     def name(self, index: int) -> str:
         """The image's path, or its row with the file name that the table remembers."""
@@ -352,6 +357,8 @@ def load_images(
     caption_column: str | None = None,
     cache_dir: str | None = None,
     max_train_samples: int | None = None,
+    train_subset_fraction: float | None = None,
+    skip_bad_images: bool = False,
     resolution: int = 64,
 ) -> ImageSource:
     """The training images: a dataset of the Hub, else a local folder, else bundled data.
@@ -359,7 +366,8 @@ def load_images(
     Args:
         dataset_name: what `datasets.load_dataset` takes; its ``train`` split is used.
         dataset_config_name: the dataset's configuration.
-        train_data_dir: a folder of images (with or without a subfolder per class), or one that holds ``.parquet`` files at any depth.
+        train_data_dir: a folder of images (with or without a subfolder per class), or one that holds ``.parquet`` files or WebDataset
+            shards (``.tar``, see `immiscible.shards`, where what is called columns here is explained for them) at any depth.
         bundled_data: a key of `BUNDLED`; used when the two above are None.
         image_column: the column of images in a Hub dataset or in parquet files.
         label_column: the column of classes, a `datasets.ClassLabel`; None for the one called ``label``, if it is of that kind. An image
@@ -368,6 +376,8 @@ def load_images(
         caption_column: the column of captions, texts or lists of texts or classes; None if the run does without.
         cache_dir: where `datasets` keeps its tables; None for its default.
         max_train_samples: use that many images, the same ones for every seed; more than there are means all.
+        train_subset_fraction: use this share of the images, rounded to whole ones, the same ones for every seed.
+        skip_bad_images: use what stands before the damage of a damaged ``.tar``.
         resolution: side of the crops of ``photo_crops``; the other sources keep their sizes.
 
     Raises:
@@ -382,13 +392,23 @@ def load_images(
             dataset_name, dataset_config_name, image_column, label_column, labels_for, caption_column, cache_dir
         )
     elif train_data_dir is not None:
-        source = _folder_images(train_data_dir, image_column, label_column, labels_for, caption_column, cache_dir)
+        from .shards import load_shards, tar_files
+
+        columns = (image_column, label_column, labels_for, caption_column, cache_dir)
+        if tar_files(Path(train_data_dir).expanduser()):
+            source = load_shards(train_data_dir, *columns, skip_bad_images)
+        else:
+            source = _folder_images(train_data_dir, *columns)
     else:
         source = build_choice(BUNDLED, "--bundled_data", bundled_data, resolution=resolution)
         if labels_for and source.class_names is None:
             raise UserError(
                 f"{labels_for} needs classes, and --bundled_data {bundled_data} has none; choose data with classes, e.g. digits"
             )
+    if train_subset_fraction is not None:
+        max_train_samples = round(train_subset_fraction * len(source))
+        if max_train_samples < 1:
+            raise UserError(f"--train_subset_fraction {train_subset_fraction:g} of {len(source)} images leaves none; give a larger share")
     if max_train_samples is not None and max_train_samples < len(source):
         chosen = torch.randperm(len(source), generator=seeded_generator("max_train_samples"))[:max_train_samples]
         source = Subset(source, chosen.tolist())
@@ -413,9 +433,9 @@ def _hub_images(
             f"--dataset_name {name}: cannot load its train split ({_first_line(error)}); check the name and the network", exit_code=1
         ) from error
     origin = name if config is None else f"{name}/{config}"
-    labels = _only_labels(table, label_column, origin, labels_for)
-    texts = _only_texts(table, caption_column, origin)
-    return TableImages(_only_images(table, column, origin), column, origin, f"{origin}, {_summary(table)}", labels, texts)
+    labels = only_labels(table, label_column, origin, labels_for)
+    texts = only_texts(table, caption_column, origin)
+    return TableImages(only_images(table, column, origin), column, origin, f"{origin}, {_summary(table)}", labels, texts)
 
 
 def _folder_images(
@@ -426,7 +446,7 @@ def _folder_images(
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
         raise UserError(f"--train_data_dir {folder}: no such folder")
-    parquet = _parquet_files(root)
+    parquet = parquet_files(root)
     # Neither builder serves a stale table: the key of its cache has every file's path and modification time.
     try:
         with _no_progress_bars():
@@ -439,11 +459,11 @@ def _folder_images(
     except Exception as error:  # an empty folder alone comes as three types
         wanted = "cannot read its .parquet files" if parquet else "no training images found in it, nor .parquet files"
         raise UserError(f"--train_data_dir {folder}: {wanted} ({_first_line(error)})") from error
-    images = _only_images(table, column, str(root))
+    images = only_images(table, column, str(root))
     names = parquet or [os.path.relpath(path, root) for path in _paths(images, column)]
     digest = hashlib.blake2b("\n".join(sorted(names)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    labels = _only_labels(table, label_column, str(root), labels_for)
-    texts = _only_texts(table, caption_column, str(root))
+    labels = only_labels(table, label_column, str(root), labels_for)
+    texts = only_texts(table, caption_column, str(root))
     return TableImages(images, column, str(root), f"a folder of {_summary(table)}, file names {digest}", labels, texts)
 
 
@@ -451,20 +471,20 @@ def _summary(table: Any) -> str:
     return f"{len(table)} images, columns {' '.join(sorted(table.column_names))}"
 
 
-def _parquet_files(root: Path) -> list[str]:
+def parquet_files(root: Path) -> list[str]:
     """Relative paths. As `datasets` does, files named after a split (``train-00000.parquet``) count only if that is ``train``."""
     found = sorted(glob.glob("**/*.parquet", root_dir=root, recursive=True))
     found = [file for file in found if Path(file).name != "metadata.parquet"]  # that one describes an image folder
     return [file for file in found if re.search(r"(?:^|[^a-z0-9])train(?:ing)?(?![a-z0-9])", file.lower())] or found
 
 
-def _only_images(table: Any, column: str, origin: str) -> Any:
+def only_images(table: Any, column: str, origin: str) -> Any:
     """The table's one column, each cell ``{"bytes", "path"}`` or None."""
     import datasets
 
     if column not in table.column_names:
         raise UserError(f"--image_column {column!r} is not in {origin}; its columns: {', '.join(table.column_names)}")
-    if len(table) == 0:
+    if getattr(table, "num_rows", 1) == 0:  # a streamed table does not know
         raise UserError(f"{origin} holds no images")
     try:
         return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
@@ -475,7 +495,7 @@ def _only_images(table: Any, column: str, origin: str) -> Any:
         ) from error
 
 
-def _only_labels(table: Any, column: str | None, origin: str, labels_for: str | None) -> Any:
+def only_labels(table: Any, column: str | None, origin: str, labels_for: str | None) -> Any:
     """The table's one column of classes; None if none is named or needed, and ``label`` is not one."""
     import datasets
 
@@ -494,7 +514,7 @@ def _only_labels(table: Any, column: str | None, origin: str, labels_for: str | 
     return None
 
 
-def _only_texts(table: Any, column: str | None, origin: str) -> Any:
+def only_texts(table: Any, column: str | None, origin: str) -> Any:
     """The table's one column of captions; None if none is asked for."""
     import datasets
 
@@ -618,10 +638,14 @@ class ImageTransform:
             pixels = _bytes_tensor(pixels.resize((width, height), kernel))
         top, left = (self._offset(side, extra, epoch, index) for side, extra in zip(("top", "left"), self._extra(pixels), strict=True))
         pixels = pixels[:, top : top + self.resolution, left : left + self.resolution]
-        if self.random_flip and derive_seed(self.seed, "flip", epoch, index) % 2:
+        if self.flips(epoch, index):
             pixels = pixels.flip(-1)
         unit = pixels if pixels.is_floating_point() else pixels.to(torch.float32).div(255)
         return unit.sub(0.5).div(0.5).contiguous()
+
+    def flips(self, epoch: int, index: int) -> bool:
+        """Whether the image is mirrored in this epoch."""
+        return self.random_flip and derive_seed(self.seed, "flip", epoch, index) % 2 == 1
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         short, long = sorted((height, width))
@@ -824,7 +848,7 @@ class GlobalBatchOrder(Sampler[list[tuple[int, int]]]):
         return permutation.repeat(-(-self.global_batch_size // self.num_images))
 
 
-def build_loader(dataset: ImageDataset, order: GlobalBatchOrder, num_workers: int, device: torch.device) -> DataLoader[dict[str, Any]]:
+def build_loader(dataset: Dataset[Any], order: Iterable[list[Any]], num_workers: int, device: torch.device) -> DataLoader[dict[str, Any]]:
     """A loader of `Batch`, on the CPU (pinned if ``device`` is a GPU), in ``order``, that draws nothing from the global generators."""
     return DataLoader(
         dataset,

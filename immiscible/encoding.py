@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .data import Images
 from .randomness import Draws
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+PRECISIONS: dict[str, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Encoded(NamedTuple):
@@ -46,3 +52,43 @@ class PixelEncoder:
         labels = None if batch.labels is None else batch.labels.to(self._device, non_blocking=True)
         condition = {"class_labels": labels} if self._class_conditional and labels is not None else {}
         return Encoded(x0, labels, condition)
+
+
+@dataclass(frozen=True)
+class LatentEncoder:
+    """A VAE's latents are diffused; the network is told the class if it is class-conditional.
+
+    The VAE keeps its fp32 weights, with which samples are decoded, and encodes in ``precision``.
+
+    Args:
+        vae: frozen, on the device.
+        device: where training happens.
+        class_conditional: whether the batch's labels go to the network.
+        precision: of the VAE's arithmetic.
+    """
+
+    vae: AutoencoderKL
+    device: torch.device
+    class_conditional: bool = False
+    precision: torch.dtype = torch.float32
+
+    @torch.no_grad()
+    def __call__(self, batch: Images, draws: Draws) -> Encoded:
+        """See `Encoded`: ``x0`` are latents [B, 4, H/8, W/8] for Stable Diffusion's VAE."""
+        pixels = PixelEncoder(self.device, self.class_conditional)(batch, draws)
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
+            posterior = self.vae.encode(pixels.x0).latent_dist
+        x0 = latent_draw(posterior.mean, posterior.std, self.vae.config.scaling_factor, draws)
+        return pixels._replace(x0=x0)
+
+
+def latent_draw(mean: Tensor, deviation: Tensor, scaling_factor: float, draws: Draws) -> Tensor:
+    """A fresh latent of each image from its posterior: ``scaling_factor * (mean + deviation * normal)``, fp32.
+
+    Args:
+        mean: of the VAE's posterior, any floating dtype [B, C, H, W].
+        deviation: likewise; the square root of its variance.
+        scaling_factor: of the VAE's configuration; it gives latents unit variance.
+        draws: the micro-batch's random numbers, of which this takes the normal ones called "latent".
+    """
+    return (mean.float() + deviation.float() * draws.normal("latent", *mean.shape)) * scaling_factor

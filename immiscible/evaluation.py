@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial, wraps
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -16,11 +18,13 @@ from .errors import UserError
 from .randomness import seeded_generator
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+    from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
     from diffusers.training_utils import EMAModel
 
 
-def build_pipeline(unet: UNet2DModel, training_scheduler: SchedulerMixin, *, sampler: str, spacing: str) -> DiffusionPipeline:
+def build_pipeline(
+    unet: UNet2DModel, training_scheduler: SchedulerMixin, *, sampler: str, spacing: str, vae: AutoencoderKL | None = None
+) -> DiffusionPipeline:
     """A pipeline that plain diffusers loads and samples.
 
     Args:
@@ -29,14 +33,19 @@ def build_pipeline(unet: UNet2DModel, training_scheduler: SchedulerMixin, *, sam
         sampler: ``ddpm`` or ``ddim`` for a ddpm process. A flow process is sampled by its own Euler scheduler inside a
             `DDPMPipeline`, since `DDIMPipeline` would silently read it as an epsilon model.
         spacing: ``timestep_spacing`` of the sampler.
+        vae: decodes what the network samples, in an `LDMPipeline`, which diffusers wrote for a VQ model and which takes this one as well.
+            Pixels are clipped to their range at every step, latents have none.
     """
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline
 
     if isinstance(training_scheduler, FlowMatchEulerDiscreteScheduler):
         return DDPMPipeline(unet, FlowMatchEulerDiscreteScheduler.from_config(training_scheduler.config))
     pipeline, scheduler = {"ddpm": (DDPMPipeline, DDPMScheduler), "ddim": (DDIMPipeline, DDIMScheduler)}[sampler]
-    config = {**training_scheduler.config, "timestep_spacing": spacing, "clip_sample": True, "clip_sample_range": 1.0}
-    return pipeline(unet, scheduler.from_config({key: value for key, value in config.items() if not key.startswith("_")}))
+    config = {**training_scheduler.config, "timestep_spacing": spacing, "clip_sample": vae is None, "clip_sample_range": 1.0}
+    sampling_scheduler = scheduler.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+    if vae is not None:
+        return LDMPipeline(vqvae=vae, unet=unet, scheduler=sampling_scheduler)
+    return pipeline(unet, sampling_scheduler)
 
 
 def sample_images(
@@ -50,6 +59,8 @@ def sample_images(
     first: int = 0,
     prompts: Sequence[str] = (),
     guidance_scale: float = 7.5,
+    side: int | None = None,
+    bar: bool = True,
 ) -> numpy.ndarray:
     """Samples with one generator per image, so that image i is the same for every batch size and device.
 
@@ -65,12 +76,18 @@ def sample_images(
         first: the number of the first image; samples 0..n may be taken in several calls.
         prompts: of a text-to-image pipeline: image i is of prompt i modulo their number.
         guidance_scale: of a text-to-image pipeline; 1 is without guidance.
+        side: of a text-to-image pipeline's images, in pixels; None for what its network says.
+        bar: show the steps of each batch, where there is a terminal.
 
     Returns:
         uint8 [count, H, W, C].
     """
     pipeline = pipeline.to(device)
-    pipeline.set_progress_bar_config(leave=False, desc="sampling", disable=None)
+    pipeline.set_progress_bar_config(leave=False, desc="sampling", disable=None if bar else True)
+    # Where some parts are in half precision, a sampler may hand fp32 latents to a VAE that would refuse them.
+    dtypes = [part.dtype for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    half: Any = next((dtype for dtype in dtypes if dtype in (torch.float16, torch.bfloat16)), None)
+    autocast = torch.autocast(device.type, dtype=half, enabled=half is not None)
     batches = []
     for start in range(first, first + count, batch_size):
         numbers = range(start, min(start + batch_size, first + count))
@@ -78,8 +95,9 @@ def sample_images(
         wanted: dict[str, Any] = {"batch_size": len(numbers)}
         if prompts:
             wanted = {"prompt": [prompts[number % len(prompts)] for number in numbers], "guidance_scale": guidance_scale}
+            wanted |= {"height": side, "width": side}
         labels = sample_labels(pipeline.unet, len(numbers), first=start)
-        with told_classes(pipeline.unet, labels):
+        with told_classes(pipeline.unet, labels), told_generators(pipeline, generators), autocast:
             batches.append(pipeline(**wanted, generator=generators, num_inference_steps=steps, output_type="np").images)
     images = numpy.concatenate(batches)
     if not numpy.isfinite(images).all():
@@ -116,6 +134,22 @@ def told_classes(unet: nn.Module, labels: Tensor | None) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def told_generators(pipeline: DiffusionPipeline, generators: list[torch.Generator]) -> Iterator[None]:
+    """Inside the block the sampler of an `LDMPipeline` draws its noise from these generators, one per image; the pipeline keeps them to
+    the first noise, and would leave a stochastic sampler to the global generator. Other pipelines pass them on themselves.
+    """
+    scheduler = pipeline.scheduler
+    if type(pipeline).__name__ != "LDMPipeline" or "generator" not in signature(scheduler.step).parameters:
+        yield
+        return
+    scheduler.step = wraps(scheduler.step)(partial(scheduler.step, generator=generators))
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 def image_grid(images: numpy.ndarray, *, least_side: int = 64) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin, UNet2DModel
+    from diffusers import AutoencoderKL, ModelMixin, UNet2DModel
     from diffusers.training_utils import EMAModel
 
     from .config import UnconditionalConfig
@@ -54,6 +56,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
     },
+    # 642 million: the levels and widths of Stable Diffusion v1's network, with self-attention alone, for its latents.
+    "unet-sd": {
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "attention_head_dim": 40,
+        "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D"),
+    },
 }
 
 
@@ -65,34 +75,40 @@ def unet_config(
     channels: int,
     dropout: float | None,
     num_classes: int | None = None,
+    downsampling: int = 1,
 ) -> dict[str, Any]:
     """The constructor arguments of the U-Net that these flags mean.
 
     Args:
         config_name_or_path: a folder with ``config.json``, a JSON file, or a name on the hub; its channels win over ``channels``.
         preset: a key of `PRESETS`; without both, ``unet-diffusers`` where the resolution divides by 32, else ``unet-small``.
-        resolution: becomes ``sample_size``, at which pipelines sample.
-        channels: of the images, where no configuration says otherwise.
+        resolution: of the images; divided by ``downsampling`` it becomes ``sample_size``, at which pipelines sample.
+        channels: of the images or latents, where no configuration says otherwise.
         dropout: overrides the configuration's if not None.
         num_classes: of a network that is told the class of each image, by the embedding that the configuration's ``class_embed_type``
             names: diffusers' learned one if it names none. None for an unconditional network.
+        downsampling: the side of an image divided by that of its latent; 1 for a network of pixels.
 
     Raises:
         UserError: the configuration cannot be found or is not such a U-Net's, the resolution does not halve often enough, or the
-            configuration has another number of classes.
+            configuration has another number of classes or, for latents, of channels.
     """
     if config_name_or_path:
         config = _load_config(config_name_or_path)
         flag = f"--model_config_name_or_path {config_name_or_path}"
     else:
-        name = preset or ("unet-diffusers" if resolution % 32 == 0 else "unet-small")
+        name = preset or ("unet-diffusers" if resolution // downsampling % 32 == 0 else "unet-small")
         config = {**PRESETS[name], "in_channels": channels, "out_channels": channels}
         flag = f"--model_preset {name}"
     factor = 2 ** (len(config["block_out_channels"]) - 1)
-    if resolution % factor:
+    if resolution % (factor * downsampling):
+        what = "image" if downsampling == 1 else f"latent (1/{downsampling} of the image)"
         raise UserError(
-            f"{flag} halves the image {factor.bit_length() - 1} times: --resolution {resolution} must be a multiple of {factor}"
+            f"{flag} halves the {what} {factor.bit_length() - 1} times: --resolution {resolution} must be a multiple of "
+            f"{factor * downsampling}"
         )
+    if downsampling > 1 and config["in_channels"] != channels:
+        raise UserError(f"{flag} has {config['in_channels']} channels, and the VAE's latents have {channels}; make them equal")
     if dropout is not None:
         config["dropout"] = dropout
     declared, kind = config.get("num_class_embeds"), config.get("class_embed_type")
@@ -105,7 +121,7 @@ def unet_config(
         raise UserError(f"{flag}: class_embed_type {kind!r} does not take class numbers; leave it out or give 'timestep'")
     else:
         config["num_class_embeds"] = num_classes
-    return {**config, "sample_size": resolution}
+    return {**config, "sample_size": resolution // downsampling}
 
 
 def build_unet(config: dict[str, Any]) -> UNet2DModel:
@@ -120,6 +136,62 @@ def build_unet(config: dict[str, Any]) -> UNet2DModel:
         return UNet2DModel.from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"--model_config_name_or_path: diffusers cannot build this U-Net ({str(error).splitlines()[0]})") from error
+
+
+def load_vae(name_or_path: str, *, resolution: int, cache_dir: str | None = None) -> AutoencoderKL:
+    """The VAE of ``--vae_model_name_or_path``, frozen, fp32, on the CPU.
+
+    Args:
+        name_or_path: a folder or a name on the hub: an `AutoencoderKL`, or a checkpoint with one in its subfolder ``vae``.
+        resolution: of the images.
+        cache_dir: where models of the hub are kept.
+
+    Raises:
+        UserError: there is none, it is another kind of model, or it cannot halve images of this resolution as often as it must.
+    """
+    from diffusers import AutoencoderKL
+
+    flag = f"--vae_model_name_or_path {name_or_path}"
+    try:
+        options: dict[str, Any] = {"cache_dir": cache_dir}
+        try:
+            settings = AutoencoderKL.load_config(name_or_path, **options)
+        except OSError:
+            options["subfolder"] = "vae"
+            settings = AutoencoderKL.load_config(name_or_path, **options)
+        kind = settings.get("_class_name", "an unnamed model")
+        if kind != "AutoencoderKL":
+            raise UserError(f"{flag} is a {kind}, not an AutoencoderKL; give a VAE, or a checkpoint that has one in its folder `vae`")
+        vae = AutoencoderKL.from_pretrained(name_or_path, **options)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{flag}: no AutoencoderKL found there, nor in a folder `vae` of it ({str(error).splitlines()[0]})") from None
+    if vae.config.shift_factor or vae.config.latents_mean:
+        raise UserError(f"{flag} shifts its latents, which diffusers' unconditional pipeline does not undo; take one as Stable Diffusion's")
+    if resolution % latent_downsampling(vae):
+        raise UserError(
+            f"{flag} halves the image {len(vae.config.block_out_channels) - 1} times: --resolution {resolution} must be a multiple of "
+            f"{latent_downsampling(vae)}"
+        )
+    return vae.float().requires_grad_(False).eval()
+
+
+def latent_downsampling(vae: AutoencoderKL) -> int:
+    """The side of an image divided by that of its latent."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def vae_identity(vae: AutoencoderKL) -> dict[str, Any]:
+    """What tells this VAE from others wherever it was loaded from: its settings and a digest of its weights."""
+    return {**{name: value for name, value in vae.config.items() if not name.startswith("_")}, "weights": weights_digest(vae)}
+
+
+def weights_digest(network: nn.Module) -> str:
+    """A short line that tells these weights from others, to the last bit."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def build_ema(unet: UNet2DModel, config: UnconditionalConfig, device: torch.device) -> EMAModel | None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from .errors import UserError
 from .evaluation import build_pipeline, evaluation_weights, image_grid, sample_images, sample_labels
 from .metrics import Evaluation, build_features, fixed_images, to_uint8, validation_loss
 from .objectives import DenoisingObjective
-from .process import NoiseProcess
+from .process import NoiseProcess, build_scheduler
 from .randomness import Draws
 from .ranks import across_ranks
 from .timesteps import timestep_sampler
@@ -43,9 +44,10 @@ from .weighting import loss_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+    from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
     from diffusers.training_utils import EMAModel
 
+    from .streaming import StreamOrder
     from .text_config import AnyConfig
 
 logger = logging.getLogger(__name__)
@@ -57,13 +59,9 @@ def session(config: AnyConfig) -> Iterator[Accelerator]:
     if config.local_rank != -1 and "RANK" in os.environ:  # without a launcher it means nothing, as in the diffusers script
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
     from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, is_tensorboard_available, is_wandb_available
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
-    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "none": lambda: True}
-    if not available.get(config.logger, lambda: True)():
-        raise UserError(
-            f"--logger {config.logger} is not installed: `pip install {config.logger}`, or --logger none (metrics.jsonl is always written)"
-        )
+    _check_tracker(config.logger, "--report_to" if hasattr(config, "report_to") else "--logger")
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -87,7 +85,7 @@ def session(config: AnyConfig) -> Iterator[Accelerator]:
     if not package_logger.handlers:
         package_logger.addHandler(logging.StreamHandler())
     try:
-        if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in fp32 without a word
+        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in fp32 without a word
             raise UserError("--mixed_precision fp16 needs a GPU; on a CPU give bf16 or no")
         with logging_redirect_tqdm([package_logger]):
             yield accelerator
@@ -101,6 +99,17 @@ def session(config: AnyConfig) -> Iterator[Accelerator]:
         accelerator.end_training()
 
 
+def _check_tracker(name: str, flag: str) -> None:
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [kind.value for kind in LoggerType]
+    if name not in (*known, "none"):
+        raise UserError(f"{flag} {name!r} is unknown; known: {', '.join(known)}, none")
+    if name not in ("all", "none") and name not in [kind.value for kind in get_available_trackers()]:
+        raise UserError(f"{flag} {name} is not installed: `pip install {name}`, or {flag} none (metrics.jsonl is always written)")
+
+
 def settle_seed(config: AnyConfig, resumed: Path | None) -> int:
     """The run's seed: as given, else the resumed checkpoint's, else drawn by rank 0 and shared. It is written into ``config``."""
     from accelerate.utils import broadcast_object_list
@@ -110,6 +119,19 @@ def settle_seed(config: AnyConfig, resumed: Path | None) -> int:
         config.seed = int(broadcast_object_list(shared)[0])
         logger.info("seed %d%s", config.seed, " (the resumed run's)" if resumed else " (drawn; pass --seed to repeat this run)")
     return config.seed
+
+
+def training_scheduler(config: UnconditionalConfig) -> Any:
+    """The diffusers scheduler of the noise process that the flags ask for."""
+    return build_scheduler(
+        config.noise_process,
+        num_train_timesteps=config.ddpm_num_steps,
+        beta_schedule=config.ddpm_beta_schedule,
+        beta_start=config.ddpm_beta_start,
+        beta_end=config.ddpm_beta_end,
+        prediction_type=config.prediction_type,
+        image_scale=config.image_scale,
+    )
 
 
 def build_objective(
@@ -157,7 +179,7 @@ def build_objective(
     )
 
 
-def check_batch_size(config: AnyConfig, objective: DenoisingObjective, images: int, global_batch: int) -> None:
+def check_batch_size(config: AnyConfig, objective: DenoisingObjective, images: float, global_batch: int) -> None:
     """Warns of a batch in which pairing is void or images repeat.
 
     Raises:
@@ -454,26 +476,39 @@ def report_start(
     facts: dict[str, str],
     data: str,
     unet: UNet2DModel,
-    order: GlobalBatchOrder,
+    order: GlobalBatchOrder | StreamOrder,
     accumulation: int,
     start_step: int,
     max_steps: int,
     coupling: Coupling,
+    *,
+    told_apart: int | None = None,
+    captions: bool = False,
 ) -> None:
-    """Logs what is about to run, and with numbers where the coupling biases the noise."""
+    """Logs what is about to run, and with numbers where the coupling biases the noise.
+
+    ``told_apart`` is how many classes or, with ``captions``, captions the network is told; by default its own number of classes.
+    """
     parameters = sum(parameter.numel() for parameter in unet.parameters())
+    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    adapters = f" of which {trained / 1e6:.2f} are trained" if trained < parameters else ""
     ranks = order.global_batch_size // order.batch_size
+    epoch = f" ({order.batches_per_epoch / accumulation:.4g} an epoch)" if isfinite(order.batches_per_epoch) else ""
     side, images = unet.config.sample_size, order.global_batch_size * accumulation
     classes = f", {unet.config.num_class_embeds} classes" if unet.config.num_class_embeds else ""
     for name, value in {
         "data": data,
-        "network": f"{type(unet).__name__}, {parameters / 1e6:.2f} million parameters, {unet.config.in_channels}x{side}x{side}{classes}",
+        "network": f"{type(unet).__name__}, {parameters / 1e6:.2f} million parameters{adapters}, "
+        f"{unet.config.in_channels}x{side}x{side}{classes}",
         "batch": f"{order.batch_size} images x {ranks} processes x {accumulation} micro-batches = {images} a step",
-        "steps": f"{start_step} to {max_steps} ({order.batches_per_epoch / accumulation:.4g} an epoch)",
+        "steps": f"{start_step} to {max_steps}{epoch}",
         **facts,
     }.items():
         logger.info("%-18s %s", name.replace("_", " "), value)
-    for notice in (bias_notice(coupling, unet.config.in_channels * side**2), leak_notice(coupling, unet.config.num_class_embeds or 0)):
+    leak = leak_notice(coupling, (unet.config.num_class_embeds or 0) if told_apart is None else told_apart)
+    if leak and captions:
+        leak = f"each caption counts as a class here, which --coupling_condition centered or penalty have regard to: {leak}"
+    for notice in (bias_notice(coupling, unet.config.in_channels * side**2), leak):
         if notice:
             logger.warning(notice)
 
@@ -521,7 +556,7 @@ def report_end(config: AnyConfig, step: int, facts: dict[str, str]) -> None:
         **facts,
         **measured,
         "pipeline": folder,
-        "samples": grid_path(folder, step),
+        **({"samples": grid_path(folder, step)} if grid_path(folder, step).exists() else {}),
         "metrics": folder / "metrics.jsonl",
         "restart": f"--config {folder / 'config.yaml'} --output_dir ANOTHER_FOLDER",
     }
@@ -535,11 +570,12 @@ def save_pipeline(
     config: UnconditionalConfig,
     facts: dict[str, str],
     class_names: Sequence[str] | None = None,
+    vae: AutoencoderKL | None = None,
 ) -> None:
     """Leaves in the run's folder a pipeline that plain diffusers samples, with the model card and the method in the weights' metadata.
 
     With EMA the pipeline holds the averaged weights, and ``unet_non_ema`` beside it the others. ``class_names`` are the data's; the
-    card of a class-conditional network lists them by number.
+    card of a class-conditional network lists them by number. ``vae`` decodes latents, and is saved along.
     """
     folder = Path(config.output_dir or "")
     partial = folder / f"{PARTIAL}pipeline"
@@ -547,7 +583,7 @@ def save_pipeline(
     if ema is not None:
         unet.save_pretrained(partial / "unet_non_ema")
     with evaluation_weights(unet, ema):
-        pipeline = build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing)
+        pipeline = build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing, vae=vae)
         pipeline.save_pretrained(partial)
     num_classes = unet.config.num_class_embeds
     names = class_names if num_classes and class_names else ()
@@ -560,11 +596,17 @@ def save_pipeline(
 
 
 def save_samples(
-    unet: UNet2DModel, ema: EMAModel | None, scheduler: SchedulerMixin, config: UnconditionalConfig, seed: int, step: int
+    unet: UNet2DModel,
+    ema: EMAModel | None,
+    scheduler: SchedulerMixin,
+    config: UnconditionalConfig,
+    seed: int,
+    step: int,
+    vae: AutoencoderKL | None = None,
 ) -> None:
     """A grid of samples with the same noises at every step, in ``samples/``; a class-conditional network's are in the order of classes."""
     with evaluation_weights(unet, ema):
-        pipeline = build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing)
+        pipeline = build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing, vae=vae)
         images = sample_images(
             pipeline,
             config.eval_batch_size,
@@ -594,7 +636,7 @@ def push_pipeline(config: AnyConfig, step: int) -> None:
     folder = Path(config.output_dir or "")
     try:
         name = config.hub_model_id or folder.resolve().name
-        repository = create_repo(name, private=config.hub_private_repo, exist_ok=True, token=config.hub_token).repo_id
+        repository = create_repo(name, private=config.hub_private_repo or None, exist_ok=True, token=config.hub_token).repo_id
         upload_folder(
             repo_id=repository,
             folder_path=folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -16,12 +17,14 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from .checkpoints import PARTIAL, adapted, replace, save_adapters
-from .encoding import Encoded
+from .data import ImageSource, Subset, load_images
+from .encoding import PRECISIONS, Encoded, latent_draw
 from .errors import UserError
 from .evaluation import evaluation_weights, image_grid, sample_images
-from .models import learning_rate
+from .models import latent_downsampling, learning_rate, weights_digest
 from .randomness import Draws
 from .run import grid_path
+from .streaming import Stream, load_stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 PIPELINE = "StableDiffusionPipeline"
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]  # what diffusers' LoRA example adapts
-PRECISIONS: dict[str, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -50,6 +52,7 @@ class StableDiffusion:
         scheduler: the noise process, with the prediction type that is trained.
         name: where the checkpoint is.
         options: ``revision``, ``variant`` and ``cache_dir`` for loading further parts.
+        digest: tells the weights that stay as they are from others, so that a run is not resumed on another checkpoint.
     """
 
     unet: UNet2DConditionModel
@@ -59,16 +62,45 @@ class StableDiffusion:
     scheduler: DDPMScheduler
     name: str
     options: dict[str, Any]
+    digest: str = ""
+
+
+def load_captioned_images(config: TextToImageConfig) -> ImageSource | Stream:
+    """The images that the flags name, with their captions.
+
+    Raises:
+        UserError: as `load_images` or, with ``--streaming``, `load_stream`.
+    """
+    named: dict[str, Any] = {
+        "dataset_name": config.dataset_name,
+        "dataset_config_name": config.dataset_config_name,
+        "train_data_dir": config.train_data_dir,
+        "image_column": config.image_column,
+        "caption_column": config.caption_column,
+        "label_column": config.caption_column if config.labels_for else None,
+        "labels_for": config.labels_for,
+        "cache_dir": config.cache_dir,
+    }
+    if config.streaming:
+        return load_stream(**named)
+    return load_images(
+        **named,
+        max_train_samples=config.max_train_samples,
+        train_subset_fraction=config.train_subset_fraction,
+        skip_bad_images=config.skip_bad_images,
+    )
 
 
 def load_stable_diffusion(config: TextToImageConfig, *, from_scratch: bool) -> StableDiffusion:
     """The checkpoint of ``--pretrained_model_name_or_path``; ``from_scratch`` gives the U-Net fresh weights from the global generator.
 
+    The U-Net's ``sample_size`` becomes that of the run's resolution, at which pipelines then sample by default.
+
     Raises:
-        UserError: it cannot be loaded, or is no Stable Diffusion 1.x or 2.x.
+        UserError: it cannot be loaded, is no Stable Diffusion 1.x or 2.x, or does not go with the flags.
     """
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTokenizer
 
     name = str(config.pretrained_model_name_or_path)
     _check_family(name, config)
@@ -78,10 +110,10 @@ def load_stable_diffusion(config: TextToImageConfig, *, from_scratch: bool) -> S
     try:
         scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **common)
         tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **common)
-        text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **options)
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **options)
+        vae, text_encoder = _load_frozen(name, options)
         if from_scratch:
-            settings = UNet2DConditionModel.load_config(name, subfolder="unet", **common)
+            revision = unet_options["revision"]
+            settings = UNet2DConditionModel.load_config(name, subfolder="unet", revision=revision, cache_dir=config.cache_dir)
             unet = UNet2DConditionModel.from_config(settings)
         else:
             unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **unet_options)
@@ -92,9 +124,31 @@ def load_stable_diffusion(config: TextToImageConfig, *, from_scratch: bool) -> S
     prediction = scheduler.config.prediction_type
     if config.dream_training and prediction != "epsilon":
         raise UserError(f"--dream_training needs epsilon-prediction, and {name} predicts {prediction}")
+    channels, latent_channels = unet.config.in_channels, vae.config.latent_channels
+    if channels != latent_channels or unet.config.class_embed_type or unet.config.num_class_embeds:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name}: its U-Net takes {channels} channels or class labels, not the VAE's {latent_channels} "
+            f"channels and a prompt alone; these scripts train text-to-image checkpoints, not inpainting, upscaling or depth models"
+        )
+    factor = latent_downsampling(vae)
+    if config.resolution % factor:
+        raise UserError(f"--resolution {config.resolution} must be a multiple of {factor}, by which the VAE of {name} divides images")
+    unet.register_to_config(sample_size=config.resolution // factor)
+    frozen = [vae, text_encoder, *([unet] if config.use_lora else [])]
+    digest = " ".join(map(weights_digest, frozen))
+    return StableDiffusion(unet.float(), vae, text_encoder, tokenizer, scheduler, name, options, digest)
+
+
+def _load_frozen(name: str, options: dict[str, Any]) -> tuple[AutoencoderKL, CLIPTextModel]:
+    """VAE and text encoder, fp32, without gradient."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel
+
+    vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **options)
+    text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **options)
     for part in (vae, text_encoder):
-        part.requires_grad_(False).eval()
-    return StableDiffusion(unet.float(), vae, text_encoder, tokenizer, scheduler, name, options)
+        part.float().requires_grad_(False).eval()
+    return vae, text_encoder
 
 
 def _check_family(name: str, config: TextToImageConfig) -> None:
@@ -108,10 +162,19 @@ def _check_family(name: str, config: TextToImageConfig) -> None:
         ) from None
     family = found.get("_class_name", "an unnamed pipeline")
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    if "text_encoder_2" in found or "transformer" in found or not all(part in found for part in parts):
+    if "text_encoder_2" in found or "transformer" in found:
         raise UserError(
             f"--pretrained_model_name_or_path {name} is a {family}: these scripts train Stable Diffusion 1.x and 2.x ({PIPELINE}) only, "
             f"not SDXL, SD3 or Flux"
+        )
+    # A tokenizer that is not there would be made up without words.
+    missing = [
+        part for part in parts if not all(found.get(part) or [None]) or (Path(name).is_dir() and not any(Path(name, part).glob("*")))
+    ]
+    if missing:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name} is a {family} without {', '.join(missing)}; a Stable Diffusion 1.x or 2.x checkpoint "
+            f"has {', '.join(parts)}"
         )
 
 
@@ -152,18 +215,26 @@ class TextToImageEncoder:
     @torch.no_grad()
     def __call__(self, batch: Images, draws: Draws) -> Encoded:
         """See `Encoded`: ``x0`` are latents [B, 4, H/8, W/8], the condition is ``encoder_hidden_states`` [B, L, E]."""
-        vae, captions = self.parts.vae, list(batch.captions or ())
-        posterior = vae.encode(batch.x0.to(self.device, vae.dtype, non_blocking=True)).latent_dist
-        mean, deviation = posterior.mean.float(), posterior.std.float()
-        x0 = (mean + deviation * draws.normal("latent", *mean.shape)) * vae.config.scaling_factor
+        captions = list(batch.captions or ())
+        x0 = latent_draw(*self.posterior(batch.x0), self.parts.vae.config.scaling_factor, draws)
         if self.empty_prompts:
             dropped = draws.uniform("empty_prompt", len(captions)) < self.empty_prompts
             captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-        states, pooled = text_states(self.parts, captions, self.device)
+        states, pooled = self.texts(captions)
         labels = None if batch.labels is None else batch.labels.to(self.device)
         if labels is None and self.pooled_labels:
             labels = pooled.float()
         return Encoded(x0, labels, {"encoder_hidden_states": states})
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents of a batch's images, each [B, 4, H/8, W/8]."""
+        vae = self.parts.vae
+        posterior = vae.encode(images.to(self.device, vae.dtype, non_blocking=True)).latent_dist
+        return posterior.mean, posterior.std
+
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The states [B, L, E] and pooled states [B, E] of captions."""
+        return text_states(self.parts, captions, self.device)
 
 
 def text_states(parts: StableDiffusion, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -176,13 +247,29 @@ def text_states(parts: StableDiffusion, captions: Sequence[str], device: torch.d
 
 
 def place(parts: StableDiffusion, config: TextToImageConfig, accelerator: Accelerator) -> None:
-    """Moves the parts to the device: frozen ones in the run's precision, trained weights in fp32; adds adapters with ``--use_lora``."""
+    """Moves the parts to the device: frozen ones in the run's precision, trained weights in fp32; adds adapters with ``--use_lora``.
+
+    A run from cached latents leaves the frozen parts in host memory (sampling moves them), unless images are held out to be encoded.
+
+    Raises:
+        UserError: accelerate is configured for a precision that these networks are not trained in.
+    """
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise UserError(f"--mixed_precision {accelerator.mixed_precision} is not supported here; give no, fp16 or bf16")
     dtype = PRECISIONS[accelerator.mixed_precision]
-    for part in (parts.vae, parts.text_encoder):
-        part.to(accelerator.device, dtype=dtype)
+    idle = config.cache_latents and config.validation_split is None
+    place_frozen(parts, torch.device("cpu") if idle else accelerator.device, dtype)
     if config.use_lora:
         add_adapters(parts.unet, config.rank, dtype)
-    parts.unet.to(accelerator.device)
+    parts.unet.to(accelerator.device).train()
+
+
+def place_frozen(parts: StableDiffusion, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves VAE and text encoder to ``device``, in ``dtype``."""
+    for part in (parts.vae, parts.text_encoder):
+        part.to(device)
+        if part.dtype != dtype:  # diffusers warns of every cast, also of one that changes nothing
+            part.to(dtype=dtype)
 
 
 def build_text_optimizer(unet: nn.Module, config: TextToImageConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
@@ -236,14 +323,17 @@ def build_text_ema(unet: UNet2DConditionModel, config: TextToImageConfig, device
 def build_text_pipeline(parts: StableDiffusion) -> StableDiffusionPipeline:
     """The checkpoint's own pipeline with the U-Net in training, and its own sampler told the prediction type that is trained.
 
-    Whatever else the checkpoint holds (a safety checker) is left as the checkpoint has it in a saved pipeline, and not loaded here.
+    A sampler that cannot sample that type (PNDM and "sample") gives way to DDIM. A safety checker is left out: it would blank samples.
     """
     import diffusers
 
     common = {"revision": parts.options["revision"], "cache_dir": parts.options["cache_dir"]}
     index = diffusers.DiffusionPipeline.load_config(parts.name, **common)
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(parts.name, subfolder="scheduler", **common)
-    scheduler.register_to_config(prediction_type=parts.scheduler.config.prediction_type)
+    prediction_type, kind = parts.scheduler.config.prediction_type, index["scheduler"][1]
+    options = {**common, "prediction_type": prediction_type}
+    if prediction_type == "sample" and kind == "PNDMScheduler":
+        kind, options = "DDIMScheduler", {**options, "clip_sample": False}
+    scheduler = getattr(diffusers, kind).from_pretrained(parts.name, subfolder="scheduler", **options)
     return diffusers.StableDiffusionPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,
@@ -277,7 +367,7 @@ def save_prompt_grid(parts: StableDiffusion, ema: EMAModel | None, config: TextT
 def save_text_pipeline(parts: StableDiffusion, ema: EMAModel | None, folder: Path, card: str) -> None:
     """Leaves in ``folder`` what plain diffusers samples: the whole pipeline, or the adapters alone, and the model card.
 
-    With EMA the pipeline holds the averaged weights.
+    With EMA the pipeline holds the averaged weights. All parts are saved in fp32, those that this run rounded anew from the checkpoint.
     """
     partial = folder / f"{PARTIAL}pipeline"
     shutil.rmtree(partial, ignore_errors=True)
@@ -285,6 +375,9 @@ def save_text_pipeline(parts: StableDiffusion, ema: EMAModel | None, folder: Pat
         partial.mkdir(parents=True)
         save_adapters(parts.unet, partial)
     else:
+        if parts.vae.dtype != torch.float32:
+            vae, text_encoder = _load_frozen(parts.name, parts.options)
+            parts = dataclasses.replace(parts, vae=vae, text_encoder=text_encoder)
         with evaluation_weights(parts.unet, ema):
             build_text_pipeline(parts).save_pretrained(partial)
     (partial / "README.md").write_text(card)
@@ -323,6 +416,14 @@ How it was trained (`config.yaml` holds every flag):
 |---|---|
 {rows}
 """
+
+
+def prompt_classes(source: ImageSource | Stream, caption_column: str) -> Sequence[str] | None:
+    """The names of the classes that the caption column holds, by number; None if it holds texts."""
+    while isinstance(source, Subset):
+        source = source.source
+    texts = getattr(source, "texts", None)
+    return None if texts is None else getattr(texts.features[caption_column], "names", None)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .config import (
+    CROPS,
     FREE_ON_RESUME,
     LR_SCHEDULERS,
     EvaluationArguments,
@@ -19,7 +20,6 @@ from .config import (
 from .errors import UserError
 
 INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
-CROPS = ("diffusers", "adm")
 
 
 @dataclass
@@ -30,12 +30,14 @@ class TextDataArguments:
 
     dataset_name: str | None = flag(None, "a data set on the hub (its `train` split), or a local folder that `datasets` can load")
     dataset_config_name: str | None = flag(None, "the configuration of --dataset_name")
-    train_data_dir: str | None = flag(None, "a folder of images with a metadata.jsonl that has their captions, or of parquet files")
+    train_data_dir: str | None = flag(
+        None, "a folder of images with a metadata.jsonl that has their captions, of parquet files, or of WebDataset shards (.tar)"
+    )
     image_column: str = flag("image", "the column of the data set that holds the images")
     caption_column: str = flag(
         "text",
         "the column of the captions: text, a list of texts of which each epoch takes one, or classes (ClassLabel), whose names become "
-        "the prompts, by number",
+        "the prompts, by number; for .tar shards `text` is the .txt member, any other name a key of the .json member",
     )
     proportion_empty_prompts: float = flag(0.0, "share of the images that are trained without their caption, for guidance")
     cache_dir: str | None = flag(None, "where downloaded data sets and models are kept")
@@ -49,8 +51,23 @@ class TextDataArguments:
         choices=CROPS,
     )
     max_train_samples: int | None = flag(None, "train on at most this many images, a fixed random subset")
+    train_subset_fraction: float | None = flag(
+        None, "train on this share of the images, a fixed random subset that does not depend on --seed"
+    )
     skip_bad_images: bool = flag(False, "replace unreadable images by the next one and count them, instead of stopping")
+    streaming: bool = flag(
+        False,
+        "read .tar or .parquet shards from front to back, over the network if --dataset_name is on the hub, and keep nothing on disk; "
+        "epochs are not counted, so give --max_train_steps",
+    )
+    shuffle_buffer: int = flag(1000, "with --streaming: images of one shard that are shuffled together")
     dataloader_num_workers: int = flag(0, "processes that decode images; 0 decodes in the training process")
+    cache_latents: bool = flag(
+        False,
+        "take latents and text states from --latent_cache_dir, which scripts/precompute_latents.py fills: training then calls neither VAE "
+        "nor text encoder",
+    )
+    latent_cache_dir: str | None = flag(None, "the folder of the latent and text cache")
 
 
 @dataclass
@@ -183,6 +200,12 @@ class TextToImageConfig(
             raise UserError("--dataset_name or --train_data_dir is required: images with captions")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise UserError(f"--proportion_empty_prompts must be from 0 to 1, not {self.proportion_empty_prompts}")
+        if self.latent_cache_dir is not None and not self.cache_latents:
+            raise UserError("--latent_cache_dir names a cache that is not used; add --cache_latents, or leave it out")
+        if self.cache_latents and self.latent_cache_dir is None:
+            raise UserError("--cache_latents needs --latent_cache_dir, the folder that scripts/precompute_latents.py filled")
+        if self.cache_latents and self.crop != "adm" and not self.center_crop:
+            raise UserError("--cache_latents needs --center_crop or --crop adm: a random crop is another one in every epoch")
         if self.validation_prompt is not None and self.validation_prompts is not None:
             raise UserError("--validation_prompt and --validation_prompts are given together; choose one")
         if self.use_lora and self.use_ema:
@@ -210,7 +233,7 @@ class TextToImageConfig(
 TEXT_FREE_ON_RESUME = (
     FREE_ON_RESUME
     | {"num_train_epochs", "pretrained_model_name_or_path", "revision", "variant", "non_ema_revision", "caption_column"}
-    | {"offload_ema", "foreach_ema"}
+    | {"offload_ema", "foreach_ema", "latent_cache_dir"}
     | {item.name for item in fields(TextRunArguments)}
 )
 

@@ -1,7 +1,8 @@
-"""Runs the training script as a user would, without eight seconds of imports per run.
+"""Runs the scripts as a user would, without eight seconds of imports per run.
 
 `Scripts` starts one server (this file as a program), which imports everything once and forks a child for each run. The child has its own
-session, argv, environment, working folder and output files, runs the script's real entry and ends as an interpreter ends.
+session, argv, environment, working folder and output files, runs the script's real entry and ends as an interpreter ends. What further
+scripts import is imported when the first of them is asked for.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import signal
@@ -20,11 +22,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_unconditional.py"
+STABLE_DIFFUSION = ("train_text_to_image.py", "finetune_sd.py")
 
 # One thread, so that forked children and several ranks on few cores compute as they should; the CPU also where there is a GPU.
 ENVIRONMENT = {
@@ -83,13 +87,15 @@ class Result:
     code: int
     stdout: str
     stderr: str
+    program: str = SCRIPT.name
 
     @property
     def error(self) -> str:
         """The one error line, without the script's name."""
-        lines = [line for line in self.stderr.splitlines() if line.startswith("train_unconditional.py: error: ")]
+        before = f"{Path(self.program).name}: error: "
+        lines = [line for line in self.stderr.splitlines() if line.startswith(before)]
         assert len(lines) == 1 and "Traceback" not in self.stderr, self.stderr
-        return lines[0].removeprefix("train_unconditional.py: error: ")
+        return lines[0].removeprefix(before)
 
 
 @dataclass
@@ -99,6 +105,7 @@ class Running:
     pid: int
     server: Scripts
     folder: Path
+    program: str = SCRIPT.name
     code: int | None = field(default=None)
 
     def poll(self) -> int | None:
@@ -137,11 +144,13 @@ class Running:
 
     def result(self) -> Result:
         stdout, stderr = ((self.folder / name).read_text(errors="replace") for name in ("stdout", "stderr"))
-        return Result(-1 if self.code is None else self.code, stdout, stderr)
+        return Result(-1 if self.code is None else self.code, stdout, stderr, self.program)
 
 
 class Scripts:
-    """Starts runs of the script, each a fresh fork of a warm interpreter.
+    """Starts runs of a script, each a fresh fork of a warm interpreter.
+
+    The script is ``train_unconditional.py``, or the ``program`` of a call: a path from the repository's root.
 
     Args:
         folder: for what the runs print.
@@ -157,18 +166,22 @@ class Scripts:
         timeout = options.pop("timeout", 120)
         return self.start(argv, **options).wait(timeout)
 
-    def start(self, argv: Iterable[Any], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Running:
+    def start(
+        self, argv: Iterable[Any], *, program: str = SCRIPT.name, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> Running:
         self._count += 1
         folder = self._folder / f"run-{self._count}"
         folder.mkdir()
-        request = {"argv": [str(word) for word in argv], "cwd": str(cwd or folder), "env": dict(env or {}), "folder": str(folder)}
-        return Running(self.ask(request), self, folder)
+        words = [str(word) for word in argv]
+        request = {"program": program, "argv": words, "cwd": str(cwd or folder), "env": dict(env or {}), "folder": str(folder)}
+        return Running(self.ask(request), self, folder, program)
 
-    def start_ranks(self, argv: Sequence[Any], count: int = 2) -> list[Running]:
+    def start_ranks(self, argv: Sequence[Any], count: int = 2, *, program: str = SCRIPT.name) -> list[Running]:
         """What a launcher does: one process per rank, joined by the environment."""
         port = free_port()
         common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return [self.start(argv, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+        envs = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        return [self.start(argv, program=program, env=env) for env in envs]
 
     def ask(self, request: Mapping[str, Any]) -> Any:
         if self._process is None:
@@ -206,9 +219,22 @@ def run_command(command: Sequence[Any], *, timeout: float = 180, **env: str) -> 
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def accelerate_launch(*words: Any) -> list[str]:
+def accelerate_launch(*words: Any, program: str = SCRIPT.name) -> list[str]:
     """The command line of ``accelerate launch ... train_unconditional.py``, up to the script."""
-    return [sys.executable, "-m", "accelerate.commands.launch", *[str(word) for word in words], str(SCRIPT)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *[str(word) for word in words], str(ROOT / program)]
+
+
+def entry(program: str) -> Callable[[Sequence[str]], None]:
+    """The ``main`` of a script, imported with what it needs while it runs."""
+    path = ROOT / program
+    if program in STABLE_DIFFUSION:
+        from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+        from peft import LoraConfig  # noqa: F401
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    main: Callable[[Sequence[str]], None] = importlib.import_module(path.stem).main
+    return main
 
 
 def serve() -> None:
@@ -224,10 +250,10 @@ def serve() -> None:
     from diffusers.optimization import get_scheduler  # noqa: F401
     from diffusers.training_utils import EMAModel  # noqa: F401
 
-    import train_unconditional
     from immiscible.data import PhotoCrops, load_digits
     from immiscible.errors import run_script
 
+    entry(SCRIPT.name)
     load_digits(), PhotoCrops(8)
     gc.collect()
     gc.freeze()
@@ -239,6 +265,7 @@ def serve() -> None:
             code = os.waitstatus_to_exitcode(status) if pid else None
             print(json.dumps(128 - code if code is not None and code < 0 else code), file=answers, flush=True)
             continue
+        main = entry(request["program"])
         child = os.fork()
         if child:
             print(child, file=answers, flush=True)
@@ -252,8 +279,8 @@ def serve() -> None:
         faulthandler.register(signal.SIGUSR1)
         os.chdir(request["cwd"])
         os.environ.update(request["env"])
-        sys.argv = ["train_unconditional.py", *request["argv"]]
-        leave(lambda: run_script(train_unconditional.main))
+        sys.argv = [Path(request["program"]).name, *request["argv"]]
+        leave(partial(run_script, main))
 
 
 def leave(main: Callable[[], int]) -> None:

@@ -74,6 +74,31 @@ def one_batch(source, transform, keys, skip=False):
     return collate([dataset[key] for key in keys])
 
 
+@pytest.mark.parametrize("shape", [(100, 130), (131, 90), (64, 64), (20, 31), (16, 16), (47, 33)])
+def test_the_adm_crop_follows_the_published_rule(shape):
+    """guided-diffusion: halve (rounding down) by box filter while the short side is at least twice the size, scale the short side to
+    the size by a bicubic filter with both sides rounded, and cut the middle square, the odd pixel below and right."""
+    side, original = 16, noise(*shape, 3)
+    image = Image.fromarray(original)
+    while min(image.size) // side >= 2:
+        image = image.resize([length // 2 for length in image.size], resample=Image.BOX)
+    image = image.resize([round(length * (side / min(image.size))) for length in image.size], resample=Image.BICUBIC)
+    top, left = ((length - side) // 2 for length in np.array(image).shape[:2])
+    wanted = np.array(image)[top : top + side, left : left + side]
+    for center_crop in (False, True):  # it is always the middle
+        pixels = ImageTransform(side, center_crop=center_crop, crop="adm")(original, 0, 5)
+        assert np.array_equal(grays(pixels).round().to(torch.uint8).permute(1, 2, 0).numpy(), wanted)
+
+
+def test_adm_and_diffusers_crops_differ_and_16_bits_have_no_adm():
+    original = noise(64, 64, 3)
+    crops = [ImageTransform(8, center_crop=True, crop=crop)(original, 0, 0) for crop in ("adm", "diffusers")]
+    assert not torch.equal(*crops)
+    words = ["--train_data_dir", "x", "--crop", "adm", "--preserve_input_precision"]
+    with pytest.raises(UserError, match="--crop adm is defined for 8-bit images"):
+        parse_config(UnconditionalConfig, words, program="", description="")
+
+
 @pytest.mark.parametrize(
     ("size", "resolution", "resized"),
     [((3, 5), 2, (2, 3)), ((5, 3), 2, (3, 2)), ((7, 9), 64, (64, 82)), ((101, 64), 64, (101, 64)), ((6, 6), 4, (4, 4))],

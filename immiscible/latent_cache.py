@@ -1,0 +1,653 @@
+"""Latents and text states on disk, so that training calls neither the VAE nor the text encoder.
+
+A cache is a folder of
+
+    manifest.json                what it was made of, and the size and SHA-256 of every other file
+    latents-00000.safetensors    ``moments`` fp16 [n, F, 2, C, h, w]: mean and log-variance of the VAE's posterior of n images; F is 2 if
+                                 the mirrored image is there too, after the image
+    texts-00000.safetensors      ``states`` fp16 [n, L, E] and ``pooled`` fp16 [n, E] of n distinct captions
+    captions.safetensors         ``digests`` uint64 [M], ascending: which caption each row of the texts is
+
+Shard i holds rows ``i * rows_per_shard`` on, encoded in batches of one size from its first row, so a shard is the same to the last bit
+whoever makes it: one process or many, at once or after a kill. A shard is written under another name and renamed; the manifest lists
+files only when all are there.
+
+Training maps the shards into memory and draws a fresh latent each time, ``scaling_factor * (mean + exp(log_variance / 2) * normal)``
+with the normal numbers of the uncached run, which it so repeats up to the rounding to fp16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import checkpoints
+from .checkpoints import PARTIAL, clean_up
+from .data import ImageDataset, ImageSource, ImageTransform, Subset, build_loader, check_batch
+from .encoding import PRECISIONS
+from .errors import UserError
+from .models import weights_digest
+from .run_folder import on_main_process
+from .stable_diffusion import StableDiffusion, TextToImageEncoder, place_frozen, text_states
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .text_config import TextToImageConfig
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # of the files; a cache of another format is refused
+CAPTIONS = "captions.safetensors"
+NOTES = "immiscible"  # a shard's one key of metadata: safetensors writes several in an order of its own
+
+# What must be equal for a cache to serve a run, in words that say which flag it is.
+MUST_AGREE = {
+    "format": "the cache's format",
+    "vae": "the VAE's encoder of --pretrained_model_name_or_path (a hash of its weights)",
+    "scaling_factor": "the VAE's scaling factor",
+    "text_encoder": "the text encoder or tokenizer of --pretrained_model_name_or_path (a hash)",
+    "resolution": "--resolution",
+    "crop": "the crop (--crop, --center_crop)",
+    "interpolation": "--image_interpolation_mode",
+    "image_column": "--image_column",
+    "caption_column": "--caption_column",
+    "data": "the data",
+}
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """A whole cache, mapped into memory shard by shard as rows are asked for.
+
+    Args:
+        folder: where it is.
+        manifest: the content of its `MANIFEST`.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this cache from one that holds other bits."""
+        return str(self.manifest["fingerprint"])
+
+    def images(self, source: ImageSource) -> ImageSource:
+        """``source`` with moments in the place of images: what the cache was made of, or a `Subset` of it, as `open_cache` has seen."""
+        if source.fingerprint == self.manifest["settings"]["data"]:
+            return CachedImages(source, self)
+        assert isinstance(source, Subset)
+        return replace(source, source=self.images(source.source))
+
+    def transform(self, transform: ImageTransform) -> CachedTransform:
+        """What goes with `images` where ``transform`` goes with the source: the same flips."""
+        return CachedTransform(transform.resolution, random_flip=transform.random_flip, seed=transform.seed)
+
+    def encoder(self, encoder: TextToImageEncoder) -> CachedEncoder:
+        """What goes with `images` where ``encoder`` goes with the source: the same draws."""
+        return CachedEncoder(encoder.parts, encoder.device, encoder.empty_prompts, encoder.pooled_labels, self)
+
+    def moments(self, index: int) -> np.ndarray:
+        """Mean and log-variance of an image's latent, and of its mirror image's if the cache has flips: fp16 [F, 2, C, h, w].
+
+        Raises:
+            ValueError: the image could not be read when the cache was made.
+        """
+        reason = self.manifest["bad"].get(str(index))
+        if reason is not None:
+            raise ValueError(reason)
+        return self._row("latents", "moments", index)
+
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The states [B, L, E] and pooled states [B, E] of captions, fp16; raises as `rows_of`."""
+        rows = self.rows_of(captions)
+        states, pooled = (np.stack([self._row("texts", name, row) for row in rows]) for name in ("states", "pooled"))
+        return torch.from_numpy(states), torch.from_numpy(pooled)
+
+    def rows_of(self, captions: Sequence[str]) -> list[int]:
+        """Where the captions' texts are.
+
+        Raises:
+            ValueError: a caption is not in the cache.
+        """
+        digests = np.array([caption_digest(caption) for caption in captions], dtype=np.uint64)
+        rows = np.minimum(np.searchsorted(self._digests, digests), len(self._digests) - 1)
+        for caption, missing in zip(captions, self._digests[rows] != digests, strict=True):
+            if missing:
+                raise ValueError(f"its caption {caption!r} is not in the latent cache: the captions have changed since")
+        return rows.tolist()
+
+    @cached_property
+    def _digests(self) -> np.ndarray:
+        return load_file(self.folder / CAPTIONS)["digests"]
+
+    def _row(self, kind: str, name: str, row: int) -> np.ndarray:
+        shard, place = divmod(row, self.manifest["rows_per_shard"])
+        return _mapped(f"{self.folder}/{shard_name(kind, shard)}", name, self.fingerprint)[place]
+
+
+@lru_cache(maxsize=8192)
+def _mapped(path: str, name: str, fingerprint: str) -> Any:
+    """A tensor of a shard, of which rows are read from the mapped file; ``fingerprint`` keeps apart caches that followed on one path."""
+    return safe_open(path, framework="numpy").get_slice(name)
+
+
+def shard_name(kind: str, number: int) -> str:
+    """``latents-00000.safetensors``."""
+    return f"{kind}-{number:05d}.safetensors"
+
+
+def caption_digest(caption: str) -> int:
+    """64 bits that stand for a caption."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class CachedImages:
+    """A source whose images are moments of a cache; labels and captions are the source's own.
+
+    Args:
+        source: what the cache was made of.
+        cache: with an image for each of the source's.
+    """
+
+    source: ImageSource
+    cache: LatentCache
+
+    @property
+    def channels(self) -> int:
+        """Those of the source's images."""
+        return self.source.channels
+
+    @property
+    def description(self) -> str:
+        """One line for summaries."""
+        return f"{self.source.description}, latents from {self.cache.folder}"
+
+    @property
+    def fingerprint(self) -> str:
+        """See `ImageSource`."""
+        return f"{self.source.fingerprint}, latents {self.cache.fingerprint}"
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Those of the source."""
+        return self.source.class_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int) -> np.ndarray:
+        """See `LatentCache.moments`."""
+        return self.cache.moments(index)
+
+    def name(self, index: int) -> str:
+        """The name in the source."""
+        return self.source.name(index)
+
+    def label(self, index: int) -> int:
+        """See `ImageSource`."""
+        return self.source.label(index)
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Those of the source, all of which are in the cache; others make it a `BadImage`, as a missing caption does."""
+        captions = self.source.captions(index)
+        self.cache.rows_of(captions)
+        return captions
+
+
+@dataclass(frozen=True)
+class CachedTransform(ImageTransform):
+    """Of the moments of an image and its mirror image, [F, 2, C, h, w], those that the epoch's flip asks for: fp16 [2, C, h, w]."""
+
+    def decode(self, image: Image.Image | np.ndarray) -> Image.Image | Tensor:
+        """The moments as a tensor."""
+        return torch.from_numpy(image)
+
+    def augment(self, pixels: Image.Image | Tensor, epoch: int, index: int) -> Tensor:
+        """The moments of the image, or of its mirror image where the uncached run mirrors it."""
+        assert isinstance(pixels, Tensor)
+        return pixels[int(self.flips(epoch, index))]
+
+
+@dataclass(frozen=True)
+class CachedEncoder(TextToImageEncoder):
+    """As `TextToImageEncoder`, from moments [B, 2, C, h, w] in the place of images, without its networks.
+
+    Args:
+        cache: of the text states.
+    """
+
+    cache: LatentCache | None = None
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TextToImageEncoder`."""
+        mean, log_variance = images.to(self.device, torch.float32, non_blocking=True).unbind(1)
+        return mean, (0.5 * log_variance).exp()
+
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """See `TextToImageEncoder`; in the precision that the text encoder would give."""
+        assert self.cache is not None
+        states, pooled = self.cache.texts(captions)
+        dtype = self.parts.text_encoder.dtype
+        return states.to(self.device, dtype, non_blocking=True), pooled.to(self.device, dtype, non_blocking=True)
+
+
+def open_cache(config: TextToImageConfig, parts: StableDiffusion, source: ImageSource) -> LatentCache:
+    """The cache of ``--latent_cache_dir``.
+
+    A cache of all images serves a run on some of them, one with flips a run without.
+
+    Args:
+        config: the run's flags.
+        parts: of the checkpoint, as loaded: its weights are hashed.
+        source: the run's images, or a `Subset` of those that the cache was made of.
+
+    Raises:
+        UserError: there is no cache, it is not whole, or it is not what this run would encode; the line says what differs.
+    """
+    folder = Path(str(config.latent_cache_dir))
+    manifest = _read_manifest(folder)
+    again = f"run scripts/precompute_latents.py with this run's flags and --latent_cache_dir {folder}"
+    if manifest is None:
+        raise UserError(f"--latent_cache_dir {folder} holds no latent cache; {again}")
+    wanted = cache_settings(config, parts, source)
+    inner: ImageSource = source
+    while inner.fingerprint != manifest["settings"]["data"] and isinstance(inner, Subset):
+        inner = inner.source
+    wanted["data"] = inner.fingerprint
+    differences = _differences(manifest["settings"], wanted)
+    if config.random_flip and not manifest["settings"]["flips"]:
+        differences.append("--random_flip is off in the cache and on here")
+    if differences:
+        raise UserError(f"--latent_cache_dir {folder} was not made for this run: {'; '.join(differences)}; {again} in another folder")
+    if not manifest["files"]:
+        raise UserError(f"--latent_cache_dir {folder} is not finished; {again} to go on")
+    for name, facts in manifest["files"].items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != facts["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
+            raise UserError(f"--latent_cache_dir {folder}: {name} {found}; {again} to mend it")
+    return LatentCache(folder, manifest)
+
+
+def cache_settings(config: TextToImageConfig, parts: StableDiffusion, source: ImageSource) -> dict[str, Any]:
+    """What the bits of a cache depend on; ``data`` is the fingerprint of ``source``. Of the VAE that is its encoder alone."""
+    words = json.loads(parts.tokenizer.backend_tokenizer.to_str())
+    words |= {"truncation": parts.tokenizer.model_max_length, "padding": None}  # set anew by every call
+    tokenizer = hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
+    adm = config.crop == "adm"
+    return {
+        "format": FORMAT,
+        "vae": weights_digest(nn.ModuleList([parts.vae.encoder, parts.vae.quant_conv or nn.Identity()])),
+        "scaling_factor": parts.vae.config.scaling_factor,
+        "text_encoder": f"{weights_digest(parts.text_encoder)} {tokenizer}",
+        "resolution": config.resolution,
+        "crop": "adm" if adm else "center",
+        "interpolation": None if adm else config.image_interpolation_mode,
+        "flips": config.random_flip,
+        "image_column": config.image_column,
+        "caption_column": config.caption_column,
+        "data": source.fingerprint,
+    }
+
+
+def _differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    different = [name for name in MUST_AGREE if cached.get(name) != wanted[name]]
+    return [f"{MUST_AGREE[name]} was {cached.get(name)} in the cache and is {wanted[name]} here" for name in different]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        if manifest["settings"].keys() and manifest["files"] is not None and manifest["rows_per_shard"]:
+            return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path} is not the manifest of a latent cache; give another --latent_cache_dir")
+
+
+# Writing
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What was made.
+
+    Args:
+        images: rows of latents.
+        captions: rows of texts.
+        bad: name and reason of each image that could not be read.
+        bytes: of all files.
+        kept: shards that were there already, and checked.
+        made: shards made now, over all processes.
+    """
+
+    images: int
+    captions: int
+    bad: dict[str, str]
+    bytes: int
+    kept: int
+    made: int
+
+
+def write_cache(
+    config: TextToImageConfig,
+    parts: StableDiffusion,
+    source: ImageSource,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    rows_per_shard: int,
+) -> CacheSummary:
+    """Fills ``--latent_cache_dir``; every rank calls it and makes each W-th shard. What is there already is checked by its hash and kept.
+
+    Args:
+        config: the flags of the runs that shall use it; with ``random_flip`` mirror images are encoded too.
+        parts: of the checkpoint, as loaded.
+        source: the images.
+        accelerator: VAE and text encoder work on its device and in its precision.
+        batch_size: images or captions encoded together.
+        rows_per_shard: images or captions of a file.
+
+    Raises:
+        UserError: the folder holds something else or a cache of other settings, the disk is too small, or an image or a caption cannot
+            be read and ``skip_bad_images`` is off; on every rank.
+    """
+    from accelerate.utils import gather_object
+
+    folder = Path(str(config.latent_cache_dir))
+    settings = cache_settings(config, parts, source)
+    precision = PRECISIONS[accelerator.mixed_precision]
+    place_frozen(parts, accelerator.device, precision)
+    manifest = {
+        "settings": settings,
+        "rows_per_shard": rows_per_shard,
+        "model": {"name": parts.name, **{name: parts.options[name] for name in ("revision", "variant")}},
+        "precision": str(precision).removeprefix("torch."),
+        "images": len(source),
+        "files": {},
+    }
+    captions: list[str] = []
+    _agree(accelerator, lambda: captions.extend(distinct_captions(source, config, accelerator)))
+    sizes = _row_bytes(config, parts)
+    needed = len(source) * sizes["latents"] + len(captions) * sizes["texts"]
+    on_main_process(accelerator, lambda: _prepare(folder, manifest, needed))
+    logger.info(
+        "%s images x %.1f KiB and %s captions x %.1f KiB: %.2f GiB in %s",
+        f"{len(source):,}", sizes["latents"] / 2**10, f"{len(captions):,}", sizes["texts"] / 2**10, needed / 2**30, folder,
+    )  # fmt: skip
+
+    writer = _Writer(folder, accelerator, rows_per_shard, (_read_manifest(folder) or {})["files"])
+    images = _ImageShards(config, parts, source, accelerator, batch_size, rows_per_shard)
+    texts = _TextShards(parts, captions, accelerator, batch_size, rows_per_shard)
+    fingerprint = hashlib.sha256(json.dumps(captions).encode(errors="surrogatepass")).hexdigest()[:16]
+    writer.write("latents", len(source), images, {})
+    writer.write("texts", len(captions), texts, {"captions": fingerprint})
+    files: dict[str, Any] = dict(pair for part in gather_object([writer.files]) for pair in part.items())
+    bad = dict(pair for part in gather_object([writer.bad]) for pair in part.items())
+
+    def seal() -> None:
+        digests = np.array([caption_digest(caption) for caption in captions], dtype=np.uint64)
+        new = folder / f"{PARTIAL}{CAPTIONS}"
+        save_arrays({"digests": digests}, new)
+        checkpoints.replace(new, folder / CAPTIONS)
+        listed = dict(sorted({**files, CAPTIONS: _facts(folder / CAPTIONS)}.items()))
+        whole = json.dumps([settings, {name: facts["sha256"] for name, facts in listed.items()}])
+        sealed = {
+            **manifest,
+            "captions": len(captions),
+            "bad": dict(sorted(bad.items(), key=lambda item: int(item[0]))),
+            "files": listed,
+            "fingerprint": hashlib.sha256(whole.encode()).hexdigest()[:16],
+        }
+        _write_manifest(folder, sealed)
+
+    on_main_process(accelerator, seal)
+    kept, made = (sum(gather_object([count])) for count in (writer.kept, writer.made))
+    named = {source.name(int(index)): reason for index, reason in bad.items()}
+    return CacheSummary(len(source), len(captions), named, sum(facts["bytes"] for facts in files.values()), kept, made)
+
+
+def distinct_captions(source: ImageSource, config: TextToImageConfig, accelerator: Accelerator) -> list[str]:
+    """Every caption of the data once, and the empty one, in the order of their digests.
+
+    Raises:
+        UserError: an image has none and ``skip_bad_images`` is off.
+    """
+    found = {caption_digest(""): ""}
+    bar = tqdm(range(len(source)), desc="captions", unit="image", delay=2, disable=None if accelerator.is_main_process else True)
+    for index in bar:
+        try:
+            captions = source.captions(index)
+        except Exception as error:  # as in `ImageDataset`: whatever a source raises makes that image a bad one
+            if config.skip_bad_images:
+                continue
+            reason = f"{error}; remove it or pass --skip_bad_images"
+            raise UserError(f"cannot read a caption of {source.name(index)}: {reason}", exit_code=1) from None
+        for caption in captions:
+            if found.setdefault(caption_digest(caption), caption) != caption:
+                raise UserError(f"the captions {caption!r} and {found[caption_digest(caption)]!r} have one digest; change one", exit_code=1)
+    return [found[digest] for digest in sorted(found)]
+
+
+def _row_bytes(config: TextToImageConfig, parts: StableDiffusion) -> dict[str, int]:
+    side = config.resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
+    width = parts.text_encoder.config.hidden_size
+    latent = 2 * parts.vae.config.latent_channels * side**2  # mean and log-variance
+    return {"latents": 2 * latent * (1 + config.random_flip), "texts": 2 * width * (parts.tokenizer.model_max_length + 1)}
+
+
+def _prepare(folder: Path, manifest: dict[str, Any], needed: int) -> None:
+    """Creates the folder, or finds there what a cache with these settings has left.
+
+    Raises:
+        UserError: something else is there, or the disk is too small.
+    """
+    held = _read_manifest(folder)
+    if held is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--latent_cache_dir {folder} holds something else; give another folder")
+    if held is not None:
+        differences = _differences(held["settings"], manifest["settings"])
+        for name in ("rows_per_shard", "precision", "flips"):
+            values = [{**each["settings"], **each}.get(name) for each in (held, manifest)]
+            if values[0] != values[1]:
+                differences.append(f"{name.replace('_', ' ')} was {values[0]} and is {values[1]}")
+        if differences:
+            raise UserError(f"--latent_cache_dir {folder} holds another cache: {'; '.join(differences)}; give another folder or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    clean_up(folder)
+    there = sum(path.stat().st_size for path in folder.iterdir())
+    free = shutil.disk_usage(folder).free
+    if needed - there > free:
+        raise UserError(
+            f"--latent_cache_dir {folder}: {(needed - there) / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB free", exit_code=1
+        )
+    if held is None:
+        _write_manifest(folder, manifest)
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    new = folder / f"{PARTIAL}{MANIFEST}"
+    new.write_text(json.dumps(manifest, indent=1))
+    checkpoints.replace(new, folder / MANIFEST)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _agree(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Every rank does ``work``; a user's mistake that one meets is raised on all, so that none waits for it in vain."""
+    from accelerate.utils import gather_object
+
+    failure: tuple[str, int] | None = None
+    try:
+        work()
+    except UserError as error:
+        failure = (str(error), error.exit_code)
+    except OSError as error:
+        failure = (f"cannot write {error.filename or 'the latent cache'}: {error.strerror or error}", 1)
+    met = [each for each in gather_object([failure]) if each]
+    if met:
+        raise UserError(met[0][0], exit_code=met[0][1])
+
+
+Shard = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and the index and reason of each image that could not be read
+Shards = Callable[[Sequence[int]], Iterator[Shard]]  # of the shards with these numbers
+
+
+class _Writer:
+    """Writes this rank's shards of a kind in rounds, after each of which the ranks learn of failures."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, rows_per_shard: int, recorded: Mapping[str, Any]) -> None:
+        self._folder, self._accelerator, self._rows, self._recorded = folder, accelerator, rows_per_shard, recorded
+        self.files: dict[str, Any] = {}
+        self.bad: dict[str, str] = {}
+        self.kept = self.made = 0
+
+    def write(self, kind: str, rows: int, shards: Shards, notes: dict[str, str]) -> None:
+        """Checks the shards that are there and makes the others."""
+        from accelerate.utils import gather_object
+
+        rank, processes = self._accelerator.process_index, self._accelerator.num_processes
+        mine = range(rank, -(-rows // self._rows), processes)
+        show = None if self._accelerator.is_main_process else True
+        count = tqdm(mine, desc=f"checking {kind}", unit="shard", delay=2, leave=False, disable=show)
+        missing = [number for number in count if not self._keep(shard_name(kind, number), notes)]
+        made = shards(missing)
+        left = gather_object([len(missing)])
+
+        def make(turn: int) -> None:
+            if turn < len(missing):
+                self._make(shard_name(kind, missing[turn]), next(made), notes)
+
+        with tqdm(total=sum(left), desc=kind, unit="shard", disable=show) as bar:
+            for turn in range(max(left)):
+                _agree(self._accelerator, partial(make, turn))
+                bar.update(sum(turn < each for each in left))
+
+    def _keep(self, name: str, notes: dict[str, str]) -> bool:
+        """Whether the shard is there and sound."""
+        path = self._folder / name
+        try:
+            with safe_open(path, framework="numpy") as file:
+                found = json.loads((file.metadata() or {})[NOTES])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return False
+        facts = _facts(path)
+        if self._recorded.get(name, facts) != facts or any(found.get(key) != value for key, value in notes.items()):
+            logger.warning("%s is damaged or of other captions; making it anew", path)
+            return False
+        self.files[name] = facts
+        self.bad |= found["bad"]
+        self.kept += 1
+        return True
+
+    def _make(self, name: str, shard: Shard, notes: dict[str, str]) -> None:
+        tensors, bad = shard
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise UserError(f"{name}: NaN, or too large for fp16; --mixed_precision no may help", exit_code=1)
+        new = self._folder / f"{PARTIAL}{name}"
+        save_file(tensors, new, metadata={NOTES: json.dumps({**notes, "bad": bad})})
+        checkpoints.replace(new, self._folder / name)
+        self.files[name] = _facts(self._folder / name)
+        self.bad |= bad
+        self.made += 1
+
+
+@dataclass(frozen=True)
+class _ImageShards:
+    config: TextToImageConfig
+    parts: StableDiffusion
+    source: ImageSource
+    accelerator: Accelerator
+    batch_size: int
+    rows_per_shard: int
+
+    def __call__(self, numbers: Sequence[int]) -> Iterator[Shard]:
+        config = self.config
+        transform = ImageTransform(config.resolution, 3, center_crop=True, interpolation=config.image_interpolation_mode, crop=config.crop)
+        shards = [_batches(number, len(self.source), self.rows_per_shard, self.batch_size) for number in numbers]
+        keys = [[(0, index) for index in rows] for batches in shards for rows in batches]
+        loader = iter(build_loader(ImageDataset(self.source, transform), keys, config.dataloader_num_workers, self.accelerator.device))
+        for batches in shards:
+            moments: list[Tensor] = []
+            bad: dict[str, str] = {}
+            for rows in batches:
+                batch = next(loader)
+                if batch["bad"] and not config.skip_bad_images:
+                    check_batch(batch, skip_bad_images=False)
+                reasons = {each.name: each.reason for each in batch["bad"]}
+                found = {str(index): reasons[name] for index in rows if reasons and (name := self.source.name(index)) in reasons}
+                bad |= found
+                good = torch.tensor([str(index) not in found for index in rows])
+                moments.append(self._moments(batch["pixel_values"], good))
+            yield {"moments": torch.cat(moments)}, bad
+
+    @torch.no_grad()
+    def _moments(self, pixels: Tensor, good: Tensor) -> Tensor:
+        """fp16 [n, F, 2, C, h, w] on the CPU; zeros where ``good`` [n] is not set, which has as many ones as ``pixels`` has rows."""
+        vae = self.parts.vae
+        side = self.config.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+        moments = torch.zeros(len(good), 1 + self.config.random_flip, 2, vae.config.latent_channels, side, side, dtype=torch.float16)
+        if good.any():
+            pixels = pixels.to(self.accelerator.device, vae.dtype)
+            for flip in range(moments.shape[1]):
+                posterior = vae.encode(pixels.flip(-1) if flip else pixels).latent_dist
+                moments[good, flip] = torch.stack([posterior.mean, posterior.logvar], 1).to("cpu", torch.float16)
+        return moments
+
+
+@dataclass(frozen=True)
+class _TextShards:
+    parts: StableDiffusion
+    captions: Sequence[str]
+    accelerator: Accelerator
+    batch_size: int
+    rows_per_shard: int
+
+    @torch.no_grad()
+    def __call__(self, numbers: Sequence[int]) -> Iterator[Shard]:
+        for number in numbers:
+            parts = []
+            for rows in _batches(number, len(self.captions), self.rows_per_shard, self.batch_size):
+                encoded = text_states(self.parts, self.captions[rows.start : rows.stop], self.accelerator.device)
+                parts.append([tensor.to("cpu", torch.float16) for tensor in encoded])
+            states, pooled = (torch.cat(column) for column in zip(*parts, strict=True))
+            yield {"states": states, "pooled": pooled}, {}
+
+
+def _batches(number: int, rows: int, rows_per_shard: int, batch_size: int) -> list[range]:
+    """The rows of a shard, in batches."""
+    shard = range(number * rows_per_shard, min((number + 1) * rows_per_shard, rows))
+    return [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]

@@ -1,0 +1,462 @@
+"""Many samples of a trained model: which weights, of which prompts or classes, and exactly how many, in one folder.
+
+Image i is a function of (seed, i) and what the model was told of it, whatever the number of processes: they share batches of consecutive
+images, so that each image is computed in the same company, and a folder that was cut short is completed to the same bytes. Another batch
+size gives the same images up to rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from .checkpoints import NAME, PARTIAL, checkpoints, clean_up, is_complete, replace
+from .config import UnconditionalConfig, parse_config
+from .errors import UserError
+from .evaluation import build_pipeline, sample_images
+from .models import latent_downsampling, load_vae, weights_digest
+from .run import training_scheduler
+from .run_folder import MARKER
+from .text_config import AnyConfig, TextToImageConfig
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+# The choices of --scheduler. Diffusers' pipelines of pixels do not scale what a sampler with sigmas expects scaled, so they take three.
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm_solver": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+PIXEL_PIPELINES = {"ddpm": "DDPMPipeline", "ddim": "DDIMPipeline", "dpm_solver": "DDPMPipeline"}
+WEIGHTS = {"ema": "unet_ema", "raw": "unet"}  # the choices of --weights -> a checkpoint's folder
+ADAPTERS = "pytorch_lora_weights.safetensors"
+MANIFEST, TABLE = "manifest.json", "samples.npz"
+# What may differ where a folder is completed; the networks are compared by their weights, not by where these lie.
+FREE = ("command", "complete", "num_images", "batch_size", "processes", "versions", "model", "lora")
+
+
+@dataclass
+class Loaded:
+    """A pipeline to sample.
+
+    Args:
+        pipeline: of diffusers; its network is its ``unet``.
+        weights: "ema" or "raw" of a run, or "as saved".
+        side: of the images it was trained on, in pixels, where a run says so; None for what the network says.
+    """
+
+    pipeline: DiffusionPipeline
+    weights: str = "as saved"
+    side: int | None = None
+
+    @property
+    def prompted(self) -> bool:
+        """Whether it samples prompts."""
+        return "prompt" in signature(type(self.pipeline).__call__).parameters
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the network is told by number; None if it is not."""
+        return self.pipeline.unet.config.num_class_embeds
+
+
+def load_model(name: str, *, weights: str | None = None, lora: str | None = None) -> Loaded:
+    """The pipeline of a run's folder, of a ``checkpoint-N`` in one, or of plain diffusers, in a folder or on the hub.
+
+    Args:
+        name: which.
+        weights: of a run, "ema" or "raw"; None for the average if the run kept one.
+        lora: a folder with adapters, or their name on the hub.
+
+    Raises:
+        UserError: it cannot be loaded, does not hold the weights that are asked for, or is no pipeline around a U-Net.
+    """
+    path = Path(name)
+    if NAME.fullmatch(path.resolve().name) and path.is_dir():
+        loaded = _from_checkpoint(path, weights)
+    elif (path / MARKER).exists():
+        loaded = _from_run(path, weights)
+    elif weights:
+        raise UserError(f"--weights {weights} chooses among the weights of a run or its checkpoint; --model {name} is neither")
+    else:
+        loaded = Loaded(_from_diffusers(name))
+    if lora:
+        _add_adapters(loaded.pipeline, lora)
+    _align(loaded.pipeline)
+    return loaded
+
+
+def _from_run(folder: Path, weights: str | None) -> Loaded:
+    config, unfinished = _run_config(folder), not (folder / "model_index.json").exists()
+    if isinstance(config, TextToImageConfig) and config.use_lora and (folder / ADAPTERS).exists():
+        return _adapted(folder, config, weights)
+    if unfinished:
+        saved = checkpoints(folder)
+        raise UserError(
+            f"--model {folder} holds no finished pipeline; "
+            + (f"sample its newest checkpoint: --model {saved[-1]}" if saved else "it has no checkpoints either")
+        )
+    weights = _chosen(weights, [kind for kind in WEIGHTS if config.use_ema or kind == "raw"], folder)
+    pipeline = _from_diffusers(str(folder))
+    if weights == "raw" and config.use_ema:
+        if not (folder / "unet_non_ema").is_dir():
+            raise UserError(f"--weights raw: {folder} holds the average alone; give its checkpoint-N for the weights themselves")
+        pipeline.unet = type(pipeline.unet).from_pretrained(folder, subfolder="unet_non_ema")
+    return Loaded(pipeline, weights, config.resolution)
+
+
+def _from_checkpoint(path: Path, weights: str | None) -> Loaded:
+    if not is_complete(path):
+        raise UserError(f"--model {path} is not a complete checkpoint of this suite")
+    config = _run_config(path.resolve().parent)
+    if isinstance(config, TextToImageConfig) and config.use_lora:
+        return _adapted(path, config, weights)
+    weights = _chosen(weights, [kind for kind, folder in WEIGHTS.items() if (path / folder).is_dir()], path)
+    if isinstance(config, TextToImageConfig):
+        from .stable_diffusion import build_text_pipeline, load_stable_diffusion
+
+        parts = load_stable_diffusion(config, from_scratch=True)  # its fresh U-Net makes room for the checkpoint's
+        parts.unet = type(parts.unet).from_pretrained(path, subfolder=WEIGHTS[weights])
+        return Loaded(build_text_pipeline(parts), weights, config.resolution)
+    from diffusers import UNet2DModel
+
+    unet = UNet2DModel.from_pretrained(path, subfolder=WEIGHTS[weights])
+    name = config.vae_model_name_or_path
+    vae = load_vae(name, resolution=config.resolution, cache_dir=config.cache_dir) if name else None
+    sampler, spacing = config.sampling_scheduler, config.timestep_spacing
+    return Loaded(build_pipeline(unet, training_scheduler(config), sampler=sampler, spacing=spacing, vae=vae), weights, config.resolution)
+
+
+def _adapted(folder: Path, config: TextToImageConfig, weights: str | None) -> Loaded:
+    """The checkpoint that a LoRA run started from, with the adapters in ``folder``."""
+    from .stable_diffusion import build_text_pipeline, load_stable_diffusion
+
+    weights = _chosen(weights, ["raw"], folder)
+    pipeline = build_text_pipeline(load_stable_diffusion(config, from_scratch=False))
+    _add_adapters(pipeline, str(folder))
+    return Loaded(pipeline, weights, config.resolution)
+
+
+def _from_diffusers(name: str) -> DiffusionPipeline:
+    from diffusers import DiffusionPipeline
+
+    try:
+        parts = DiffusionPipeline.load_config(name)
+        if "unet" not in parts:
+            raise UserError(
+                f"--model {name} is a {parts.get('_class_name')}, which has no U-Net; only pipelines around a U-Net are sampled"
+            )
+        # A safety checker would put black images among the samples.
+        unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
+        return DiffusionPipeline.from_pretrained(name, **unchecked)
+    except UserError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--model {name}: neither a run, nor a checkpoint of one, nor a diffusers pipeline ({line})", exit_code=1) from None
+
+
+def _add_adapters(pipeline: DiffusionPipeline, name: str) -> None:
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(f"--lora is for text-to-image pipelines; this one is a {type(pipeline).__name__}")
+    if getattr(pipeline.unet, "peft_config", None):
+        raise UserError("--lora: the model is a run of adapters, which are loaded already; leave it out")
+    try:
+        pipeline.load_lora_weights(name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--lora {name}: no adapters for this network found there ({line})", exit_code=1) from None
+    if not getattr(pipeline.unet, "peft_config", None):  # diffusers only warns
+        raise UserError(f"--lora {name} has no adapters for this network", exit_code=1)
+
+
+def _run_config(folder: Path) -> AnyConfig:
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{folder} has no config.yaml, which says what its weights belong to; a checkpoint must stay in its run's folder")
+    text = "pretrained_model_name_or_path" in (yaml.safe_load(path.read_text()) or {})
+    kind: Any = TextToImageConfig if text else UnconditionalConfig
+    return parse_config(kind, ["--config", str(path)], program=path.name, description="")
+
+
+def _chosen(wanted: str | None, kept: Sequence[str], folder: Path) -> str:
+    if wanted and wanted not in kept:
+        raise UserError(f"--weights {wanted}: {folder} holds {' and '.join(kept)} weights only")
+    return wanted or kept[0]
+
+
+def take_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
+    """The pipeline with another sampler of its noise process, one of `SCHEDULERS`.
+
+    Raises:
+        UserError: the sampler cannot sample this process, or diffusers' pipeline cannot use it.
+    """
+    import diffusers
+
+    if "Flow" in type(pipeline.scheduler).__name__:
+        raise UserError(f"--scheduler {name}: a flow is sampled by its own {type(pipeline.scheduler).__name__}; leave the flag out")
+    kind = getattr(diffusers, SCHEDULERS[name])
+    pixels = type(pipeline).__name__ in PIXEL_PIPELINES.values()
+    # Its default is to clip, and the schedulers of text-to-image checkpoints say nothing of it if they cannot.
+    unclipped = {"clip_sample": False} if not pixels and "clip_sample" in signature(kind.__init__).parameters else {}
+    scheduler = kind.from_config(pipeline.scheduler.config, **unclipped)
+    if not pixels:
+        pipeline.scheduler = scheduler
+        return pipeline
+    if name not in PIXEL_PIPELINES:
+        raise UserError(f"--scheduler {name}: diffusers samples pixels with {', '.join(PIXEL_PIPELINES)} only")
+    return getattr(diffusers, PIXEL_PIPELINES[name])(pipeline.unet, scheduler)
+
+
+def read_lines(path: Path, flag: str) -> list[str]:
+    """The prompts or class names of a text file, one a line.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or has an empty line, which would shift the numbers of what follows.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{flag} {path} is not a text file in UTF-8") from None
+    if not any(lines):
+        raise UserError(f"{flag} {path} is empty: it must have one line or more")
+    if not all(lines):
+        raise UserError(f"{flag} {path}: line {lines.index('') + 1} is empty; remove it")
+    return lines
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to sample.
+
+    Args:
+        num_images: N; images 0 to N - 1.
+        steps: inference steps.
+        seed: of the images' generators.
+        batch_size: images sampled together.
+        prompts: image i is of prompt i modulo their number; empty for a pipeline without prompts.
+        guidance_scale: with prompts.
+        side: of the images with prompts, in pixels; None for what the network says.
+    """
+
+    num_images: int
+    steps: int
+    seed: int = 0
+    batch_size: int = 16
+    prompts: Sequence[str] = ()
+    guidance_scale: float = 1.0
+    side: int | None = None
+
+    def batches(self, rank: int = 0, ranks: int = 1) -> Iterator[range]:
+        """The numbers of the images that a process samples together; the batches do not depend on how many processes share them."""
+        starts = range(0, self.num_images, self.batch_size)
+        for first in islice(starts, rank, None, ranks):
+            yield range(first, min(first + self.batch_size, self.num_images))
+
+
+class SampleFolder:
+    """A folder of exactly the images ``000000.png`` to N - 1, with a manifest that says what they are.
+
+    Args:
+        path: the folder.
+        size: width and height of an image in pixels.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int]) -> None:
+        self.path, self._size = path, size
+
+    def prepare(self, manifest: Mapping[str, Any]) -> None:
+        """Creates the folder or checks that it holds a part of these samples; writes the manifest. One process calls it.
+
+        Raises:
+            UserError: it holds samples of something else, more of them than are wanted, or other files.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        clean_up(self.path)
+        manifest = json.loads(json.dumps(manifest))  # as it will be read
+        present = sorted(path.name for path in self.path.iterdir())
+        old = self._manifest() if MANIFEST in present else {}
+        if present and not old:
+            raise UserError(f"--output_dir {self.path} holds {present[0]} and no {MANIFEST}: give a new folder")
+        keys = [key for key in {**old, **manifest} if old and key not in FREE and old.get(key) != manifest.get(key)]
+        if keys:
+            changes = "; ".join(f"{key} was {_short(old.get(key))}, is now {_short(manifest.get(key))}" for key in keys)
+            raise UserError(f"--output_dir {self.path} holds other samples: {changes}. Give these settings again, or a new folder")
+        allowed = {MANIFEST, TABLE, *(file_name(number) for number in range(manifest["num_images"]))}
+        if foreign := [name for name in present if name not in allowed]:
+            surplus = re.fullmatch(r"\d{6,}\.png", foreign[0])
+            why = f"beyond --num_images {manifest['num_images']}" if surplus else "which is no sample"
+            raise UserError(
+                f"--output_dir {self.path} holds {foreign[0]}, {why} ({len(foreign)} such files): remove it, or give a new folder"
+            )
+        self.write_manifest(manifest)
+
+    def missing(self, numbers: Sequence[int]) -> list[int]:
+        """Those of the images that are not there, or not whole."""
+        return [number for number in numbers if not self._is_good(self.path / file_name(number))]
+
+    def write(self, number: int, image: numpy.ndarray) -> None:
+        """Saves one image, uint8 [H, W, C]; a process that is killed leaves no half of it under its name."""
+        partial = self.path / f"{PARTIAL}{file_name(number)}"
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial, format="PNG")
+        os.replace(partial, self.path / file_name(number))
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Replaces the manifest."""
+        partial = self.path / f"{PARTIAL}{MANIFEST}"
+        partial.write_text(json.dumps(manifest, indent=1))
+        replace(partial, self.path / MANIFEST)
+
+    def write_table(self, num_images: int, labels: int | None) -> None:
+        """Saves all images in one file as the ADM evaluation reads them: ``arr_0`` uint8 [N, H, W, C], and the class of each as ``arr_1``.
+
+        Args:
+            num_images: N.
+            labels: the number of classes, of which image i has class i modulo that number; None leaves ``arr_1`` out.
+        """
+        first = numpy.asarray(Image.open(self.path / file_name(0)))
+        shape = (num_images, *first.shape, *([1] if first.ndim == 2 else []))
+        partial = self.path / f"{PARTIAL}{TABLE}"
+        with zipfile.ZipFile(partial, "w") as archive:  # written image by image: fifty thousand of them do not fit every memory
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                numpy.lib.format.write_array_header_1_0(file, header)
+                for number in range(num_images):
+                    with Image.open(self.path / file_name(number)) as image:
+                        file.write(numpy.asarray(image).tobytes())
+            if labels:
+                with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+                    numpy.lib.format.write_array(file, numpy.arange(num_images) % labels)
+        replace(partial, self.path / TABLE)
+
+    def _manifest(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / MANIFEST).read_text())
+        except ValueError:
+            raise UserError(f"--output_dir {self.path}: its {MANIFEST} is broken; give a new folder") from None
+
+    def _is_good(self, path: Path) -> bool:
+        if not path.exists():
+            return False
+        try:
+            with Image.open(path) as image:
+                size = image.size
+                image.verify()  # every chunk's checksum, up to the last chunk
+        except (OSError, SyntaxError, ValueError):
+            return False
+        return size == self._size
+
+
+def file_name(number: int) -> str:
+    """Of an image."""
+    return f"{number:06}.png"
+
+
+def image_size(loaded: Loaded, side: int | None) -> tuple[int, int]:
+    """Width and height of the pipeline's images, in pixels."""
+    pipeline = loaded.pipeline
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    if loaded.prompted:
+        factor = pipeline.vae_scale_factor
+        if side is not None and side % factor:
+            raise UserError(f"--resolution {side} must be a multiple of {factor}, by which the VAE divides it")
+        return (side, side) if side is not None else (width * factor, height * factor)
+    if side is not None:
+        raise UserError("--resolution is for text-to-image pipelines; this network has one size")
+    factor = latent_downsampling(pipeline.vqvae) if hasattr(pipeline, "vqvae") else 1
+    return width * factor, height * factor
+
+
+def _align(pipeline: DiffusionPipeline) -> None:
+    """Copies weights that are mapped from a file, at whatever address: a CPU's sums depend on their alignment in the last bit."""
+    for part in pipeline.components.values():
+        for tensor in [*part.parameters(), *part.buffers()] if isinstance(part, nn.Module) else []:
+            tensor.data = tensor.data.clone()
+
+
+def networks(pipeline: DiffusionPipeline) -> dict[str, str]:
+    """A digest of each network's weights."""
+    parts = pipeline.components.items()
+    return {name: weights_digest(part) for name, part in sorted(parts) if isinstance(part, nn.Module)}
+
+
+def draw(
+    pipeline: DiffusionPipeline,
+    request: Request,
+    folder: SampleFolder,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Callable[[int], Any] = lambda images: None,
+) -> int:
+    """Samples this process's images that are not in the folder yet.
+
+    Args:
+        pipeline: what samples them.
+        request: which.
+        folder: where they go.
+        device: where the networks run.
+        rank: this process.
+        ranks: how many processes share the images.
+        progress: called with the number of images done, or found done, after each batch.
+
+    Returns:
+        how many images were written.
+
+    Raises:
+        UserError: (exit code 1) the samples hold NaN values.
+    """
+    written = 0
+    sample = partial(
+        sample_images,
+        pipeline,
+        steps=request.steps,
+        seed=request.seed,
+        device=device,
+        prompts=request.prompts,
+        guidance_scale=request.guidance_scale,
+        side=request.side,
+        bar=False,
+    )
+    for numbers in request.batches(rank, ranks):
+        missing = folder.missing(numbers)
+        if missing:
+            images = sample(len(numbers), batch_size=len(numbers), first=numbers[0])
+            for number in missing:
+                folder.write(number, images[number - numbers[0]])
+        written += len(missing)
+        progress(len(numbers))
+    return written
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,189 @@
+#!/usr/bin/env python
+"""What a text-to-image step costs here against the same step written directly in diffusers and accelerate.
+
+    python scripts/make_tiny_sd.py TINY
+    python scripts/benchmark_sd_step.py --pretrained_model_name_or_path TINY/model --channels 64 128
+
+Both encode images and captions in each step. Steps of the two loops alternate in one process; the ratio is the median over pairs, and with
+the assignment the coupling's own time is reported apart. Peak memory is taken in a process of its own for each loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from tqdm import tqdm
+
+from immiscible.coupling import AssignmentCoupling, IndependentCoupling
+from immiscible.data import Images
+from immiscible.errors import run_script
+from immiscible.objectives import DenoisingObjective
+from immiscible.process import NoiseProcess
+from immiscible.timesteps import timestep_sampler
+from immiscible.training import StopRequest, train
+from immiscible.weighting import loss_weights
+
+RATE = 1e-4
+
+
+def parts(arguments: argparse.Namespace) -> tuple:
+    from accelerate import Accelerator
+    from diffusers import UNet2DConditionModel
+
+    from immiscible.stable_diffusion import build_text_ema, build_text_optimizer, load_stable_diffusion, place
+    from immiscible.text_config import TextToImageConfig
+
+    torch.manual_seed(0)
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    config = TextToImageConfig(
+        pretrained_model_name_or_path=arguments.pretrained_model_name_or_path,
+        resolution=arguments.resolution,
+        use_lora=arguments.use_lora,
+        use_ema=not arguments.use_lora,
+        foreach_ema=True,
+        learning_rate=RATE,
+    )
+    found = load_stable_diffusion(config, from_scratch=False)
+    if arguments.channels:
+        settings = {**found.unet.config, "block_out_channels": arguments.channels}
+        found.unet = UNet2DConditionModel.from_config(settings)
+    place(found, config, accelerator)
+    ema = build_text_ema(found.unet, config, accelerator.device)
+    model, optimizer = accelerator.prepare(found.unet, build_text_optimizer(found.unet, config, accelerator))
+    return accelerator, found, model, optimizer, ema
+
+
+def batches(arguments: argparse.Namespace) -> Iterator[Images]:
+    generator = torch.Generator().manual_seed(0)
+    captions = [f"picture number {number} of many" for number in range(arguments.batch)]
+    while True:
+        shape = (arguments.batch, 3, arguments.resolution, arguments.resolution)
+        yield Images(torch.rand(shape, generator=generator) * 2 - 1, captions=captions)
+
+
+def our_steps(arguments: argparse.Namespace, assignment: bool) -> Iterator[float]:
+    """One step per item: the seconds that the coupling took."""
+    from immiscible.stable_diffusion import TextToImageEncoder
+
+    accelerator, found, model, optimizer, ema = parts(arguments)
+    process, prediction_type = NoiseProcess.from_scheduler(found.scheduler), found.scheduler.config.prediction_type
+    objective = DenoisingObjective(
+        process.to(accelerator.device),
+        timestep_sampler("uniform", process),
+        AssignmentCoupling() if assignment else IndependentCoupling(),
+        loss_weights("none", process, prediction_type).float().to(accelerator.device),
+        prediction_type,
+    )
+    for stats in train(
+        accelerator, model, optimizer, objective, batches(arguments), TextToImageEncoder(found, accelerator.device),
+        batch_size=arguments.batch, seed=0, start_step=0, max_steps=10**9,
+        learning_rate=lambda step: RATE, max_grad_norm=1.0, ema=ema, stop=StopRequest(),
+    ):  # fmt: skip
+        yield stats.metrics["coupling_seconds"]
+
+
+def plain_steps(arguments: argparse.Namespace) -> Iterator[float]:
+    """The diffusers example's step, with its two transfers of a number to the host."""
+    from diffusers.optimization import get_scheduler
+
+    accelerator, found, model, optimizer, ema = parts(arguments)
+    vae, scheduler, device = found.vae, found.scheduler, accelerator.device
+    rate = accelerator.prepare(get_scheduler("constant", optimizer))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for images, _, captions in batches(arguments):
+        words = found.tokenizer(
+            captions, max_length=found.tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids.to(device)
+        with accelerator.accumulate(model):
+            latents = vae.encode(images.to(device, vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device).long()
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            states = found.text_encoder(words, return_dict=False)[0]
+            target = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+            output = model(noisy, timesteps, states, return_dict=False)[0]
+            loss = torch.nn.functional.mse_loss(output.float(), target.float(), reduction="mean")
+            accelerator.gather(loss.repeat(arguments.batch)).mean().item()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            rate.step()
+            optimizer.zero_grad()
+        if ema is not None:
+            ema.step(model.parameters())
+        loss.detach().item()
+        yield 0.0
+
+
+def peak_memory(arguments: argparse.Namespace) -> None:
+    steps = plain_steps(arguments) if arguments.memory_of == "plain" else our_steps(arguments, arguments.memory_of == "assignment")
+    for _ in range(3):
+        next(steps)
+    on_gpu = torch.cuda.is_available()
+    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def timed(steps: Iterator[float]) -> tuple[float, float]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    coupling = next(steps)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, coupling
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained_model_name_or_path", required=True)
+    parser.add_argument("--channels", type=int, nargs="+", help="another width of each level of the U-Net, with random weights")
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    parser.add_argument("--use_lora", action="store_true")
+    parser.add_argument(
+        "--memory_of", choices=("plain", "independent", "assignment"), help="print the peak memory of one loop in MiB and stop"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.memory_of:
+        peak_memory(arguments)
+        return
+
+    memory = {}  # first: a process starts with its parent's peak, which is still small
+    for name in tqdm(("plain", "independent", "assignment"), desc="memory", leave=False):
+        command = [sys.executable, __file__, *argv, "--memory_of", name]
+        memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    loops = {"plain": plain_steps(arguments), "independent": our_steps(arguments, False), "assignment": our_steps(arguments, True)}
+    for steps in loops.values():
+        timed(steps)  # first steps allocate
+    rows = []
+    for turn in tqdm(range(arguments.pairs), desc="pairs", leave=False):
+        order = list(loops) if turn % 2 else list(reversed(loops))
+        rows.append({name: timed(loops[name]) for name in order})
+    plain = statistics.median(row["plain"][0] for row in rows)
+    kind = "adapters" if arguments.use_lora else "full"
+    print(
+        f"{kind}, {arguments.mixed_precision}, batch {arguments.batch}, {arguments.resolution}x{arguments.resolution}, "
+        f"{torch.get_num_threads()} threads, median of {arguments.pairs} interleaved pairs"
+    )
+    print(f"plain diffusers + accelerate      {1000 * plain:9.1f} ms a step")
+    ratio = statistics.median(row["independent"][0] / row["plain"][0] for row in rows)
+    print(f"here, independent noise           {ratio:9.4f} x plain  (target: at most 1.03)")
+    ratio = statistics.median((row["assignment"][0] - row["assignment"][1]) / row["plain"][0] for row in rows)
+    apart = statistics.median(row["assignment"][1] for row in rows)
+    print(f"here, assignment, without solving {ratio:9.4f} x plain  (target: at most 1.03); assignment itself {1000 * apart:.2f} ms")
+    print(f"peak memory, plain                {memory['plain']:9.1f} MiB")
+    for name in ("independent", "assignment"):
+        print(f"peak memory, {name:<21}{memory[name] / memory['plain']:9.4f} x plain  (target: at most 1.02)")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

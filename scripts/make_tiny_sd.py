@@ -1,0 +1,415 @@
+#!/usr/bin/env python
+"""Builds a tiny but complete Stable Diffusion checkpoint and two data sets for it, offline, from installed photographs.
+
+python scripts/make_tiny_sd.py runs/tiny_sd
+
+``model``     what `diffusers.StableDiffusionPipeline.from_pretrained` loads, four megabytes in all, for images of 64x64 and latents of 4x8x8. The
+              VAE is trained here, briefly, on crops of photographs, so that its latents say what is in an image, if not how it looks in
+              detail. The U-Net is untrained. So is the text model: frozen random features tell captions apart, but know no meaning.
+``captions``  an image folder: 256 crops of 64x64 and what can be truly said of each. Column ``text`` has one caption; ``captions`` a
+              list of one or three (in one column `datasets` allows strings or lists, not both).
+``classes``   a parquet file: two JPEG images of 64x64 in each of 1,000 classes, which are a photograph, a part of it, and a tint. As in
+              ImageNet, two pairs of classes share a name: crane (134 and 517) and maillot (638 and 639).
+
+The same machine writes the same bytes every time; with other processors or library versions the last digits of the VAE may differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor
+from torch import Tensor
+from tqdm import tqdm
+
+from immiscible.data import PHOTOGRAPHS, ImageTransform, PhotoCrops, _photographs
+from immiscible.errors import UserError, run_script
+from immiscible.randomness import derive_seed, seeded_generator
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.schedulers import SchedulerMixin
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+RESOLUTION = 64
+VAE_STEPS = 700  # some 20 dB in half a minute
+TRAIN_CROPS, HELD_OUT_CROPS = 2048, 128
+SEAL = ".make_tiny_sd"  # in each folder written here: what the rest of it hashes to
+
+SUBJECTS = {  # of the photographs, by the file's name
+    "astronaut": "an astronaut",
+    "chelsea": "a cat",
+    "coffee": "a coffee cup",
+    "hubble_deep_field": "galaxies",
+    "ihc": "a tissue",
+    "motorcycle_left": "a motorcycle",
+    "motorcycle_right": "a motorcycle",
+    "retina": "a retina",
+    "rocket": "a rocket",
+    "china": "a palace",
+    "flower": "a flower",
+}
+HUES = ("red", "orange", "yellow", "green", "jade", "cyan", "blue", "indigo", "purple", "pink")  # evenly around the color wheel
+BRIGHTNESS = ("dark", "moderately bright", "bright")  # thirds of the mean luminance
+SHOTS = ("close", "medium", "wide")  # thirds of the crop's side, as a share of the photograph's short side
+CAPTIONED_IMAGES = 256
+SMALLEST_SHARE = 0.25  # of the short side
+
+PARTS = {"widest": 0.9, "wide": 0.7, "medium": 0.5, "close": 0.35, "closest": 0.25}  # name -> share of the photograph's short side
+SIDES = ("left", "right")
+TWINS = {134: "crane", 517: "crane, machine", 638: "maillot", 639: "maillot, tank suit"}  # numbered as in ImageNet
+IMAGES_PER_CLASS = 2
+
+
+def make_model(folder: Path, version: int = 1, vae_steps: int = 0) -> float:
+    """Writes the checkpoint and returns the VAE's PSNR in dB, the mean over crops that it was not trained on.
+
+    Args:
+        folder: for the pipeline.
+        version: the layout of Stable Diffusion 1 (predicts epsilon) or 2 (predicts v; linear projections, heads per block, the text
+            model's own size and activation, padding with ``!``).
+        vae_steps: optimizer steps of the VAE's training; with 0 its latents are noise.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    with _seeded("make_tiny_sd", version), _one_thread():
+        tokenizer = build_tokenizer(pad_token="<|endoftext|>" if version == 1 else "!")
+        text_encoder = _build_text_encoder(tokenizer, version)
+        unet = _build_unet(text_encoder.config.hidden_size, version)
+        vae = _build_vae()
+        transform, crops = ImageTransform(RESOLUTION), PhotoCrops(RESOLUTION)
+        held_out = torch.stack([transform(crops.load(i), 0, i) for i in range(HELD_OUT_CROPS)])  # [128,3,64,64]
+        if vae_steps:
+            chosen = tqdm(
+                range(HELD_OUT_CROPS, HELD_OUT_CROPS + TRAIN_CROPS), desc="crops", unit="crop", delay=2, leave=False, disable=None
+            )
+            train_vae(vae, torch.stack([transform(crops.load(i), 0, i) for i in chosen]), vae_steps)
+        with torch.no_grad():
+            latents = vae.encode(held_out).latent_dist.mode()  # [128,4,8,8]
+            psnr = 10 * torch.log10(4 / (vae.decode(latents).sample.clamp(-1, 1) - held_out).square().mean((1, 2, 3))).mean().item()
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=_build_scheduler(version),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder)
+    return psnr
+
+
+def build_tokenizer(pad_token: str) -> CLIPTokenizer:
+    """CLIP's tokenizer with a vocabulary of the words in the captions and class names; other words are spelled out in bytes.
+
+    As in CLIP, ``!`` is token 0, and the last two are the start and the end of a text.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    texts = [caption for image in range(CAPTIONED_IMAGES) for caption in captioned_image(image)[1]] + class_names()
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # one for each byte
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({word: i for i, word in enumerate(words)}, merges, pad_token=pad_token, model_max_length=77)
+
+
+def _build_text_encoder(tokenizer: CLIPTokenizer, version: int) -> CLIPTextModel:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    size = 64 if version == 1 else 96
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size,
+        intermediate_size=2 * size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=size,
+        hidden_act="quick_gelu" if version == 1 else "gelu",
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def _build_unet(text_size: int, version: int) -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
+    # diffusers takes attention_head_dim for the number of heads; version 2 has it per block, for heads of one size.
+    heads = {"attention_head_dim": 8} if version == 1 else {"attention_head_dim": [2, 4], "use_linear_projection": True}
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=text_size,
+        **heads,
+    ).eval()
+
+
+def _build_vae() -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    channels = (16, 16, 32, 32)  # three halvings: 64 -> 8
+    return AutoencoderKL(
+        sample_size=RESOLUTION,
+        block_out_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+    ).eval()
+
+
+def _build_scheduler(version: int) -> SchedulerMixin:
+    from diffusers import DDIMScheduler, PNDMScheduler
+
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False}
+    if version == 1:
+        return PNDMScheduler(**schedule, skip_prk_steps=True, prediction_type="epsilon")
+    return DDIMScheduler(**schedule, clip_sample=False, prediction_type="v_prediction")
+
+
+def train_vae(vae: AutoencoderKL, images: Tensor, steps: int) -> None:
+    """Trains ``vae`` in place on quarters of ``images`` [N,3,H,W]: squared error, and the KL divergence weighted as in Stable Diffusion.
+
+    Cutting quarters makes a step four times cheaper than whole images do, and the result better for the same time.
+    """
+    height, width = (side // 2 for side in images.shape[-2:])
+    generator = seeded_generator("make_tiny_sd", "vae")
+    optimizer = torch.optim.Adam(vae.parameters(), lr=0.003, betas=(0.9, 0.95))
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
+    vae.train()
+    for _ in tqdm(range(steps), desc="VAE", unit="step", delay=2, leave=False, disable=None):
+        chosen = torch.randint(len(images), (16,), generator=generator)
+        top, left = (int(torch.randint(extra + 1, (), generator=generator)) for extra in (height, width))
+        x = images[chosen, :, top : top + height, left : left + width]  # [16,3,H/2,W/2]
+        posterior = vae.encode(x).latent_dist
+        output = vae.decode(posterior.sample(generator)).sample
+        loss = (output - x).square().mean() + 1e-6 * posterior.kl().mean() / x[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+    vae.eval()
+
+
+def make_captions(folder: Path) -> None:
+    """Writes the captioned image folder: PNG files and ``metadata.jsonl``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in tqdm(range(CAPTIONED_IMAGES), desc="captions", unit="image", delay=2, leave=False, disable=None):
+        image, captions = captioned_image(i)
+        image.save(folder / f"{i:03}.png")
+        rows.append({"file_name": f"{i:03}.png", "text": captions[0], "captions": captions if i % 4 == 0 else captions[:1]})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def captioned_image(index: int) -> tuple[Image.Image, list[str]]:
+    """Image ``index`` of the captioned ones and three captions: all that is known of it, its subject, its look."""
+    names = _photograph_names()
+    which = index % len(names)
+    share = SMALLEST_SHARE + (1 - SMALLEST_SHARE) * _unit("captions", index, "share")
+    image = _crop(_photographs()[which], share, _unit("captions", index, "left"), _unit("captions", index, "top"))
+    subject, color = SUBJECTS[names[which]], dominant_color(image)
+    shot = SHOTS[min(int(3 * (share - SMALLEST_SHARE) / (1 - SMALLEST_SHARE)), 2)]
+    brightness = BRIGHTNESS[int(3 * np.asarray(image.convert("L")).mean() / 256)]
+    look = f"{brightness}, mostly {color}"
+    source = f"a {shot} crop of the photograph of {subject}"
+    return image, [f"{source}, {look}", source, f"a picture, {look}"]
+
+
+def dominant_color(image: Image.Image) -> str:
+    """The name that most pixels of an RGB image have: black, white, gray or one of `HUES`."""
+    hue, saturation, value = np.asarray(image.convert("HSV")).astype(int).reshape(-1, 3).T
+    names = np.array(HUES)[np.round(hue / 256 * len(HUES)).astype(int) % len(HUES)]
+    names = np.where(saturation < 50, np.where(value > 200, "white", "gray"), names)
+    names = np.where(value < 50, "black", names)
+    return Counter(names.tolist()).most_common(1)[0][0]
+
+
+def make_classes(folder: Path) -> None:
+    """Writes the class-labeled parquet file: columns ``image`` and ``label``, a `datasets.ClassLabel`."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = class_names()
+    labels = [label for _ in range(IMAGES_PER_CLASS) for label in range(len(names))]
+    images = []
+    for i, label in enumerate(tqdm(labels, desc="classes", unit="image", delay=2, leave=False, disable=None)):
+        file = io.BytesIO()
+        class_image(label, i // len(names)).save(file, "JPEG", quality=90)
+        images.append({"bytes": file.getvalue(), "path": None})
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+    Dataset.from_dict({"image": images, "label": labels}, features).to_parquet(folder / "train-00000-of-00001.parquet")
+
+
+def class_names() -> list[str]:
+    """The 1,000 names by number, each true of its images but for the four of `TWINS`."""
+    names = []
+    for label in range(len(_class_photographs()) * len(HUES) * len(PARTS) * len(SIDES)):
+        photograph, tint, part, side = _class_of(label)
+        subject = SUBJECTS[photograph].removeprefix("a ").removeprefix("an ")
+        names.append(TWINS.get(label, f"{HUES[tint]} {subject} {part} {side}"))
+    return names
+
+
+def class_image(label: int, copy: int) -> Image.Image:
+    """Image number ``copy`` of a class; two of a class differ in where exactly the crop lies."""
+    photograph, tint, part, side = _class_of(label)
+    left, top = (0.2 * _unit("classes", label, copy, what) for what in ("left", "top"))
+    image = _crop(
+        _photographs()[_photograph_names().index(photograph)],
+        PARTS[part],
+        left + (0.8 if side == "right" else 0),
+        top + 0.4,
+    )
+    color = Image.new("RGB", image.size, ImageColor.getrgb(f"hsv({360 * tint // len(HUES)},100%,100%)"))
+    return Image.blend(image, color, 0.4)
+
+
+def _class_of(label: int) -> tuple[str, int, str, str]:
+    """The photograph's name, the number of the tint, the part and the side."""
+    rest, side = divmod(label, len(SIDES))
+    rest, part = divmod(rest, len(PARTS))
+    photograph, tint = divmod(rest, len(HUES))
+    return _class_photographs()[photograph], tint, list(PARTS)[part], SIDES[side]
+
+
+def _photograph_names() -> list[str]:
+    return [Path(path).stem for paths in PHOTOGRAPHS.values() for path in paths]
+
+
+def _class_photographs() -> list[str]:
+    """Ten of the eleven: the two of the motorcycle are what its two eyes see."""
+    return [name for name in _photograph_names() if name != "motorcycle_right"]
+
+
+def _crop(photograph: Image.Image, share: float, left: float, top: float) -> Image.Image:
+    """A square of ``share`` of the photograph's short side, at ``left`` and ``top`` of the room that is left (0 to 1), at 64x64."""
+    side = round(share * min(photograph.size))
+    x, y = round(left * (photograph.width - side)), round(top * (photograph.height - side))
+    return photograph.resize((RESOLUTION, RESOLUTION), Image.Resampling.BOX, (x, y, x + side, y + side))
+
+
+def _unit(*parts: int | str) -> float:
+    """A number in [0, 1) that is a function of ``parts``."""
+    return derive_seed("make_tiny_sd", *parts) / 2**63
+
+
+@contextmanager
+def _seeded(*parts: int | str) -> Iterator[None]:
+    """The global generator on the CPU, from which new weights are drawn, seeded inside and as it was after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(*parts))
+        yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums over several threads are rounded in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def content_hash(folder: Path) -> str:
+    """Of the names and bytes of all files in ``folder`` but the seal."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether all that is in ``folder`` was written here."""
+    seal = folder / SEAL
+    return seal.is_file() and seal.read_text() == content_hash(folder)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_folder", type=Path, help="gets the folders model, captions and classes")
+    parser.add_argument("--version", type=int, choices=(1, 2), default=1, help="the layout of Stable Diffusion 1 or 2")
+    parser.add_argument("--vae_steps", type=int, default=VAE_STEPS, help="optimizer steps of the VAE's training")
+    parser.add_argument("--what", nargs="+", choices=("model", "captions", "classes"), default=["model", "captions", "classes"])
+    arguments = parser.parse_args(argv)
+    if arguments.vae_steps < 0:
+        raise UserError(f"--vae_steps must be at least 0, not {arguments.vae_steps}")
+    for name in arguments.what:
+        target = arguments.output_folder / name
+        if os.path.lexists(target) and not _is_own(target):
+            raise UserError(f"{target} is there and is not what this script wrote; remove it or choose another folder")
+
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+    def model(folder: Path) -> str:
+        psnr = make_model(folder, arguments.version, arguments.vae_steps)
+        return f"Stable Diffusion {arguments.version}, VAE of {psnr:.1f} dB after {arguments.vae_steps} steps"
+
+    def captions(folder: Path) -> str:
+        make_captions(folder)
+        return f"{CAPTIONED_IMAGES} captioned images"
+
+    def classes(folder: Path) -> str:
+        make_classes(folder)
+        return f"{IMAGES_PER_CLASS} images in each of {len(class_names())} classes"
+
+    writers = {"model": model, "captions": captions, "classes": classes}
+    for name in dict.fromkeys(arguments.what):
+        start = time.perf_counter()
+        target = arguments.output_folder / name
+        try:
+            arguments.output_folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=arguments.output_folder, prefix=".unfinished-") as unfinished:
+                new = Path(unfinished) / name
+                summary = writers[name](new)
+                size = sum(path.stat().st_size for path in new.rglob("*"))
+                (new / SEAL).write_text(content_hash(new))
+                if target.exists():
+                    shutil.rmtree(target)
+                new.rename(target)
+        except OSError as error:
+            raise UserError(f"cannot write {target}: {error.strerror or error}", exit_code=1) from error
+        print(f"{target}: {summary}; {size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,78 @@
+#!/usr/bin/env python
+"""Encodes the images and captions of a run once, for --cache_latents of train_text_to_image.py and finetune_sd.py.
+
+Takes the flags of the training command and a folder; can be stopped and started again, on any number of processes:
+
+    accelerate launch scripts/precompute_latents.py --config configs/tasks/TASK.yaml --latent_cache_dir CACHE
+    accelerate launch finetune_sd.py --config configs/tasks/TASK.yaml --cache_latents --latent_cache_dir CACHE
+
+With --random_flip the mirrored images are encoded too. Called on a finished cache it checks the hash of every file.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from immiscible.config import flag, parse_config
+from immiscible.errors import UserError, run_script
+from immiscible.latent_cache import write_cache
+from immiscible.run import session
+from immiscible.stable_diffusion import load_captioned_images, load_stable_diffusion
+from immiscible.text_config import TextToImageConfig
+
+
+@dataclass
+class CacheArguments:
+    """How the cache is made."""
+
+    _argument_group_name = "cache"
+
+    encode_batch_size: int = flag(16, "images or captions encoded together")
+    rows_per_shard: int = flag(2048, "images or captions in a file; a stopped call loses at most one file per process")
+
+
+@dataclass
+class PrecomputeConfig(CacheArguments, TextToImageConfig):
+    """The flags of the training scripts and this one's."""
+
+    @staticmethod
+    def settle(values: dict[str, Any]) -> None:
+        """A cache is wanted by whoever calls this."""
+        TextToImageConfig.settle(values)
+        values["cache_latents"] = True
+
+    def check(self) -> None:
+        """As for the training scripts, and this script's own flags.
+
+        Raises:
+            UserError: a number is below 1, or as `TextToImageConfig.check`.
+        """
+        super().check()
+        for name in ("encode_batch_size", "rows_per_shard"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse_config(PrecomputeConfig, argv, program=Path(__file__).name, description=__doc__)
+    with session(config) as accelerator:
+        started = time.monotonic()
+        source = load_captioned_images(config)
+        parts = load_stable_diffusion(config, from_scratch=True)
+        sizes = {"batch_size": config.encode_batch_size, "rows_per_shard": config.rows_per_shard}
+        made = write_cache(config, parts, source, accelerator, **sizes)
+        bad = "".join(f"\n  skipped {name}: {reason}" for name, reason in made.bad.items())
+        accelerator.print(
+            f"{made.images:,} images ({len(made.bad)} of them unreadable) and {made.captions:,} captions, {made.bytes / 2**30:.3f} GiB in "
+            f"{config.latent_cache_dir}: {made.made} files made, {made.kept} there already, {time.monotonic() - started:.1f} s{bad}\n"
+            f"train with --cache_latents --latent_cache_dir {config.latent_cache_dir}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

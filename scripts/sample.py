@@ -1,0 +1,228 @@
+#!/usr/bin/env python
+"""Samples a trained model into a folder: exactly N images, by one process or several, resumable, the same ones for a seed.
+
+    python scripts/sample.py --model runs/digits --num_images 1003 --num_inference_steps 50 --output_dir samples
+    accelerate launch scripts/sample.py --model RUN/checkpoint-5000 --weights raw --class_names classes.txt --num_images 50000 \\
+      --num_inference_steps 50 --guidance_scale 1.5 --scheduler ddim --npz --output_dir samples
+
+--model is a run of this suite, one of its checkpoints, or a pipeline that plain diffusers loads. A model that is told the class is sampled
+in turn, so each class equally often; so are prompts and class names, by their line. Run the command again to complete a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from immiscible.errors import UserError, run_script
+from immiscible.run_folder import on_main_process
+from immiscible.sampling import (
+    SCHEDULERS,
+    Loaded,
+    Request,
+    SampleFolder,
+    draw,
+    file_name,
+    image_size,
+    load_model,
+    networks,
+    read_lines,
+    take_scheduler,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", required=True, help="a run's folder, a checkpoint-N in one, or a diffusers pipeline, local or on the hub"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="where 000000.png and so on and manifest.json go")
+    parser.add_argument("--num_images", type=int, required=True, help="N: exactly as many files are left")
+    parser.add_argument("--num_inference_steps", type=int, required=True, help="steps of the sampler")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="of a run or checkpoint; by default the average where the run kept one")
+    parser.add_argument("--lora", help="adapters for a text-to-image pipeline: a folder, or a name on the hub")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line; image i is of prompt i modulo their number")
+    parser.add_argument(
+        "--class_names", type=Path, metavar="FILE", help="as --prompts, a class a line; equal names stay classes apart, and go into arr_1"
+    )
+    parser.add_argument("--guidance_scale", type=float, help="with prompts or class names, required there; 1 is without guidance")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler; by default what the pipeline has")
+    parser.add_argument("--resolution", type=int, help="side of text-to-image samples; by default the run's, or what the network says")
+    parser.add_argument("--seed", type=int, default=0, help="image i is a function of it and of i")
+    parser.add_argument("--batch_size", type=int, default=16, help="images sampled together by a process")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="inside the U-Net")
+    parser.add_argument("--npz", action="store_true", help="also write samples.npz, as the ADM evaluation reads it")
+    return parser
+
+
+@contextmanager
+def session(mixed_precision: str) -> Iterator[Accelerator]:
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    # Processes that finish early wait for the last one.
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+    try:
+        if mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            raise UserError("--mixed_precision fp16 needs a GPU; on a CPU give bf16 or no")
+        yield accelerator
+    finally:
+        accelerator.wait_for_everyone()  # a user's mistake is raised by all processes alike
+        accelerator.end_training()
+
+
+def check(arguments: argparse.Namespace) -> None:
+    for name, least in (("num_images", 1), ("num_inference_steps", 1), ("batch_size", 1), ("seed", 0), ("resolution", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} must be at least {least}, not {value}")
+    if arguments.prompts and arguments.class_names:
+        raise UserError("--prompts and --class_names are given together; choose one")
+
+
+def check_model(arguments: argparse.Namespace, loaded: Loaded) -> None:
+    steps = loaded.pipeline.scheduler.config.num_train_timesteps
+    if arguments.num_inference_steps > steps:
+        raise UserError(f"--num_inference_steps {arguments.num_inference_steps} exceeds the {steps} steps of the model's noise process")
+    kind, told = type(loaded.pipeline).__name__, arguments.prompts or arguments.class_names
+    if loaded.prompted and not told:
+        raise UserError(f"--model {arguments.model} is a {kind}: give --prompts or --class_names")
+    if loaded.prompted and arguments.guidance_scale is None:
+        raise UserError("--guidance_scale is needed with prompts: 1 samples without guidance, 7.5 is Stable Diffusion's usual")
+    for name in ("prompts", "class_names", "guidance_scale"):
+        if not loaded.prompted and getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is for text-to-image pipelines; --model {arguments.model} is a {kind}")
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = parser().parse_args(argv)
+    check(arguments)
+    with session(arguments.mixed_precision) as accelerator:
+        sample(arguments, argv, accelerator)
+
+
+def sample(arguments: argparse.Namespace, argv: Sequence[str], accelerator: Accelerator) -> None:
+    from accelerate.utils import gather_object
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # of an AutoencoderKL in an LDMPipeline diffusers says that it expected a VQ model
+    flag = "--prompts" if arguments.prompts else "--class_names"
+    file = arguments.prompts or arguments.class_names
+    prompts = read_lines(file, flag) if file else []
+    loaded = load_model(arguments.model, weights=arguments.weights, lora=arguments.lora)
+    check_model(arguments, loaded)
+    if arguments.scheduler:
+        loaded.pipeline = take_scheduler(loaded.pipeline, arguments.scheduler)
+    side = (arguments.resolution or loaded.side) if loaded.prompted else arguments.resolution
+    size = image_size(loaded, side)
+    request = Request(
+        num_images=arguments.num_images,
+        steps=arguments.num_inference_steps,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        prompts=prompts,
+        guidance_scale=1.0 if arguments.guidance_scale is None else arguments.guidance_scale,
+        side=side,
+    )
+    folder = SampleFolder(arguments.output_dir, size)
+    classes = len(prompts) if arguments.class_names else loaded.num_classes
+    manifest: dict[str, Any] = {}
+
+    def prepare() -> None:
+        manifest.update(describe(arguments, argv, loaded, request, size, accelerator.num_processes))
+        folder.prepare(manifest)
+
+    on_main_process(accelerator, prepare)
+    if classes and request.num_images % classes:
+        more = request.num_images % classes
+        accelerator.print(f"{request.num_images} images of {classes} classes: classes 0 to {more - 1} get one image more than the others")
+
+    loaded.pipeline.unet = accelerator.prepare_model(loaded.pipeline.unet, evaluation_mode=True)
+    mine = sum(map(len, request.batches(accelerator.process_index, accelerator.num_processes)))
+    written, failure, start = 0, None, time.perf_counter()
+    share = f" (process 0 of {accelerator.num_processes})" if accelerator.num_processes > 1 else ""
+    with tqdm(total=mine, desc=f"sampling{share}", unit="image", disable=not accelerator.is_main_process) as bar:
+        try:
+            written = draw(
+                loaded.pipeline,
+                request,
+                folder,
+                device=accelerator.device,
+                rank=accelerator.process_index,
+                ranks=accelerator.num_processes,
+                progress=bar.update,
+            )
+        except UserError as error:
+            failure = str(error)
+        except OSError as error:
+            failure = f"cannot write {error.filename or arguments.output_dir}: {error.strerror or error}"
+    found = gather_object([(written, failure)])
+    for _, problem in found:
+        if problem:
+            raise UserError(problem, exit_code=1)
+    total = sum(count for count, _ in found)
+    on_main_process(accelerator, lambda: finish(arguments, request, folder, manifest, classes))
+    seconds = timedelta(seconds=round(time.perf_counter() - start))
+    accelerator.print(
+        f"{request.num_images} images of {size[0]}x{size[1]} in {arguments.output_dir}: "
+        f"{total} sampled in {seconds}, {request.num_images - total} were there"
+    )
+
+
+def describe(
+    arguments: argparse.Namespace, argv: Sequence[str], loaded: Loaded, request: Request, size: tuple[int, int], processes: int
+) -> dict[str, Any]:
+    """What defines the samples, and how they were made."""
+    import diffusers
+    import torch
+
+    pipeline = loaded.pipeline
+    settings = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    return {
+        "command": shlex.join(["scripts/sample.py", *argv]),
+        "complete": False,
+        "num_images": request.num_images,
+        "batch_size": request.batch_size,
+        "processes": processes,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "model": arguments.model,
+        "weights": loaded.weights,
+        "lora": arguments.lora,
+        "networks": networks(pipeline),
+        "pipeline": type(pipeline).__name__,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_settings": settings,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance_scale if loaded.prompted else None,
+        "seed": request.seed,
+        "size": list(size),
+        "mixed_precision": arguments.mixed_precision,
+        "prompts": list(request.prompts),
+        "labels": "class names" if arguments.class_names else "class numbers" if loaded.num_classes else None,
+    }
+
+
+def finish(arguments: argparse.Namespace, request: Request, folder: SampleFolder, manifest: dict[str, Any], classes: int | None) -> None:
+    """Makes sure that every image is there, and writes what is written at the end."""
+    lacking = [number for number in range(request.num_images) if not (folder.path / file_name(number)).exists()]
+    if lacking:
+        raise UserError(f"{len(lacking)} of {request.num_images} images are missing, the first is {lacking[0]}; sample again", exit_code=1)
+    if arguments.npz:
+        folder.write_table(request.num_images, classes)
+    folder.write_manifest({**manifest, "complete": True})
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

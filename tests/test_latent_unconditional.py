@@ -1,0 +1,264 @@
+"""``train_unconditional.py --vae_model_name_or_path``: latents are diffused and pixels come out; and the share of images that is used."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from launch import flags, run_command, tiny
+from PIL import Image
+from test_kill_resume import final_hashes
+from test_train_unconditional import metrics
+from tiny_text import model_folder, tiny_text
+
+from immiscible.data import Images, load_images
+from immiscible.encoding import LatentEncoder, PixelEncoder, latent_draw
+from immiscible.errors import UserError
+from immiscible.evaluation import build_pipeline, sample_images
+from immiscible.models import build_unet, latent_downsampling, load_vae, unet_config, vae_identity
+from immiscible.process import build_scheduler
+from immiscible.randomness import Draws, seeded_generator
+
+CPU = torch.device("cpu")
+DRAWS = Draws(0, 0, 0, CPU)
+
+
+def latent(output_dir: Path, **changes) -> list[str]:
+    """A run of four steps on 4x4 latents of 32x32 photo crops."""
+    common = {"bundled_data": "photo_crops", "resolution": 32, "train_batch_size": 8, "train_subset_fraction": 0.01}
+    return tiny(output_dir, **{**common, "vae_model_name_or_path": model_folder(), **changes})
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return load_vae(str(model_folder()), resolution=32)
+
+
+@pytest.fixture(scope="module")
+def run(script, tmp_path_factory) -> Path:
+    """With everything that looks at images."""
+    folder = tmp_path_factory.mktemp("latent") / "run"
+    evaluation = {"eval_steps": 4, "eval_samples": 8, "eval_inference_steps": 2, "validation_split": 0.1}
+    result = script(latent(folder, noise_coupling="assignment", use_ema=True, **evaluation))
+    assert result.code == 0, result.stderr
+    return folder
+
+
+def network(side: int = 4):
+    torch.manual_seed(0)
+    options = {"config_name_or_path": None, "preset": "unet-tiny", "dropout": None, "downsampling": 8}
+    return build_unet(unet_config(resolution=8 * side, channels=4, **options)).eval()
+
+
+# Encoding
+
+
+def test_latents_are_draws_from_the_posterior(vae):
+    batch = Images(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    with torch.no_grad():
+        posterior = vae.encode(batch.x0).latent_dist
+    scale = vae.config.scaling_factor
+    encode = LatentEncoder(vae, CPU)
+    encoded = encode(batch, DRAWS)
+    normal = DRAWS.normal("latent", 2, 4, 4, 4)
+    torch.testing.assert_close(encoded.x0, scale * (posterior.mean + (0.5 * posterior.logvar).exp() * normal))
+    assert encoded.labels is None and not encoded.condition and not encoded.x0.requires_grad
+    assert torch.equal(encode(batch, DRAWS).x0, encoded.x0)
+    draws = torch.stack([encode(batch, Draws(0, step, 0, CPU)).x0 for step in range(400)]) / scale
+    deviation = posterior.std
+    assert ((draws.mean(0) - posterior.mean).abs() < 5 * deviation / 20).all()  # five standard errors
+    torch.testing.assert_close(draws.std(0), deviation, rtol=0.2, atol=0)
+
+
+def test_a_latent_does_not_depend_on_how_the_batch_is_split():
+    mean, deviation = torch.zeros(16, 4, 2, 2), torch.ones(16, 4, 2, 2)
+    whole = latent_draw(mean, deviation, 0.5, DRAWS)
+    second = latent_draw(mean[8:].half(), deviation[8:].half(), 0.5, Draws(0, 0, 8, CPU))
+    assert second.dtype == torch.float32 and torch.equal(whole[8:], second) and float(whole.std()) == pytest.approx(0.5, rel=0.1)
+
+
+def test_classes_reach_the_network_beside_latents(vae):
+    batch = Images(torch.zeros(2, 3, 32, 32), torch.tensor([3, 1]))
+    told = LatentEncoder(vae, CPU, class_conditional=True)(batch, DRAWS)
+    assert torch.equal(told.condition["class_labels"], batch.labels) and torch.equal(told.labels, batch.labels)
+    assert told.condition.keys() == PixelEncoder(CPU, class_conditional=True)(batch, DRAWS).condition.keys()
+
+
+def test_half_precision_is_of_the_encoder_alone(vae):
+    batch = Images(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    exact, half = (LatentEncoder(vae, CPU, precision=dtype)(batch, DRAWS).x0 for dtype in (torch.float32, torch.bfloat16))
+    assert half.dtype == torch.float32 and vae.dtype == torch.float32
+    assert 0 < float((exact - half).abs().max()) < 0.05
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_samples_are_unclipped_latents_decoded(vae, sampler):
+    """Against the sampler's own steps, image by image; a stochastic one draws from the image's generator too."""
+    scheduler = build_scheduler("ddpm")
+    pipeline = build_pipeline(network(), scheduler, sampler=sampler, spacing="leading", vae=vae)
+    assert pipeline.scheduler.config.clip_sample is False
+    assert build_pipeline(network(), scheduler, sampler=sampler, spacing="leading").scheduler.config.clip_sample is True
+    found = sample_images(pipeline, 3, steps=4, seed=7, batch_size=2, device=CPU)
+    largest = 0.0
+    for number in range(3):
+        generator = seeded_generator(7, "sample", number)
+        pipeline.scheduler.set_timesteps(4)
+        x = torch.randn(1, 4, 4, 4, generator=generator)
+        for t in pipeline.scheduler.timesteps:
+            with torch.no_grad():
+                output = pipeline.unet(x, t).sample
+            x = pipeline.scheduler.step(output, t, x, generator=generator).prev_sample
+        with torch.no_grad():
+            image = vae.decode(x / vae.config.scaling_factor).sample[0].permute(1, 2, 0)
+        wanted = ((image / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
+        assert numpy.abs(found[number].astype(int) - wanted).max() <= 1
+        largest = max(largest, float(x.abs().max()))
+    assert largest > 1
+    assert "step" not in vars(pipeline.scheduler)  # it is as it was
+
+
+def test_the_saved_pipeline_samples_in_a_process_of_plain_diffusers(run, tmp_path):
+    code = """
+import sys
+import torch
+from diffusers import DiffusionPipeline, LDMPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+assert type(pipeline) is LDMPipeline and not pipeline.scheduler.config.clip_sample
+torch.manual_seed(0)
+images = pipeline(batch_size=2, num_inference_steps=3).images
+assert [image.size for image in images] == [(32, 32)] * 2
+assert not [name for name in sys.modules if name.startswith("immiscible")]
+"""
+    (tmp_path / "sample.py").write_text(code)
+    result = run_command([sys.executable, "-P", tmp_path / "sample.py", run])
+    assert result.code == 0, result.stderr
+    card = (run / "README.md").read_text()
+    assert 'LDMPipeline.from_pretrained("THIS_FOLDER")' in card and "| latents | of " in card
+
+
+def test_a_run_trains_on_latents_and_measures_pixels(run, vae):
+    config = json.loads((run / "unet" / "config.json").read_text())
+    assert (config["in_channels"], config["sample_size"]) == (4, 4)
+    assert json.loads((run / "model_index.json").read_text())["vqvae"] == ["diffusers", "AutoencoderKL"]
+    [line] = [json.loads(text) for text in (run / "evaluation.jsonl").read_text().splitlines()]
+    assert line["num_features"] == 3 * 8 * 8 and line["samples"] == 8 and len(line["validation_loss"]) == 10
+    with Image.open(run / "samples" / "step-0000004.png") as grid:
+        assert grid.size == (128, 64)  # two samples of 32x32, enlarged
+    assert metrics(run)[-1]["distance_reduction_percent"] > 0
+    saved = load_vae(str(run / "vqvae"), resolution=32)
+    assert vae_identity(saved) == vae_identity(vae)
+
+
+def test_the_grid_is_of_the_saved_pipeline(run):
+    from diffusers import LDMPipeline
+
+    images = sample_images(LDMPipeline.from_pretrained(run), 2, steps=2, seed=0, batch_size=2, device=CPU)
+    grid = numpy.asarray(Image.open(run / "samples" / "step-0000004.png"))
+    assert (grid[:, :64][::2, ::2] == images[0]).all() and (grid[:, 64:][::2, ::2] == images[1]).all()
+
+
+# Runs
+
+
+def test_a_cut_run_of_latents_goes_on_as_it_was(script, tmp_path):
+    common = {"use_ema": True, "noise_coupling": "assignment", "timestep_sampling": "asymmetric", "random_flip": True, "dropout": 0.1}
+    assert script(latent(tmp_path / "whole", max_train_steps=5, **common)).code == 0
+    assert script(latent(tmp_path / "cut", max_train_steps=2, **common)).code == 0
+    result = script(latent(tmp_path / "cut", max_train_steps=5, resume_from_checkpoint="latest", **common))
+    assert result.code == 0, result.stderr
+    assert final_hashes(tmp_path / "cut", 5) == final_hashes(tmp_path / "whole", 5)
+    other = latent(tmp_path / "cut", max_train_steps=6, resume_from_checkpoint="latest", **common, vae_model_name_or_path=model_folder(2))
+    result = script(other)
+    assert result.code == 2 and "network was" in result.error and "belongs to another run" in result.error
+
+
+def test_classes_and_half_precision(script, tmp_path):
+    result = script(latent(tmp_path / "run", bundled_data="digits", class_conditional=True, mixed_precision="bf16", use_ema=True))
+    assert result.code == 0, result.stderr
+    assert "4x4x4, 10 classes" in result.stderr
+    assert (tmp_path / "run" / "samples" / "step-0000004.png").exists()
+
+
+def test_two_processes_train_the_latents_that_one_trains(script, tmp_path):
+    assert script(latent(tmp_path / "one")).code == 0
+    results = [run.wait() for run in script.start_ranks(latent(tmp_path / "two", train_batch_size=4))]
+    assert [result.code for result in results] == [0, 0], results[0].stderr
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"resolution": 36}, "halves the image 3 times: --resolution 36 must be a multiple of 8"),
+        ({"resolution": 40}, "halves the latent (1/8 of the image) 1 times: --resolution 40 must be a multiple of 16"),
+        ({"vae_model_name_or_path": model_folder() / "unet"}, "is a UNet2DConditionModel, not an AutoencoderKL"),
+        ({"vae_model_name_or_path": model_folder() / "tokenizer"}, "no AutoencoderKL found there"),
+        ({"vae_model_name_or_path": "/nowhere"}, "no AutoencoderKL found there"),
+        ({"noise_process": "flow", "prediction_type": "flow_prediction"}, "diffusers has no pipeline"),
+        ({"train_subset_fraction": 1.5}, "--train_subset_fraction must be above 0 and at most 1"),
+        ({"max_train_samples": 9}, "give one of them"),
+        ({"train_subset_fraction": 1e-9}, "leaves none"),
+    ],
+)
+def test_mistakes_are_one_line(script, tmp_path, changes, wanted):
+    result = script(latent(tmp_path / "run", **changes))
+    assert result.code == 2 and wanted in result.error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vae_without_weights_of_shifted_latents_and_a_network_of_pixels(vae, tmp_path):
+    vae.save_pretrained(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, "shift_factor": 0.1}))
+    with pytest.raises(UserError, match="shifts its latents"):
+        load_vae(str(tmp_path / "vae"), resolution=32)
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="no AutoencoderKL found"):
+        load_vae(str(tmp_path / "vae"), resolution=32)
+    assert latent_downsampling(vae) == 8
+    network().save_config(tmp_path / "unet")
+    options = {"config_name_or_path": str(tmp_path / "unet"), "preset": None, "dropout": None, "resolution": 32}
+    assert unet_config(**options, channels=4, downsampling=8)["sample_size"] == 4
+    with pytest.raises(UserError, match="has 4 channels, and the VAE's latents have 8"):
+        unet_config(**options, channels=8, downsampling=8)
+
+
+# The share of the images
+
+
+def test_a_share_of_the_images_is_the_same_for_every_seed(script, tmp_path):
+    all_images = load_images(bundled_data="digits")
+    tenth = load_images(bundled_data="digits", train_subset_fraction=0.1)
+    assert len(tenth) == 180 == len({tenth.name(index) for index in range(180)})
+    assert tenth.fingerprint == load_images(bundled_data="digits", max_train_samples=180).fingerprint
+    assert len(load_images(bundled_data="digits", train_subset_fraction=1.0)) == len(all_images)
+    result = script(tiny_text(tmp_path / "text", train_subset_fraction=0.5, plan=True), program="finetune_sd.py")
+    assert result.code == 0 and "16 images, of which 8 are used" in result.stderr
+
+
+def test_the_share_continues_only_as_it_was(script, tmp_path):
+    assert script(tiny(tmp_path / "run", train_subset_fraction=0.2, seed=3)).code == 0
+    common = {"seed": 3, "resume_from_checkpoint": "latest", "max_train_steps": 6}
+    result = script(tiny(tmp_path / "run", train_subset_fraction=0.3, **common))
+    assert result.code == 2 and "data was" in result.error
+    assert script(tiny(tmp_path / "run", max_train_samples=359, **common)).code == 0  # the same images by another name
+
+
+def test_a_run_of_latents_and_its_checkpoint_are_sampled(script, run, tmp_path):
+    def sampled(name: str, model: Path, **changes) -> list[bytes]:
+        words = {"model": model, "output_dir": tmp_path / name, "num_images": 5, "num_inference_steps": 3, "batch_size": 2, **changes}
+        result = script(flags(words), program="scripts/sample.py")
+        assert result.code == 0, result.stderr
+        return [path.read_bytes() for path in sorted((tmp_path / name).glob("*.png"))]
+
+    of_run = sampled("run", run)
+    assert len(set(of_run)) == 5
+    assert sampled("checkpoint", run / "checkpoint-4") == of_run
+    assert sampled("raw", run, weights="raw") == sampled("checkpoint_raw", run / "checkpoint-4", weights="raw")
+    assert sampled("euler", run, scheduler="euler_ancestral") != of_run

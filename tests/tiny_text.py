@@ -1,0 +1,225 @@
+"""A Stable Diffusion checkpoint and captioned images of a second, and the two scripts run on them up to their training loop."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from launch import ROOT, flags
+from PIL import Image
+
+sys.path.insert(0, str(ROOT))
+_FOLDER = tempfile.TemporaryDirectory(prefix="tiny-text-")
+
+
+@cache
+def model_folder(version: int = 1) -> Path:
+    """A checkpoint with every part of Stable Diffusion; version 2 predicts v and samples by DDIM, as 2.x does."""
+    from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    words = Path(_FOLDER.name) / "tokenizer"
+    words.mkdir(exist_ok=True)
+    characters = [chr(code) for code in range(33, 127)]
+    names = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    (words / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    torch.manual_seed(version)
+    text_config = CLIPTextConfig(
+        vocab_size=len(names),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=len(names) - 2,
+        eos_token_id=len(names) - 1,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        use_linear_projection=version == 2,
+    )
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False}
+    scheduler = (
+        PNDMScheduler(**noise, skip_prk_steps=True)
+        if version == 1
+        else DDIMScheduler(**noise, clip_sample=False, prediction_type="v_prediction")
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=16),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = Path(_FOLDER.name) / f"model-{version}"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@cache
+def data_folder(images: int = 16) -> Path:
+    """Images of 40x48 noise with two captions each."""
+    folder = Path(_FOLDER.name) / f"data-{images}"
+    folder.mkdir()
+    draw = numpy.random.default_rng(0)
+    lines = []
+    for number in range(images):
+        Image.fromarray(draw.integers(0, 256, (48, 40, 3), dtype=numpy.uint8)).save(folder / f"{number:03}.png")
+        lines.append(json.dumps({"file_name": f"{number:03}.png", "text": [f"thing {number}", f"a {number}"]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def class_folder(folder: Path, names: Sequence[str], column: str = "kind", each: int = 4) -> Path:
+    """Images in a parquet file with a column of classes; those of a class are of one grey."""
+    import datasets
+
+    greys = [int(255 * (number % len(names)) / len(names)) for number in range(each * len(names))]
+    table = {
+        "image": [Image.new("RGB", (32, 32), (grey, grey, grey)) for grey in greys],
+        column: [number % len(names) for number in range(each * len(names))],
+    }
+    features = datasets.Features({"image": datasets.Image(), column: datasets.ClassLabel(names=list(names))})
+    folder.mkdir()
+    datasets.Dataset.from_dict(table, features=features).to_parquet(folder / "train-0.parquet")
+    return folder
+
+
+def tiny_text(output_dir: Path | str, **changes: Any) -> list[str]:
+    """The flags of a run of a second; ``name=None`` takes a flag out."""
+    values = {
+        "pretrained_model_name_or_path": None if "pretrained_model_name_or_path" in changes else model_folder(),
+        "train_data_dir": None if {"train_data_dir", "dataset_name"} & changes.keys() else data_folder(),
+        "resolution": 32,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 0,
+        "report_to": "none",
+        "logging_steps": 1,
+        "validation_inference_steps": 2,
+        "seed": 0,
+        "output_dir": output_dir,
+        **changes,
+    }
+    return flags(values)
+
+
+@dataclass
+class Reached:
+    """What a script gave to its training loop, and what the loop's first steps did.
+
+    Args:
+        options: the loop's arguments, by name.
+        losses: one per step.
+        pairs: one per micro-batch.
+        before: the network's weights by name, before the first step.
+        after: the same after the last.
+        grad_norms: of the gradients that the optimizer was given, one per step.
+    """
+
+    options: dict[str, Any]
+    losses: list[float] = field(default_factory=list)
+    pairs: list[Any] = field(default_factory=list)
+    before: dict[str, torch.Tensor] = field(default_factory=dict)
+    after: dict[str, torch.Tensor] = field(default_factory=dict)
+    grad_norms: list[float] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.options[name]
+
+
+class _Stop(Exception):
+    pass
+
+
+def reach(
+    monkeypatch: pytest.MonkeyPatch,
+    argv: Sequence[str],
+    *,
+    from_scratch: bool = False,
+    steps: int = 0,
+    inspect: Callable[[Reached], None] | None = None,
+) -> Reached:
+    """Runs ``train_text_to_image`` in this process up to its training loop and takes ``steps`` of it; nothing is written.
+
+    Args:
+        monkeypatch: pytest's.
+        argv: the command line.
+        from_scratch: as ``train_text_to_image.py`` does; otherwise as ``finetune_sd.py``.
+        steps: optimizer steps to take.
+        inspect: called before the first step.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    import train_text_to_image as script
+    from immiscible.config import parse_config
+    from immiscible.run import session
+    from immiscible.text_config import TextToImageConfig
+    from immiscible.training import train
+
+    names = ("accelerator", "model", "optimizer", "objective", "batches", "encode")
+    found: list[Reached] = []
+
+    def stand_in(*arguments: Any, **options: Any) -> None:
+        reached = Reached({**dict(zip(names, arguments, strict=True)), **options})
+        found.append(reached)
+        network, watch = reached.accelerator.unwrap_model(reached.model), reached.watch
+
+        def note(pairs: Any) -> None:
+            reached.pairs.append(pairs)
+            if watch:
+                watch(pairs)
+
+        def note_gradients(optimizer: Any, *_: Any) -> None:
+            gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+            reached.grad_norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+        reached.optimizer.optimizer.register_step_pre_hook(note_gradients)
+        if inspect:
+            inspect(reached)
+        reached.before = {name: value.clone() for name, value in network.state_dict().items()}
+        loop = train(*arguments, **{**options, "watch": note})
+        reached.losses = [next(loop).metrics["loss"] for _ in range(steps)]
+        loop.close()
+        reached.after = {name: value.clone() for name, value in network.state_dict().items()}
+        raise _Stop
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(script, "train", stand_in)
+    config = parse_config(TextToImageConfig, [str(word) for word in argv], program="a script", description="")
+    try:
+        with pytest.raises(_Stop), session(config) as accelerator:
+            script.train_text_to_image(config, accelerator, from_scratch=from_scratch)
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+    return found[0]
