@@ -244,6 +244,8 @@ def _costs(
     columns, noise_scale = _operand(noises, dtype)  # [M,D], [M]
     far = image_norm > noise_norm.mean()
     cost = torch.empty(len(images), len(noises), device=images.device)
+    if dtype == "int8":
+        rows_per_product = None  # sums of integers are alike in any company
     height = rows_per_product or ROWS_PER_PRODUCT
     for start in range(0, len(images), height):
         rows = slice(start, start + height)

@@ -176,7 +176,9 @@ class MethodArguments:
     coupling_candidates: int = flag(8, "k of the nearest coupling")
     coupling_score: str = flag("l2", "nearest by l2, or by dot (keeps the length of the noise)", choices=SCORES)
     coupling_min_timestep: int = flag(0, "pair only images at or above this timestep; the others keep their own noise")
-    coupling_start_step: int = flag(0, "train with independent noise until this optimizer step")
+    coupling_start_step: int = flag(
+        0, "train with independent noise until this optimizer step; a window is paired if it begins at or after it"
+    )
     timestep_sampling: str = flag(
         "uniform",
         "how often each noise level is trained: asymmetric is SpeeD's eq. 3, asymmetric_released what its code does",
@@ -358,6 +360,7 @@ FREE_ON_RESUME = frozenset(
         "enable_xformers_memory_efficient_attention",
         "gradient_checkpointing",
         "channels_last",
+        "look_ahead",
         "local_rank",
         "dataloader_num_workers",
         "cache_dir",

@@ -455,7 +455,9 @@ def _folder_images(
                     "parquet", data_files=[str(root / file) for file in parquet], cache_dir=cache_dir, split="train"
                 )
             else:
-                table = datasets.load_dataset("imagefolder", data_dir=str(root), cache_dir=cache_dir, split="train")
+                # Told that all files are training images, `datasets` does not search them 66 times for the names of splits.
+                files = None if _names_splits(root) else {"train": "**"}
+                table = datasets.load_dataset("imagefolder", data_dir=str(root), data_files=files, cache_dir=cache_dir, split="train")
     except Exception as error:  # an empty folder alone comes as three types
         wanted = "cannot read its .parquet files" if parquet else "no training images found in it, nor .parquet files"
         raise UserError(f"--train_data_dir {folder}: {wanted} ({_first_line(error)})") from error
@@ -476,6 +478,12 @@ def parquet_files(root: Path) -> list[str]:
     found = sorted(glob.glob("**/*.parquet", root_dir=root, recursive=True))
     found = [file for file in found if Path(file).name != "metadata.parquet"]  # that one describes an image folder
     return [file for file in found if re.search(r"(?:^|[^a-z0-9])train(?:ing)?(?![a-z0-9])", file.lower())] or found
+
+
+def _names_splits(root: Path) -> bool:
+    """Whether any file might count as one of a certain split for `datasets`; it has narrower rules than this."""
+    word = re.compile(r"train|val|dev|test|eval|-of-|^data$|^task\.toml$|^instruction\.md$", re.IGNORECASE)
+    return any(word.search(name) for _, folders, names in os.walk(root, followlinks=True) for name in (*folders, *names))
 
 
 def only_images(table: Any, column: str, origin: str) -> Any:

@@ -62,18 +62,19 @@ class Ranks:
             torch.distributed.all_gather(received, payload, group=self._group)
         table = torch.stack(received)
         width = 2 * rows.shape[1]
-        everyones = table[..., :width].contiguous().view(rows.dtype)
+        everyones = _packed(table[..., :width]).view(rows.dtype)
         if labels is None:
             return everyones, None
-        return everyones, table[..., width:].contiguous().view(labels.dtype).view(self.count, *labels.shape)
+        return everyones, _packed(table[..., width:]).view(labels.dtype).view(self.count, *labels.shape)
 
 
 @dataclass(frozen=True)
 class GlobalAssignment:
     """The assignment of ``assignment`` over the images of all ranks; called by every rank with its own images and everyone's noises.
 
-    The result for a global batch does not depend on how many ranks share it: rows of the cost are computed alike, centered, rounded to
-    bfloat16 and solved alike. For N images a rank sends 2 N bytes for each of its own.
+    On CPUs of one kind the result for a global batch does not depend on how many ranks share it: rows of the cost are computed alike,
+    centered, rounded to bfloat16 and solved alike. For N images a rank sends 2 N bytes for each of its own. That all ranks come to the
+    same solution takes hosts of one kind too: the solve is in integers, but what it rounds is not.
 
     Args:
         assignment: metric, precision, solver and condition.
@@ -147,11 +148,26 @@ def across_ranks(coupling: Coupling, accelerator: Accelerator, window: int = 1) 
     """``coupling`` over the batches of all ranks, ``window`` micro-batches at a time; every rank calls it once.
 
     Raises:
-        UserError: a coupling that does not assign within the batch, or one that keeps means of its own on each rank.
+        UserError: a coupling that does not assign within the batch, one that keeps means of its own on each rank, or a precision of the
+            cost that some rank lacks.
     """
     inner, min_timestep = (coupling.coupling, coupling.min_timestep) if isinstance(coupling, AboveTimestep) else (coupling, 0)
     if not isinstance(inner, AssignmentCoupling):
         raise UserError("--coupling_scope global needs a coupling that pairs the images of a batch: --noise_coupling assignment")
     if inner.condition == "centered":
         raise UserError("--coupling_condition centered keeps means of its own on every process; give --coupling_scope process")
-    return GlobalAssignment(inner, Ranks(accelerator.process_index, accelerator.num_processes), window, min_timestep)
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes)
+    if inner.dtype == "int8":  # found out here and not by one rank alone in the middle of an exchange
+        try:
+            cost_matrix(torch.zeros(2, 64, device=accelerator.device), torch.zeros(2, 64, device=accelerator.device), dtype="int8")
+            failed = False
+        except UserError:
+            failed = True
+        if ranks.any_failed(failed):
+            raise UserError("--coupling_dtype int8: not every process can multiply int8; give --coupling_dtype auto or float32")
+    return GlobalAssignment(inner, ranks, window, min_timestep)
+
+
+def _packed(bytes_: Tensor) -> Tensor:
+    """A copy that begins where memory does: bytes of any offset are not seen as wider numbers."""
+    return bytes_.clone(memory_format=torch.contiguous_format)

@@ -65,18 +65,18 @@ class ReservoirCoupling:
                 self._stacked = torch.stack(self._kept).to(x0.device)
             else:
                 self._stacked = torch.randn(self.size, *x0.shape[1:], dtype=noise.dtype, device=x0.device, generator=generator)
-                self._kept = tuple(self._stacked.clone())
+                self._kept = tuple(row.clone() for row in self._stacked)
         if self._stacked.shape[1:] != x0.shape[1:]:
             raise UserError(f"the reservoir holds noises of shape {tuple(self._stacked.shape[1:])}, the images have {tuple(x0.shape[1:])}")
         images = x0.detach().flatten(1).float()
         score = torch.cat([images @ pool.flatten(1).float().T for pool in (self._stacked, noise)], dim=1)  # [B, M + B]
         taken = self._best(score)
-        candidates = [*self._kept, *noise.clone()]
+        candidates = [*self._kept, *noise]
         paired = torch.stack([candidates[column].to(x0.device) for column in taken])
         fresh = iter(sorted(set(range(self.size, self.size + len(x0))) - set(taken)))
         kept = list(self._kept)
         for slot in sorted(column for column in taken if column < self.size):
-            kept[slot] = candidates[next(fresh)]
+            kept[slot] = candidates[next(fresh)].clone()  # a view would keep its whole batch
             self._stacked[slot] = kept[slot]
         self._kept = tuple(kept)
         return paired

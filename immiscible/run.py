@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from .assignment import LARGEST_BLOCK
 from .checkpoints import PARTIAL, read_state, replace
 from .conditions import ClassLeak
 from .config import OWN_FILES, MethodArguments, UnconditionalConfig, given, save_config
@@ -183,7 +184,8 @@ def check_batch_size(config: AnyConfig, objective: DenoisingObjective, images: f
     """Warns of a batch in which pairing is void or images repeat.
 
     Raises:
-        UserError: there are too few images for a batch of different ones, and the coupling pairs within the batch.
+        UserError: there are too few images for a batch of different ones, and the coupling pairs within the batch; or too many are to
+            be paired at once.
     """
     pairs = pairs_batch(objective.coupling)
     if images < global_batch:
@@ -194,6 +196,11 @@ def check_batch_size(config: AnyConfig, objective: DenoisingObjective, images: f
             )
         logger.warning("%s: images repeat within a batch", shortage)
     shared = global_batch if config.coupling_scope == "global" else config.train_batch_size
+    if pairs and config.coupling_scope == "global" and shared * config.coupling_window > LARGEST_BLOCK:
+        raise UserError(
+            f"--coupling_scope global pairs at most {LARGEST_BLOCK} images at once, not {shared} x --coupling_window "
+            f"{config.coupling_window}, since every rank holds all their costs; lower one of them, or give --coupling_scope process"
+        )
     if pairs and shared * config.coupling_window == 1:
         logger.warning(
             "--noise_coupling %s with --train_batch_size 1 is the identity: one image has one noise to choose from; "
@@ -456,18 +463,19 @@ def measured_facts(config: AnyConfig) -> dict[str, str]:
     if not mean:
         return {}
     drawn, paired = mean["pair_distance_drawn"], mean["pair_distance"]
+    coupling_ms = 1000 * config.gradient_accumulation_steps * mean["coupling_seconds"]
     solved = {}
     if "assignment_kept" in mean:
         solved["assignment"] = f"at least {100 * mean['assignment_kept']:.2f} % kept, {mean['assignment_bids_per_row']:.1f} bids an image"
         if mean["assignment_relaxations"]:
-            solved["assignment"] += f", {mean['assignment_relaxations']:.3g} relaxations a step: bids met their cap"
+            solved["assignment"] += f", {mean['assignment_relaxations']:.3g} relaxations a micro-batch: bids met their cap"
     return {
         "optimizer_steps": f"{lines[-1]['step']:g}",
         "pair_distance": f"{drawn:.4f} drawn, {paired:.4f} paired ({mean['distance_reduction_percent']:+.2f} % reduction)",
         "noise_marginal_drift": f"variance {mean['noise_variance_drift']:+.5f}, norm {mean['noise_norm_drift']:+.5f}",
         "images_paired_together": f"{mean['paired_images']:.1f}",
         **solved,
-        "coupling_time": f"{1000 * mean['coupling_seconds']:.2f} ms of a {1000 * mean['step_seconds']:.1f} ms step",
+        "coupling_time": f"{coupling_ms:.2f} ms of a {1000 * mean['step_seconds']:.1f} ms step",
         "final_loss": f"{lines[-1]['loss']:.5f}",
     }
 
@@ -678,6 +686,8 @@ def tell_classes(unet, args, kwargs):  # the pipeline has no argument for them
 pipeline.unet.register_forward_pre_hook(tell_classes, with_kwargs=True)
 images = pipeline(batch_size=len(labels), num_inference_steps={facts["inference_steps"]}).images"""
     classes = "\nClasses:\n\n" + "".join(f"{number}. {name}\n" for number, name in enumerate(class_names)) if class_names else ""
+    if pipeline == "LDMPipeline":
+        classes = "\nThe VAE is an `AutoencoderKL` where diffusers expects a VQ model, and says so; it decodes as it should.\n" + classes
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
     return f"""---
 library_name: diffusers

@@ -106,7 +106,7 @@ def load_model(name: str, *, weights: str | None = None, lora: str | None = None
         loaded = Loaded(_from_diffusers(name))
     if lora:
         _add_adapters(loaded.pipeline, lora)
-    _align(loaded.pipeline)
+    _freeze(loaded.pipeline)
     return loaded
 
 
@@ -394,11 +394,15 @@ def image_size(loaded: Loaded, side: int | None) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-def _align(pipeline: DiffusionPipeline) -> None:
-    """Copies weights that are mapped from a file, at whatever address: a CPU's sums depend on their alignment in the last bit."""
+def _freeze(pipeline: DiffusionPipeline) -> None:
+    """Makes the arithmetic the same wherever the weights came from: a CPU's last bits depend on the alignment of weights that are mapped
+    from a file, and on whether they could be trained.
+    """
     for part in pipeline.components.values():
-        for tensor in [*part.parameters(), *part.buffers()] if isinstance(part, nn.Module) else []:
-            tensor.data = tensor.data.clone()
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+            for tensor in [*part.parameters(), *part.buffers()]:
+                tensor.data = tensor.data.clone()
 
 
 def networks(pipeline: DiffusionPipeline) -> dict[str, str]:

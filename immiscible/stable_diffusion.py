@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import shutil
@@ -17,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from .checkpoints import PARTIAL, adapted, replace, save_adapters
-from .data import ImageSource, Subset, load_images
+from .data import ImageSource, Subset, TableImages, load_images
 from .encoding import PRECISIONS, Encoded, latent_draw
 from .errors import UserError
 from .evaluation import evaluation_weights, image_grid, sample_images
@@ -69,7 +70,7 @@ def load_captioned_images(config: TextToImageConfig) -> ImageSource | Stream:
     """The images that the flags name, with their captions.
 
     Raises:
-        UserError: as `load_images` or, with ``--streaming``, `load_stream`.
+        UserError: as `load_images` or, with ``--streaming``, `load_stream`; or a flag needs classes and the captions are texts.
     """
     named: dict[str, Any] = {
         "dataset_name": config.dataset_name,
@@ -77,18 +78,32 @@ def load_captioned_images(config: TextToImageConfig) -> ImageSource | Stream:
         "train_data_dir": config.train_data_dir,
         "image_column": config.image_column,
         "caption_column": config.caption_column,
-        "label_column": config.caption_column if config.labels_for else None,
-        "labels_for": config.labels_for,
         "cache_dir": config.cache_dir,
     }
     if config.streaming:
-        return load_stream(**named)
-    return load_images(
+        return load_stream(**named, label_column=config.caption_column if config.labels_for else None, labels_for=config.labels_for)
+    source = load_images(
         **named,
         max_train_samples=config.max_train_samples,
         train_subset_fraction=config.train_subset_fraction,
         skip_bad_images=config.skip_bad_images,
     )
+    if config.labels_for is None:
+        return source
+    if prompt_classes(source, config.caption_column) is None:
+        raise UserError(
+            f"{config.labels_for} needs classes, and --caption_column {config.caption_column} holds texts: name a column of classes "
+            f"(ClassLabel); --coupling_condition centered and penalty take texts"
+        )
+    return _with_classes(source)
+
+
+def _with_classes(source: ImageSource) -> ImageSource:
+    """The same images, their captions' classes for labels."""
+    if isinstance(source, Subset):
+        return dataclasses.replace(source, source=_with_classes(source.source))
+    assert isinstance(source, TableImages)
+    return dataclasses.replace(source, labels=source.texts)
 
 
 def load_stable_diffusion(config: TextToImageConfig, *, from_scratch: bool) -> StableDiffusion:
@@ -189,7 +204,7 @@ def add_adapters(unet: UNet2DConditionModel, rank: int, dtype: torch.dtype) -> N
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    unet.requires_grad_(False).to(dtype=dtype)
+    nn.Module.to(unet.requires_grad_(False), dtype=dtype)  # see `place_frozen`
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=ATTENTION))
     cast_training_params(unet, dtype=torch.float32)
 
@@ -267,9 +282,7 @@ def place(parts: StableDiffusion, config: TextToImageConfig, accelerator: Accele
 def place_frozen(parts: StableDiffusion, device: torch.device, dtype: torch.dtype) -> None:
     """Moves VAE and text encoder to ``device``, in ``dtype``."""
     for part in (parts.vae, parts.text_encoder):
-        part.to(device)
-        if part.dtype != dtype:  # diffusers warns of every cast, also of one that changes nothing
-            part.to(dtype=dtype)
+        nn.Module.to(part, device=device, dtype=dtype)  # diffusers' own `to` warns of every cast, naming an empty list of modules
 
 
 def build_text_optimizer(unet: nn.Module, config: TextToImageConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
@@ -337,7 +350,7 @@ def build_text_pipeline(parts: StableDiffusion) -> StableDiffusionPipeline:
     return diffusers.StableDiffusionPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
+        tokenizer=copy.deepcopy(parts.tokenizer),  # it has state, and the look-ahead thread uses its own
         unet=parts.unet,
         scheduler=scheduler,
         safety_checker=None,

@@ -196,20 +196,20 @@ def _paired(
     ranks = objective.coupling.ranks if isinstance(objective.coupling, GlobalAssignment) else None
     start = start_step * accumulation
     for first in count(start - start % window, window):
+        steps = [divmod(micro_batch, accumulation) for micro_batch in range(first, first + window)]
+        draws = [Draws(seed, step, (micro * processes + rank) * batch_size, accelerator.device) for step, micro in steps]
         try:
-            taken = list(islice(batches, window))
+            encoded = list(map(encode, islice(batches, window), draws))
         except UserError:
             if ranks:
                 ranks.any_failed(True)
             raise
         if ranks and ranks.any_failed(False):
             raise AnotherRankFailed("another process stopped")
-        if not taken:
+        if not encoded:
             return
-        steps = [divmod(micro_batch, accumulation) for micro_batch in range(first, first + len(taken))]
-        draws = [Draws(seed, step, (micro * processes + rank) * batch_size, accelerator.device) for step, micro in steps]
+        draws = draws[: len(encoded)]
         pool = PoolDraws(tuple(draws), batch_size, rank, processes if ranks else 1)
-        encoded = map(encode, taken, draws)
         x0, labels, condition = (_joined(column) for column in zip(*encoded, strict=True))
         before = coupling_state(objective.coupling)
         parts = objective.pair(x0, pool, labels, condition).split(batch_size)
@@ -234,6 +234,8 @@ def _look_ahead(items: Iterator[Item], depth: int, device: torch.device) -> Iter
     before this ends, on every rank, because another rank may wait for its part in it.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(device))  # frozen networks may still be on their way to the device
 
     def make() -> Item | None:
         with torch.cuda.stream(stream):  # no stream, no effect

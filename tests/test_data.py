@@ -90,6 +90,20 @@ def test_the_adm_crop_follows_the_published_rule(shape):
         assert np.array_equal(grays(pixels).round().to(torch.uint8).permute(1, 2, 0).numpy(), wanted)
 
 
+@pytest.mark.parametrize("names", [["cat/1.png", "dog/2.png"], ["a/train/1.png", "a/test/2.png"], ["train-1.png", "x.png"], ["data/1.png"]])
+def test_the_quick_search_of_a_folder_finds_what_datasets_finds(tmp_path, names):
+    import datasets
+
+    for name in names:
+        save(tmp_path / "images" / name, noise(8, 8, 3))
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"), split="train")
+    ours = load_images(train_data_dir=str(tmp_path / "images"))
+    paths = [cell["path"] for cell in theirs.cast_column("image", datasets.Image(decode=False))["image"]]
+    assert [ours.name(index) for index in range(len(ours))] == paths
+    names = theirs.features["label"].names if "label" in theirs.features else None
+    assert ours.class_names == names
+
+
 def test_adm_and_diffusers_crops_differ_and_16_bits_have_no_adm():
     original = noise(64, 64, 3)
     crops = [ImageTransform(8, center_crop=True, crop=crop)(original, 0, 0) for crop in ("adm", "diffusers")]
@@ -539,15 +553,15 @@ def labelled_batches(workers, start=0, with_labels=True):
 def test_labels_stay_with_their_images(workers):
     batches = labelled_batches(workers)
     seen = []
-    for x0, labels in batches:
+    for x0, labels, _ in batches:
         numbers = grays(x0)[:, 0, 0, 0].round().long()
         assert labels.dtype == torch.int64 and torch.equal(labels, numbers**2 % 7)
         seen += numbers.tolist()
     assert sorted(seen[:20]) == list(range(20)) and seen[:20] != seen[20:40]  # shuffled, anew in each epoch
-    for (x0, labels), (again, same) in zip(batches[7:], labelled_batches(workers, start=7), strict=True):
+    for (x0, labels, _), (again, same, _) in zip(batches[7:], labelled_batches(workers, start=7), strict=True):
         assert torch.equal(x0, again) and torch.equal(labels, same)
     plain = labelled_batches(workers, with_labels=False)
-    assert all(labels is None and torch.equal(x0, batch.x0) for (x0, labels), batch in zip(plain, batches, strict=True))
+    assert all(labels is None and torch.equal(x0, batch.x0) for (x0, labels, _), batch in zip(plain, batches, strict=True))
 
 
 def test_a_substitute_brings_its_own_label(tmp_path):

@@ -183,7 +183,7 @@ ELSEWHERE = {
     "validation_prompt": "test_several_prompts_follow_one_flag",
     "num_validation_images": "test_several_prompts_follow_one_flag",
     "validation_epochs": "test_files_of_a_run",
-    "push_to_hub": "test_push_without_a_network",  # what is sent: tests/test_text_to_image.py
+    "push_to_hub": "test_push_without_a_network",  # what is sent: tests/test_text_runs.py
     "hub_model_id": "test_push_without_a_network",
     "hub_token": "test_push_without_a_network",
     "use_8bit_adam": "test_8bit_adam",  # would take bitsandbytes and a GPU; here its optimizer is a stand-in

@@ -89,7 +89,7 @@ def in_global_order(parts):
 def test_any_number_of_ranks_pairs_alike(paired, name, min_timestep):
     one, two, four = (in_global_order([found[f"{name}-{min_timestep}"] for found in paired[ranks]]) for ranks in (1, 2, 4))
     assert torch.equal(one, two) and torch.equal(one, four)
-    _, _, timesteps = everyone()
+    timesteps = everyone()[2]
     drawn = pool_of(0, 1).normal("noise", *SHAPE)
     assert sorted(map(tuple, one.flatten(1).tolist())) == sorted(map(tuple, drawn.flatten(1).tolist()))  # a permutation, all distinct
     assert len(one.flatten(1).unique(dim=0)) == WINDOW * GLOBAL_BATCH
@@ -139,9 +139,9 @@ def test_rows_come_out_alike_whatever_stands_beside_them():
     for metric in ("l2", "squared_l2"):
         for dtype in ("float32", "bfloat16", "float16"):
             whole = cost_matrix(x0, noise, metric=metric, dtype=dtype, rows_per_product=32)
-            for start, stop in ((0, 1), (3, 40), (50, 100), (7, 71)):
-                part = cost_matrix(x0[start:stop], noise, metric=metric, dtype=dtype, rows_per_product=32)
-                assert torch.equal(part, whole[start:stop])
+            for first, last in ((0, 1), (3, 40), (50, 100), (7, 71)):
+                part = cost_matrix(x0[first:last], noise, metric=metric, dtype=dtype, rows_per_product=32)
+                assert torch.equal(part, whole[first:last])
             assert torch.allclose(whole, cost_matrix(x0, noise, metric=metric, dtype=dtype), rtol=1e-4, atol=1e-4)
 
 
@@ -242,6 +242,18 @@ def test_a_reservoir_goes_on_where_it_was_cut(script, tmp_path, ranks):
     finish(start(script, runs["cut"], ranks))
     assert final_hashes(tmp_path / "cut", 9) == final_hashes(tmp_path / "whole", 9)
     assert len(list((tmp_path / "whole" / "checkpoint-9").glob("coupling-*.safetensors"))) == ranks
+
+
+def test_one_image_on_one_rank_with_its_class():
+    coupling = GlobalAssignment(AssignmentCoupling(condition="within"), Ranks())
+    noise = torch.randn(1, *SHAPE)
+    assert torch.equal(coupling(noise, noise, timesteps=torch.zeros(1), labels=torch.tensor([3])), noise)
+
+
+def test_too_many_images_at_once_are_refused_before_anything_is_written(script, tmp_path):
+    words = {"noise_coupling": "assignment", "coupling_scope": "global", "coupling_window": 1025, "train_batch_size": 16}
+    result = script(tiny(tmp_path / "run", **words))
+    assert result.code == 2 and "pairs at most 16384 images at once" in result.error and not (tmp_path / "run").exists()
 
 
 def test_flags_for_other_couplings_are_refused(script, tmp_path):

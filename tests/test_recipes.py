@@ -4,7 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +208,48 @@ def test_two_processes_by_a_file_for_four_gpus(small, tmp_path):
     assert "4 images x 2 processes x 1 micro-batches = 8 a step" in result.stderr
     (line,) = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert line["paired_images"] == 8 and line["pair_distance"] < line["pair_distance_drawn"]
+
+
+# The demonstration
+
+
+def test_the_demonstration_fine_tunes_what_it_has_trained():
+    """`make demo-sd` is too long for a test; that its parts fit together is not."""
+    scratch, tuned = (
+        parse(script, ["--config", path]) for script, path in zip(("train_text_to_image.py", "finetune_sd.py"), DEMO, strict=True)
+    )
+    makefile = (ROOT / "Makefile").read_text()
+    (folder,) = re.findall(r"^SD_DEMO_DIR := (.+)$", makefile, flags=re.MULTILINE)
+    (tiny,) = re.findall(r"^TINY_SD_DIR := (.+)$", makefile, flags=re.MULTILINE)
+    assert scratch.pretrained_model_name_or_path == f"{tiny}/model" and scratch.train_data_dir == f"{tiny}/captions"
+    assert tuned.pretrained_model_name_or_path == f"{folder}/scratch/baseline-seed0" and tuned.train_data_dir == f"{tiny}/classes"
+    assert scratch.latent_cache_dir == f"{folder}/captions" and tuned.latent_cache_dir == f"{folder}/classes"
+    for config in (scratch, tuned):
+        assert config.cache_latents and config.eval_steps and config.max_train_steps % config.eval_steps == 0
+
+
+# docs/STABLE_DIFFUSION.md
+
+
+def test_the_page_on_stable_diffusion_names_what_exists():
+    page = (ROOT / "docs/STABLE_DIFFUSION.md").read_text()
+    files = set(re.findall(r"(?:configs|scripts|docs|immiscible|tests)/[\w/.-]+\.\w+", page))
+    assert len(files) > 10 and [name for name in sorted(files) if not (ROOT / name).exists()] == []
+    sources = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    tests = set(re.findall(r"`(test_\w+)`", page))
+    assert len(tests) > 10 and [name for name in sorted(tests) if f"def {name}(" not in sources] == []
+    known = {item.name for config in CONFIGS.values() for item in fields(config)} | {"config"}
+    sampling = (ROOT / "scripts/sample.py").read_text()
+    named = {flag.removeprefix("--") for flag in re.findall(r"(?<![\w-])--[a-z_0-9]+", page)}
+    assert len(named) > 40 and [name for name in sorted(named - known) if f'"--{name}"' not in sampling] == []
+
+
+def test_the_commands_of_the_page_on_stable_diffusion_parse():
+    page = re.sub(r"\\\n *", "", (ROOT / "docs/STABLE_DIFFUSION.md").read_text())
+    commands = re.findall(r"^accelerate launch (\w+\.py) (.+)$", page, flags=re.MULTILINE)
+    assert [script for script, _ in commands] == ["finetune_sd.py"]
+    for script, words in commands:
+        assert parse(script, shlex.split(words)).max_train_steps
 
 
 # docs/DATA.md

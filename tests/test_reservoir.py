@@ -113,3 +113,10 @@ def test_bad_reservoirs_are_named():
     bad[1, 0, 0, 0] = float("nan")
     with pytest.raises(UserError, match="image 1 of the batch"):
         coupling(bad)
+
+
+def test_kept_noises_keep_no_batch_alive():
+    coupling = ReservoirCoupling(16)
+    for step in range(30):
+        coupling(draw(4, (1, 2, 2), step), draw(4, (1, 2, 2), 100 + step))
+    assert all(noise.untyped_storage().nbytes() == 4 * noise.numel() for noise in coupling.state.values())

@@ -136,6 +136,14 @@ def test_captions_from_text_and_from_keys_of_json(folder):
         load(folder).captions(0)
 
 
+def test_shards_by_name_are_columns_called_after_the_extensions(folder):
+    """A local folder takes the hub's path through `datasets`, which makes a table of the shards."""
+    for path in folder.glob("0000?[._][ps]*"):
+        path.unlink()
+    source = load_images(dataset_name=str(folder), image_column="jpg", caption_column="txt")
+    assert len(source) == 8 and [text.strip() for text in source.captions(5)] == ["caption 10000"]
+
+
 def test_every_mode_becomes_three_channels(tmp_path):
     kinds = [("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"), ("I;16", "PNG")]
     members = {}

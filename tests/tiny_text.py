@@ -17,70 +17,19 @@ import torch
 from launch import ROOT, flags
 from PIL import Image
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+SCRATCH, FINETUNE = "train_text_to_image.py", "finetune_sd.py"
+WEIGHTS, ADAPTERS = "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"
 _FOLDER = tempfile.TemporaryDirectory(prefix="tiny-text-")
 
 
 @cache
 def model_folder(version: int = 1) -> Path:
-    """A checkpoint with every part of Stable Diffusion; version 2 predicts v and samples by DDIM, as 2.x does."""
-    from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    """A checkpoint with every part of Stable Diffusion 1, or 2, which predicts v."""
+    from make_tiny_sd import make_model
 
-    words = Path(_FOLDER.name) / "tokenizer"
-    words.mkdir(exist_ok=True)
-    characters = [chr(code) for code in range(33, 127)]
-    names = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
-    (words / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
-    (words / "merges.txt").write_text("#version: 0.2\n")
-    torch.manual_seed(version)
-    text_config = CLIPTextConfig(
-        vocab_size=len(names),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=len(names) - 2,
-        eos_token_id=len(names) - 1,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-        use_linear_projection=version == 2,
-    )
-    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False}
-    scheduler = (
-        PNDMScheduler(**noise, skip_prk_steps=True)
-        if version == 1
-        else DDIMScheduler(**noise, clip_sample=False, prediction_type="v_prediction")
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text_config),
-        tokenizer=CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=16),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
     folder = Path(_FOLDER.name) / f"model-{version}"
-    pipeline.save_pretrained(folder)
+    make_model(folder, version)
     return folder
 
 
