@@ -305,7 +305,7 @@ def test_files_of_prompts(run, tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=wanted):
             read_lines(path, "--prompts")
-    with pytest.raises(UserError, match="--prompts .*No such file"):
+    with pytest.raises(UserError, match=r"--prompts .*No such file"):
         read_lines(tmp_path / "nowhere", "--prompts")
     path.write_bytes("grün\r\n b \n".encode())
     assert read_lines(path, "--prompts") == ["grün", "b"]

@@ -136,7 +136,7 @@ def test_dream_is_diffusers(monkeypatch, tmp_path, power):
     states, noisy = pairs.condition["encoder_hidden_states"], scheduler.add_noise(pairs.x0, pairs.noise, pairs.timesteps)
     noisy, target = compute_dream_and_update_latents(unet, scheduler, pairs.timesteps, pairs.noise, noisy, pairs.noise, states, power)
     loss = torch.nn.functional.mse_loss(unet(noisy, pairs.timesteps, states).sample, target)
-    assert reached.losses[0] == pytest.approx(float(loss), rel=1e-6)
+    assert reached.losses[0] == pytest.approx(float(loss.detach()), rel=1e-6)
     with pytest.raises(UserError, match="--dream_training needs epsilon-prediction"):
         reach(monkeypatch, tiny_text(tmp_path / "run", dream_training=True, pretrained_model_name_or_path=model_folder(2)))
 
@@ -155,7 +155,7 @@ def test_offset_and_perturbation_are_the_examples(monkeypatch, tmp_path):
     unet = UNet2DConditionModel.from_pretrained(model_folder(), subfolder="unet")
     noisy = DDPMScheduler.from_pretrained(model_folder(), subfolder="scheduler").add_noise(pairs.x0, perturbed, pairs.timesteps)
     output = unet(noisy, pairs.timesteps, pairs.condition["encoder_hidden_states"]).sample
-    assert reached.losses[0] == pytest.approx(float(torch.nn.functional.mse_loss(output, noise)), rel=1e-6)
+    assert reached.losses[0] == pytest.approx(float(torch.nn.functional.mse_loss(output, noise).detach()), rel=1e-6)
 
 
 # Averages and adapters
