@@ -3,7 +3,7 @@
 
 python scripts/make_tiny_sd.py runs/tiny_sd
 
-``model``     what `diffusers.StableDiffusionPipeline.from_pretrained` loads, four megabytes in all, for images of 64x64 and latents of 4x8x8. The
+``model``     what `diffusers.StableDiffusionPipeline.from_pretrained` loads, four megabytes, for images of 64x64 and latents of 4x8x8. The
               VAE is trained here, briefly, on crops of photographs, so that its latents say what is in an image, if not how it looks in
               detail. The U-Net is untrained. So is the text model: frozen random features tell captions apart, but know no meaning.
 ``captions``  an image folder: 256 crops of 64x64 and what can be truly said of each. Column ``text`` has one caption; ``captions`` a
