@@ -15,6 +15,9 @@ BLOCK = 64  # columns whose minimum is taken at once; the winner is looked for i
 SPREAD = 2.0**12
 LARGEST_COST = 2.0**15 - 1
 ROUNDING = 1e-6  # of the column means: less than this is not told from rounding
+LISTED_FROM = 4096  # rows; the costs of fewer stay in the cache
+LONGEST_LIST = 192
+LEVEL_GROUPS = 16
 UNPAYABLE = numpy.int32(2**30)  # a price above every cost plus price, which stay below 2^19
 _NONE = numpy.int32(2**31 - 1)
 _WITHOUT_SIGN = numpy.int32(2**31 - 1)  # bits of a float whose order as integers is that of the absolute value, infinite and NaN last
@@ -142,6 +145,9 @@ def auction(cost: numpy.ndarray, epsilon: int, prices: numpy.ndarray, owner: num
     joins the end of the queue. When no row is left without a column, the cost is within ``N * epsilon`` of the least. Works on from any
     prices and partial assignment; stops early after ``most_bids``.
 
+    From `LISTED_FROM` rows on, where a scan of a row waits for memory, the row keeps a list of its cheapest columns and what all others
+    cost at least, which stays true as prices only rise: while two of the list are below that, the same bid is made without a scan.
+
     Args:
         cost: int16 [N, K, BLOCK].
         epsilon: at least 1.
@@ -154,6 +160,11 @@ def auction(cost: numpy.ndarray, epsilon: int, prices: numpy.ndarray, owner: num
         the number of bids; below ``most_bids`` the assignment is complete.
     """
     n, blocks = cost.shape[0], cost.shape[1]
+    price = prices.reshape(-1)
+    minima = numpy.empty(blocks, numpy.int32)
+    lists = n if n >= LISTED_FROM else 0
+    listed, others = numpy.zeros(lists, numpy.int32), numpy.empty(lists, numpy.int32)
+    columns, costs = numpy.empty((lists, LONGEST_LIST), numpy.uint32), numpy.empty((lists, LONGEST_LIST), numpy.int16)
     waiting = numpy.empty(n, numpy.int32)  # a ring of `count` rows from `head` on
     head, count = 0, 0
     for i in range(n):
@@ -165,26 +176,19 @@ def auction(cost: numpy.ndarray, epsilon: int, prices: numpy.ndarray, owner: num
         i = numpy.uint32(waiting[head])
         head = head + 1 if head + 1 < n else 0
         count -= 1
-        best, second, best_block = _NONE, _NONE, numpy.uint32(0)
-        for k in range(blocks):
-            least = _NONE
-            for j in range(BLOCK):
-                least = min(least, numpy.int32(numpy.int32(cost[i, k, j]) + prices[k, j]))
-            if least < best:
-                second = best
-                best = least
-                best_block = numpy.uint32(k)
-            elif least < second:
-                second = least
-        place = numpy.int32(BLOCK)
-        for j in range(BLOCK):
-            value = numpy.int32(numpy.int32(cost[i, best_block, j]) + prices[best_block, j])
-            place = min(place, numpy.int32(j) if value == best else numpy.int32(BLOCK))
-        for j in range(BLOCK):
-            value = numpy.int32(numpy.int32(cost[i, best_block, j]) + prices[best_block, j])
-            second = min(second, _NONE if numpy.int32(j) == place else value)
-        prices[best_block, place] += second - best + epsilon
-        column = best_block * BLOCK + place
+        best, second, column = _NONE, _NONE, numpy.uint32(0)
+        if lists > 0:
+            for j in range(listed[i]):
+                value = numpy.int32(costs[i, j] + price[columns[i, j]])
+                if value < best:
+                    second, best, column = best, value, columns[i, j]
+                elif value < second:
+                    second = value
+        if lists == 0 or listed[i] == 0 or second > others[i]:
+            best, second, column = _scan(cost[i], prices, minima)
+            if lists > 0:
+                listed[i], others[i] = _list(cost[i], prices, minima, columns[i], costs[i])
+        price[column] += second - best + epsilon
         loser = owner[column]
         owner[column] = i
         index[i] = column
@@ -195,6 +199,61 @@ def auction(cost: numpy.ndarray, epsilon: int, prices: numpy.ndarray, owner: num
             count += 1
         bids += 1
     return bids
+
+
+@numba.njit(cache=True, nogil=True)
+def _scan(row: numpy.ndarray, prices: numpy.ndarray, minima: numpy.ndarray) -> tuple[int, int, int]:
+    """The least ``row + prices``, the second least, and the least one's column; each block's least goes into ``minima``."""
+    best, second, best_block = _NONE, _NONE, numpy.uint32(0)
+    for k in range(len(row)):
+        least = _NONE
+        for j in range(BLOCK):
+            least = min(least, numpy.int32(numpy.int32(row[k, j]) + prices[k, j]))
+        minima[k] = least
+        if least < best:
+            second = best
+            best = least
+            best_block = numpy.uint32(k)
+        elif least < second:
+            second = least
+    place = numpy.int32(BLOCK)
+    for j in range(BLOCK):
+        value = numpy.int32(numpy.int32(row[best_block, j]) + prices[best_block, j])
+        place = min(place, numpy.int32(j) if value == best else numpy.int32(BLOCK))
+    for j in range(BLOCK):
+        value = numpy.int32(numpy.int32(row[best_block, j]) + prices[best_block, j])
+        second = min(second, _NONE if numpy.int32(j) == place else value)
+    return best, second, numpy.uint32(best_block * BLOCK + place)
+
+
+@numba.njit(cache=True, nogil=True)
+def _list(
+    row: numpy.ndarray, prices: numpy.ndarray, minima: numpy.ndarray, columns: numpy.ndarray, costs: numpy.ndarray
+) -> tuple[int, int]:
+    """Lists the columns below a level that about fifty are below; returns their number, 0 if they are too many, and the level.
+
+    The level is the greatest of the least values of `LEVEL_GROUPS` equal parts of the row.
+    """
+    blocks = len(row)
+    group = max(1, blocks // LEVEL_GROUPS)
+    level = -_NONE
+    for start in range(0, blocks - group + 1, group):
+        level = max(level, minima[start : start + group].min())
+    listed = 0
+    for k in range(blocks):
+        if minima[k] < level:
+            for start in range(0, BLOCK, 16):
+                least = _NONE
+                for j in range(16):
+                    least = min(least, numpy.int32(numpy.int32(row[k, numpy.uint32(start + j)]) + prices[k, numpy.uint32(start + j)]))
+                if least < level:
+                    if listed + 16 > LONGEST_LIST:
+                        return 0, level
+                    for j in range(start, start + 16):
+                        columns[listed] = k * BLOCK + j
+                        costs[listed] = row[k, j]
+                        listed += numpy.int32(numpy.int32(row[k, j]) + prices[k, j]) < level
+    return listed, level
 
 
 @numba.njit(cache=True, nogil=True)

@@ -6,7 +6,8 @@
 A step waits 50 ms, as one does whose network runs on a GPU; in one variant a fifth of it is Python, as when kernels are launched. Two
 loops: `train`, the real one, whose network does nothing but wait, and `_look_ahead` alone, whose consumer does. Each runs with independent
 noise and with assignment, with look-ahead and without. What assignment adds to the median step over independent noise is its exposed
-overhead. Arms take turns of a few steps, of which the first are not counted, since what they need was made while the others ran.
+overhead: the median, over turns, of the difference between two arms' turns of a few steps that stand next to each other. The first steps of
+a turn are not counted, since what they need was made while other arms ran. Two cores must be free: one for the steps, one for the pairs.
 """
 
 from __future__ import annotations
@@ -67,12 +68,13 @@ class Waiting(nn.Module):
         return SimpleNamespace(sample=self.weight * xt)
 
     def wait(self) -> None:
-        """A step's work, as the calling thread sees it."""
-        for _ in range(10):
-            end = time.perf_counter() + self.python * self.seconds / 10
+        """A step's work, as the calling thread sees it: one sleep, or ten kernels' launches and sleeps."""
+        pieces = 10 if self.python else 1
+        for _ in range(pieces):
+            end = time.perf_counter() + self.python * self.seconds / pieces
             while time.perf_counter() < end:
                 pass
-            time.sleep((1 - self.python) * self.seconds / 10)
+            time.sleep((1 - self.python) * self.seconds / pieces)
 
 
 def pair_steps(images: list[Tensor], coupling: Coupling, network: Waiting, seed: int, ahead: bool) -> Iterator[float]:
@@ -108,31 +110,33 @@ def train_steps(images: list[Tensor], coupling: Coupling, network: Waiting, seed
 LOOPS: dict[str, Callable[..., Iterator[float]]] = {"train": train_steps, "pairs alone": pair_steps}
 
 
-def measure(loop: str, n: int, python: float, seed: int, arguments: argparse.Namespace) -> dict[tuple[str, bool], float]:
-    """Median seconds of a step by (noise, look-ahead)."""
+def measure(loop: str, n: int, python: float, seed: int, arguments: argparse.Namespace) -> list[dict[tuple[str, bool], float]]:
+    """For each turn the median ms of a step by (noise, look-ahead)."""
     images = [x0.view(n, 3, 32, 32) for x0 in batch(4 * n, 3072, seed, torch.device("cpu"))[0].split(n)]
     couplings: dict[str, Callable[[], Coupling]] = {"independent": IndependentCoupling, "assignment": AssignmentCoupling}
     arms = {
         (noise, ahead): LOOPS[loop](images, couplings[noise](), Waiting(arguments.milliseconds / 1000, python), seed, ahead)
-        for noise in couplings
         for ahead in (False, True)
+        for noise in couplings
     }
-    times: dict[tuple[str, bool], list[float]] = {arm: [] for arm in arms}
+    turns = []
     for turn in range(arguments.turns):
-        order = list(arms) if turn % 2 else list(reversed(arms))
-        for arm in order:
-            times[arm] += [next(arms[arm]) for _ in range(SKIPPED + arguments.steps)][SKIPPED:]
+        medians = {}
+        for arm in list(arms) if turn % 2 else list(reversed(arms)):
+            steps = [1000 * next(arms[arm]) for _ in range(SKIPPED + arguments.steps)]
+            medians[arm] = statistics.median(steps[SKIPPED:])
+        turns.append(medians)
     for steps in arms.values():
         steps.close()  # type: ignore[attr-defined]
-    return {arm: statistics.median(values) for arm, values in times.items()}
+    return turns
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], help="batch sizes N, of 32x32 photo crops")
     parser.add_argument("--milliseconds", type=float, default=50, help="that a step waits")
-    parser.add_argument("--steps", type=int, default=12, help="counted steps of a turn")
-    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8, help="counted steps of a turn")
+    parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help=f"how many of the declared seeds {SEEDS}")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks"), help="of the table (CSV) and the printed text")
     arguments = parser.parse_args(argv)
@@ -141,14 +145,12 @@ def main(argv: Sequence[str]) -> None:
     rows: list[dict[str, Any]] = []
     cases = [(loop, n, python) for loop in LOOPS for n in arguments.sizes for python in (0.0, 0.2)]
     for number, (loop, n, python) in zip(count(1), tqdm(cases, desc="look-ahead", leave=False)):
-        seeds = []
-        for seed in tqdm(SEEDS[: arguments.seeds], desc=f"case {number}", leave=False):
-            seeds.append(measure(loop, n, python, seed, arguments))
+        seeds = [measure(loop, n, python, seed, arguments) for seed in tqdm(SEEDS[: arguments.seeds], desc=f"case {number}", leave=False)]
         for ahead in (False, True):
-            exposed = [1000 * (steps["assignment", ahead] - steps["independent", ahead]) for steps in seeds]
+            exposed = [statistics.median(turn["assignment", ahead] - turn["independent", ahead] for turn in turns) for turns in seeds]
             row = {"loop": loop, "N": n, "python": python, "look_ahead": "yes" if ahead else "no"}
             for noise in ("independent", "assignment"):
-                row[f"{noise}_ms"] = 1000 * statistics.median(steps[noise, ahead] for steps in seeds)
+                row[f"{noise}_ms"] = statistics.median(turn[noise, ahead] for turns in seeds for turn in turns)
             rows.append(row | {"exposed_ms": statistics.median(exposed), "exposed_ms_worst": max(exposed)})
 
     lines = [
