@@ -241,18 +241,22 @@ def _list(
         level = max(level, minima[start : start + group].min())
     listed = 0
     for k in range(blocks):
-        if minima[k] < level:
-            for start in range(0, BLOCK, 16):
-                least = _NONE
-                for j in range(16):
-                    least = min(least, numpy.int32(numpy.int32(row[k, numpy.uint32(start + j)]) + prices[k, numpy.uint32(start + j)]))
-                if least < level:
-                    if listed + 16 > LONGEST_LIST:
-                        return 0, level
-                    for j in range(start, start + 16):
-                        columns[listed] = k * BLOCK + j
-                        costs[listed] = row[k, j]
-                        listed += numpy.int32(numpy.int32(row[k, j]) + prices[k, j]) < level
+        if minima[k] >= level:
+            continue
+        place = numpy.int32(-1)
+        while True:
+            after = place
+            place = numpy.int32(BLOCK)
+            for j in range(BLOCK):
+                value = numpy.int32(numpy.int32(row[k, j]) + prices[k, j])
+                place = min(place, numpy.int32(j) if (value < level) & (numpy.int32(j) > after) else numpy.int32(BLOCK))
+            if place == BLOCK:
+                break
+            if listed == LONGEST_LIST:
+                return 0, level
+            columns[listed] = k * BLOCK + place
+            costs[listed] = row[k, place]
+            listed += 1
     return listed, level
 
 

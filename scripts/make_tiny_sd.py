@@ -401,6 +401,7 @@ def main(argv: Sequence[str]) -> None:
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns of image processors that this pipeline does not use
 
     def model(folder: Path) -> str:
         psnr = make_model(folder, arguments.version, arguments.vae_steps)
