@@ -179,7 +179,7 @@ def price_auction(cost: Tensor, epsilon: float = EPSILON) -> tuple[Assignment, n
         cost: as in `solve`, N >= 2.
         epsilon: in N^(1/8) standard deviations of the mean row of the centered cost.
     """
-    from .auction import BLOCK, UNPAYABLE, auction, primal_and_dual
+    from .auction import BLOCK, LISTS_FROM, UNPAYABLE, auction, primal_and_dual
 
     n = len(cost)
     fixed, scale, spread = _fixed_point(cost)
@@ -190,7 +190,8 @@ def price_auction(cost: Tensor, epsilon: float = EPSILON) -> tuple[Assignment, n
     prices.reshape(-1)[n:] = UNPAYABLE
     index = numpy.full(n, -1, numpy.int32)
     step, bids, relaxations = max(1, round(epsilon * n**0.125 * spread)), 0, 0
-    while (spent := auction(blocks, step, prices, owner, index, BIDS_PER_ROW * n)) == BIDS_PER_ROW * n and (index < 0).any():
+    most = BIDS_PER_ROW * n
+    while (spent := auction(blocks, step, prices, owner, index, most, n >= LISTS_FROM)) == most and (index < 0).any():
         step, bids, relaxations = 4 * step, bids + spent, relaxations + 1
     primal, dual = primal_and_dual(blocks, prices, index)
     highest, lowest = primal + n / 2, dual - n / 2  # of the sum and of the least one: rounding moves N costs by at most N / 2

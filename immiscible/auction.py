@@ -15,7 +15,7 @@ BLOCK = 64  # columns whose minimum is taken at once; the winner is looked for i
 SPREAD = 2.0**12
 LARGEST_COST = 2.0**15 - 1
 ROUNDING = 1e-6  # of the column means: less than this is not told from rounding
-LISTED_FROM = 4096  # rows; the costs of fewer stay in the cache
+LISTS_FROM = 4096  # rows; the costs of fewer stay in the cache
 LONGEST_LIST = 192
 LEVEL_GROUPS = 16
 UNPAYABLE = numpy.int32(2**30)  # a price above every cost plus price, which stay below 2^19
@@ -138,15 +138,23 @@ def fixed_point(cost: numpy.ndarray, out: numpy.ndarray) -> tuple[float, float]:
 
 
 @numba.njit(cache=True, nogil=True)
-def auction(cost: numpy.ndarray, epsilon: int, prices: numpy.ndarray, owner: numpy.ndarray, index: numpy.ndarray, most_bids: int) -> int:
+def auction(
+    cost: numpy.ndarray,
+    epsilon: int,
+    prices: numpy.ndarray,
+    owner: numpy.ndarray,
+    index: numpy.ndarray,
+    most_bids: int,
+    with_lists: bool,
+) -> int:
     """Gauss-Seidel auction (Bertsekas): unassigned rows bid one after the other for their cheapest column.
 
     A row raises the price of its best column by its advantage over the second best plus ``epsilon`` and takes it from its owner, who
     joins the end of the queue. When no row is left without a column, the cost is within ``N * epsilon`` of the least. Works on from any
     prices and partial assignment; stops early after ``most_bids``.
 
-    From `LISTED_FROM` rows on, where a scan of a row waits for memory, the row keeps a list of its cheapest columns and what all others
-    cost at least, which stays true as prices only rise: while two of the list are below that, the same bid is made without a scan.
+    ``with_lists`` a row keeps a list of its cheapest columns and what all others cost at least, which stays true as prices only rise:
+    while two of the list are below that, the same bid is made without a scan of the row. It pays where a scan waits for memory.
 
     Args:
         cost: int16 [N, K, BLOCK].
@@ -155,6 +163,7 @@ def auction(cost: numpy.ndarray, epsilon: int, prices: numpy.ndarray, owner: num
         owner: int32 [K * BLOCK], the row of each column or -1, changed.
         index: int32 [N], the column of each row or -1, changed.
         most_bids: where to stop.
+        with_lists: changes the time alone.
 
     Returns:
         the number of bids; below ``most_bids`` the assignment is complete.
@@ -162,8 +171,8 @@ def auction(cost: numpy.ndarray, epsilon: int, prices: numpy.ndarray, owner: num
     n, blocks = cost.shape[0], cost.shape[1]
     price = prices.reshape(-1)
     minima = numpy.empty(blocks, numpy.int32)
-    lists = n if n >= LISTED_FROM else 0
-    listed, others = numpy.zeros(lists, numpy.int32), numpy.empty(lists, numpy.int32)
+    lists = n if with_lists else 0
+    listed, others = numpy.zeros(lists, numpy.int32), numpy.zeros(lists, numpy.int32)
     columns, costs = numpy.empty((lists, LONGEST_LIST), numpy.uint32), numpy.empty((lists, LONGEST_LIST), numpy.int16)
     waiting = numpy.empty(n, numpy.int32)  # a ring of `count` rows from `head` on
     head, count = 0, 0
@@ -177,17 +186,12 @@ def auction(cost: numpy.ndarray, epsilon: int, prices: numpy.ndarray, owner: num
         head = head + 1 if head + 1 < n else 0
         count -= 1
         best, second, column = _NONE, _NONE, numpy.uint32(0)
-        if lists > 0:
-            for j in range(listed[i]):
-                value = numpy.int32(costs[i, j] + price[columns[i, j]])
-                if value < best:
-                    second, best, column = best, value, columns[i, j]
-                elif value < second:
-                    second = value
-        if lists == 0 or listed[i] == 0 or second > others[i]:
-            best, second, column = _scan(cost[i], prices, minima)
-            if lists > 0:
-                listed[i], others[i] = _list(cost[i], prices, minima, columns[i], costs[i])
+        if with_lists:
+            best, second, column = _scan_list(costs, columns, i, listed[i], price)
+        if not with_lists or second >= others[i]:
+            best, second, column = _scan(cost, i, prices, minima)
+            if with_lists:
+                listed[i], others[i] = _list(cost, i, prices, minima, columns, costs)
         price[column] += second - best + epsilon
         loser = owner[column]
         owner[column] = i
@@ -202,13 +206,13 @@ def auction(cost: numpy.ndarray, epsilon: int, prices: numpy.ndarray, owner: num
 
 
 @numba.njit(cache=True, nogil=True)
-def _scan(row: numpy.ndarray, prices: numpy.ndarray, minima: numpy.ndarray) -> tuple[int, int, int]:
-    """The least ``row + prices``, the second least, and the least one's column; each block's least goes into ``minima``."""
+def _scan(cost: numpy.ndarray, i: int, prices: numpy.ndarray, minima: numpy.ndarray) -> tuple[int, int, int]:
+    """Row i's least cost plus price, the second least, and the least one's column; each block's least goes into ``minima``."""
     best, second, best_block = _NONE, _NONE, numpy.uint32(0)
-    for k in range(len(row)):
+    for k in range(cost.shape[1]):
         least = _NONE
         for j in range(BLOCK):
-            least = min(least, numpy.int32(numpy.int32(row[k, j]) + prices[k, j]))
+            least = min(least, numpy.int32(numpy.int32(cost[i, k, j]) + prices[k, j]))
         minima[k] = least
         if least < best:
             second = best
@@ -218,27 +222,45 @@ def _scan(row: numpy.ndarray, prices: numpy.ndarray, minima: numpy.ndarray) -> t
             second = least
     place = numpy.int32(BLOCK)
     for j in range(BLOCK):
-        value = numpy.int32(numpy.int32(row[best_block, j]) + prices[best_block, j])
+        value = numpy.int32(numpy.int32(cost[i, best_block, j]) + prices[best_block, j])
         place = min(place, numpy.int32(j) if value == best else numpy.int32(BLOCK))
     for j in range(BLOCK):
-        value = numpy.int32(numpy.int32(row[best_block, j]) + prices[best_block, j])
+        value = numpy.int32(numpy.int32(cost[i, best_block, j]) + prices[best_block, j])
         second = min(second, _NONE if numpy.int32(j) == place else value)
     return best, second, numpy.uint32(best_block * BLOCK + place)
 
 
 @numba.njit(cache=True, nogil=True)
+def _scan_list(costs: numpy.ndarray, columns: numpy.ndarray, i: int, listed: int, price: numpy.ndarray) -> tuple[int, int, int]:
+    """As `_scan`, of the ``listed`` columns of row i's list."""
+    best, second, place = _NONE, _NONE, numpy.int32(LONGEST_LIST)
+    for j in range(listed):
+        best = min(best, numpy.int32(numpy.int32(costs[i, j]) + price[columns[i, j]]))
+    for j in range(listed):
+        value = numpy.int32(numpy.int32(costs[i, j]) + price[columns[i, j]])
+        place = min(place, numpy.int32(j) if value == best else numpy.int32(LONGEST_LIST))
+    for j in range(listed):
+        value = numpy.int32(numpy.int32(costs[i, j]) + price[columns[i, j]])
+        second = min(second, _NONE if numpy.int32(j) == place else value)
+    return best, second, columns[i, place] if listed > 0 else numpy.uint32(0)
+
+
+@numba.njit(cache=True, nogil=True)
 def _list(
-    row: numpy.ndarray, prices: numpy.ndarray, minima: numpy.ndarray, columns: numpy.ndarray, costs: numpy.ndarray
+    cost: numpy.ndarray, i: int, prices: numpy.ndarray, minima: numpy.ndarray, columns: numpy.ndarray, costs: numpy.ndarray
 ) -> tuple[int, int]:
-    """Lists the columns below a level that about fifty are below; returns their number, 0 if they are too many, and the level.
+    """Lists row i's columns below a level that about fifty are below; returns their number, 0 if they are too many, and the level.
 
     The level is the greatest of the least values of `LEVEL_GROUPS` equal parts of the row.
     """
-    blocks = len(row)
+    blocks = cost.shape[1]
     group = max(1, blocks // LEVEL_GROUPS)
     level = -_NONE
     for start in range(0, blocks - group + 1, group):
-        level = max(level, minima[start : start + group].min())
+        least = _NONE
+        for k in range(start, start + group):
+            least = min(least, minima[k])
+        level = max(level, least)
     listed = 0
     for k in range(blocks):
         if minima[k] >= level:
@@ -248,14 +270,14 @@ def _list(
             after = place
             place = numpy.int32(BLOCK)
             for j in range(BLOCK):
-                value = numpy.int32(numpy.int32(row[k, j]) + prices[k, j])
+                value = numpy.int32(numpy.int32(cost[i, k, j]) + prices[k, j])
                 place = min(place, numpy.int32(j) if (value < level) & (numpy.int32(j) > after) else numpy.int32(BLOCK))
             if place == BLOCK:
                 break
             if listed == LONGEST_LIST:
                 return 0, level
-            columns[listed] = k * BLOCK + place
-            costs[listed] = row[k, place]
+            columns[i, listed] = k * BLOCK + place
+            costs[i, listed] = cost[i, k, place]
             listed += 1
     return listed, level
 

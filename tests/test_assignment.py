@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 import immiscible.assignment as engine
 from immiscible import UserError, assign, cost_matrix
 from immiscible.assignment import certified_assignment, costs_on_device, fixed_point_on_device, price_auction, solve
-from immiscible.auction import LARGEST_COST, SPREAD, costs_from_products, fixed_point, quantize
+from immiscible.auction import BLOCK, LARGEST_COST, LISTS_FROM, SPREAD, UNPAYABLE, auction, costs_from_products, fixed_point, quantize
 from immiscible.data import ImageTransform, PhotoCrops
 
 DTYPES = ["float32", "float16", "bfloat16", *(["int8"] if engine._multiplies_int8() else [])]
@@ -135,6 +135,29 @@ def test_a_price_war_ends_with_a_larger_epsilon_and_says_so(crops, monkeypatch):
     assert solution.relaxations > 0
     centered, least = optimum(cost_matrix(crops, noise))
     assert float(centered[torch.arange(512), solution.index].sum()) / least >= solution.kept - 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(2, 400), distinct=st.sampled_from([2, 10, 30000]), most=st.sampled_from([2, 200]), seed=st.integers(0, 2**16))
+def test_lists_of_cheap_columns_change_no_bid(n, distinct, most, seed):
+    generator = numpy.random.default_rng(seed)
+    width = -(-n // BLOCK) * BLOCK
+    cost = generator.integers(-distinct // 2, distinct // 2 + 1, size=(n, width)).astype(numpy.int16).reshape(n, -1, BLOCK)
+    results = []
+    for with_lists in (False, True):
+        prices = numpy.zeros(width, numpy.int32)
+        prices[n:] = UNPAYABLE
+        owner, index = numpy.full(width, -1, numpy.int32), numpy.full(n, -1, numpy.int32)
+        bids = auction(cost, 1 + distinct // 300, prices.reshape(-1, BLOCK), owner, index, most * n, with_lists)
+        results.append((bids, prices.tolist(), owner.tolist(), index.tolist()))
+    assert results[0] == results[1]
+
+
+def test_a_large_batch_uses_them():
+    cost = torch.randn(LISTS_FROM, LISTS_FROM, generator=torch.Generator().manual_seed(0))
+    solution = solve(cost, solver="auction")
+    assert sorted(solution.index.tolist()) == list(range(LISTS_FROM))
+    assert solution.kept > 0.99 and solution.relaxations == 0
 
 
 def test_blocks_above_the_largest_size(crops, monkeypatch):
