@@ -231,8 +231,6 @@ def _costs(
     images: Tensor, noises: Tensor, norms: tuple[Tensor, Tensor], metric: str, dtype: str, rows_per_product: int | None = None
 ) -> Tensor:
     """See `cost_matrix`; [N, D] and [M, D] with their `_norms`."""
-    from .auction import costs_from_products
-
     if dtype == "auto":
         dtype = "float32" if metric == "l1" else fast_dtype(images.device, images.shape[1])
     image_norm, noise_norm = norms
@@ -255,7 +253,9 @@ def _costs(
             operand = torch.nn.functional.pad(operand, (0, 0, 0, height - len(operand)))
         products = torch._int_mm(operand, columns.T) if dtype == "int8" else (operand @ columns.T).float()
         products = products[: len(image_scale)]  # [R,M]
-        if cost.device.type == "cpu":
+        if cost.device.type == "cpu" and (dtype == "int8" or len(noises) >= EXACT_BELOW):  # few need no compiler, which fills 100 MiB
+            from .auction import costs_from_products
+
             costs_from_products(
                 products.numpy(),
                 image_scale.numpy(),

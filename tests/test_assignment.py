@@ -1,6 +1,8 @@
 """The assignment: brute force, permutation, centering, what it refuses."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -504,3 +506,14 @@ def test_inputs_stay_as_they_are_and_need_no_gradient(crops):
     price_auction(cost)
     solve(cost, solver="exact")
     assert torch.equal(cost, copy)
+
+
+def test_batches_of_fine_tuning_load_no_compiler():
+    """Below `EXACT_BELOW` images the pairing costs no memory worth naming."""
+    work = (
+        "import sys, torch, immiscible; from immiscible.assignment import EXACT_BELOW\n"
+        "images = torch.randn(EXACT_BELOW - 1, 4, 8, 8)\n"
+        "assert immiscible.AssignmentCoupling()(images).shape == images.shape\n"
+        "assert 'numba' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", work], check=True)
