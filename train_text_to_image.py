@@ -57,7 +57,6 @@ from immiscible.stable_diffusion import (
     save_prompt_grid,
     save_text_pipeline,
     text_learning_rate,
-    text_model_card,
 )
 from immiscible.streaming import batch_order, training_images
 from immiscible.text_config import TextToImageConfig
@@ -101,7 +100,7 @@ def train_text_to_image(config: TextToImageConfig, accelerator: Accelerator, *, 
     check_batch_size(config, objective, order.num_images, order.global_batch_size)
     max_steps = config.max_train_steps or max(1, config.num_train_epochs * order.batches_per_epoch // accumulation)
     start_step = 0
-    network = {"from_scratch": from_scratch, "unet": dict(parts.unet.config), "vae": dict(parts.vae.config), "frozen": parts.digest}
+    network = {"from_scratch": from_scratch, **parts.identity}
     identity = run_identity(config, data=images.fingerprint, network=network, processes=processes)
     if resumed:
         check_identity(resumed, identity)
@@ -194,17 +193,20 @@ def train_text_to_image(config: TextToImageConfig, accelerator: Accelerator, *, 
 
     def sample(step: int) -> None:
         if config.prompts:
-            on_main_process(accelerator, lambda: save_prompt_grid(parts, ema, config, seed, step))
+            on_main_process(accelerator, lambda: log.add_images("validation", save_prompt_grid(parts, ema, config, seed, step), step))
 
     def show(step: int) -> None:
-        epochs = config.validation_epochs or 1
-        now, before = (count * accumulation // order.batches_per_epoch for count in (step, step - 1))
-        if now // epochs > before // epochs:
+        if config.validation_steps:
+            due = step % config.validation_steps == 0
+        else:
+            epochs = config.validation_epochs or 1
+            now, before = (count * accumulation // order.batches_per_epoch for count in (step, step - 1))
+            due = now // epochs > before // epochs
+        if due:
             sample(step)
 
     def save_model() -> None:
-        card = text_model_card(parts, folder.resolve().name, {**facts, **measured_facts(config)})
-        save_text_pipeline(parts, ema, folder, card)
+        save_text_pipeline(parts, ema, folder, {**facts, **measured_facts(config)})
 
     state = coupling_state(objective.coupling)
     saved = resumed is not None and resumed.resolve().parent == folder.resolve()

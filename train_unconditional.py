@@ -199,7 +199,9 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
         return epochs > 0 and now // epochs > before // epochs
 
     def sample(step: int) -> None:
-        on_main_process(accelerator, lambda: save_samples(unet, ema, scheduler, config, seed, step, vae))
+        on_main_process(
+            accelerator, lambda: log.add_images("test_samples", save_samples(unet, ema, scheduler, config, seed, step, vae), step)
+        )
 
     def save_model() -> None:
         on_main_process(

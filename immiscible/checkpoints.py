@@ -158,11 +158,19 @@ def check_identity(path: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming everything that differs, with both values.
     """
-    saved = read_state(path)["identity"]
-    keys = [key for key in {**saved, **identity} if saved.get(key) != identity.get(key)]
-    if keys:
-        differences = "; ".join(f"{key} was {saved.get(key)}, is now {identity.get(key)}" for key in keys)
+    saved, now = _differing(read_state(path)["identity"], identity)
+    if saved:
+        differences = "; ".join(f"{key} was {value}, is now {now[key]}" for key, value in saved.items())
         raise UserError(f"{path} belongs to another run: {differences}. Give its settings again, or another --output_dir")
+
+
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Both as they are or, of two mappings, those entries alone that differ, at every depth."""
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return one, other
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    pairs = {key: _differing(one.get(key), other.get(key)) for key in keys}
+    return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
 
 
 def checkpoints(folder: Path) -> list[Path]:

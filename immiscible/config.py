@@ -369,7 +369,6 @@ FREE_ON_RESUME = frozenset(
         "dataset_config_name",
         "train_data_dir",
         "bundled_data",
-        "image_column",
         "max_train_samples",
         "train_subset_fraction",
         "model_config_name_or_path",
@@ -536,7 +535,7 @@ _AT_LEAST_ONE = (
     "resolution train_batch_size num_epochs num_train_epochs max_train_steps gradient_accumulation_steps checkpointing_steps "
     "checkpoints_total_limit eval_batch_size ddpm_num_steps ddpm_num_inference_steps logging_steps max_train_samples eval_steps "
     "eval_samples coupling_candidates coupling_window coupling_reservoir asymmetric_k asymmetric_r asymmetric_tau rank "
-    "num_validation_images validation_epochs shuffle_buffer"
+    "num_validation_images validation_epochs validation_steps validation_inference_steps shuffle_buffer"
 )
 _NOT_NEGATIVE = (
     "lr_warmup_steps learning_rate adam_epsilon adam_weight_decay max_grad_norm save_images_epochs save_model_epochs "

@@ -347,7 +347,7 @@ def bias_notice(coupling: Coupling, dimension: int) -> str:
     return notice
 
 
-def leak_notice(coupling: Coupling, num_classes: int) -> str:
+def leak_notice(coupling: Coupling, num_classes: int, *, captions: bool = False) -> str:
     """What ``coupling`` lets the noise tell about the class, with numbers, for the user of a conditional run to read once.
 
     Empty for a coupling that has regard to the labels, and for one that tells nothing. The numbers are measured on `toy_leak`, with a
@@ -355,7 +355,8 @@ def leak_notice(coupling: Coupling, num_classes: int) -> str:
 
     Args:
         coupling: any.
-        num_classes: how many classes the network is told apart.
+        num_classes: how many classes, or captions, the network is told apart.
+        captions: whether these are captions, among which there are no groups to pair within.
     """
     # What a GlobalAssignment or an AboveTimestep holds; its state is of the run's images, which have another shape than the toy's.
     inner: Any = copy.deepcopy(getattr(coupling, "assignment", getattr(coupling, "coupling", coupling)))
@@ -367,14 +368,18 @@ def leak_notice(coupling: Coupling, num_classes: int) -> str:
     leak = toy_leak(lambda x0: inner(x0, generator=generator))
     if leak["accuracy"] < leak["chance"] + NOTICEABLE_LEAK:
         return ""
-    first = getattr(coupling, "min_timestep", 0)
+    first, kind = getattr(coupling, "min_timestep", 0), "captions" if captions else "classes"
+    remedy = (
+        "--coupling_condition centered (experimental) or penalty has regard to captions"
+        if captions
+        else "--coupling_condition within avoids it; where a batch holds few images of a class, centered (experimental) avoids most of it; "
+        "--log_class_leak measures it in this run"
+    )
     return (
         f"{f'from timestep {first} on, ' if first else ''}the coupling pairs by the image alone, so that in training the noise tells which "
-        f"of {num_classes} classes is wanted, and in sampling it does not: on a toy of bright and dark images (8x8, batches of 256) a "
+        f"of {num_classes} {kind} is wanted, and in sampling it does not: on a toy of bright and dark images (8x8, batches of 256) a "
         f"linear probe reads the class from the paired noise in {leak['accuracy']:.0%} of cases (chance {leak['chance']:.0%}), and the "
-        f"classes' mean noises differ by {leak['largest_mean_shift']:.1f} standard deviations. --noise_coupling assignment with "
-        f"--coupling_condition within avoids it; where a batch holds few images of a class, centered (experimental) avoids most of it; "
-        f"--log_class_leak measures it in this run"
+        f"classes' mean noises differ by {leak['largest_mean_shift']:.1f} standard deviations. --noise_coupling assignment with {remedy}"
     )
 
 

@@ -78,7 +78,10 @@ def open_image(file: Any) -> Image.Image:
     """The decoded image of a path or a binary file, turned upright as its EXIF orientation says."""
     with Image.open(file) as image:
         image.load()
-        return ImageOps.exif_transpose(image)
+        try:
+            return ImageOps.exif_transpose(image)
+        except Exception:  # nearly any type, of EXIF data that is broken; the pixels are sound
+            return image
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,47 @@ class TableImages:
         """
         if self.texts is None:
             raise ValueError("this data has no captions")
-        ((column, value),) = self.texts[index].items()
-        if isinstance(value, int) and hasattr(self.texts.features[column], "names"):
-            names = self.texts.features[column].names
+        ((_, value),) = self.texts[index].items()
+        return self._captions(value)
+
+    def all_captions(self, rows: range) -> Iterator[Sequence[str] | ValueError]:
+        """Those of rows that follow each other, or what is wrong with them; read in blocks, in a fraction of the time."""
+        for start in range(rows.start, rows.stop, 10_000):
+            ((_, values),) = self.texts[start : min(start + 10_000, rows.stop)].items()
+            for value in values:
+                try:
+                    yield self._captions(value)
+                except ValueError as error:
+                    yield error
+
+    @cached_property
+    def _caption_kind(self) -> tuple[str, Sequence[str]]:
+        """The column of the captions, and the names of its classes, if they are classes; `datasets` copies its features when asked."""
+        ((column, kind),) = self.texts.features.items()
+        return column, getattr(kind, "names", ())
+
+    def _captions(self, value: Any) -> Sequence[str]:
+        column, names = self._caption_kind
+        if isinstance(value, int):
             value = names[value] if 0 <= value < len(names) else None
         found = [value] if isinstance(value, str) else value
-        if not found or not all(isinstance(text, str) and text for text in found):
+        if not found or not all(isinstance(text, str) and text.strip() for text in found):
             raise ValueError(f"it has no caption in column {column!r}")
         return list(found)
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of each encoded image, int64 [N], its cell's or its file's; -1 where there is none."""
+        from pyarrow import compute
+
+        found = []
+        for chunk in self.table.data.column(self.column).chunks:
+            sizes = compute.fill_null(compute.binary_length(chunk.field("bytes")), -1).to_numpy(zero_copy_only=False).astype(np.int64)
+            paths = chunk.field("path")
+            for row in np.flatnonzero(sizes < 0):
+                path = paths[int(row)].as_py()
+                sizes[row] = os.path.getsize(path) if path and os.path.exists(path) else -1
+            found.append(sizes)
+        return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -447,6 +483,7 @@ def _folder_images(
     if not root.is_dir():
         raise UserError(f"--train_data_dir {folder}: no such folder")
     parquet = parquet_files(root)
+    splits = not parquet and _names_splits(root)
     # Neither builder serves a stale table: the key of its cache has every file's path and modification time.
     try:
         with _no_progress_bars():
@@ -456,16 +493,23 @@ def _folder_images(
                 )
             else:
                 # Told that all files are training images, `datasets` does not search them 66 times for the names of splits.
-                files = None if _names_splits(root) else {"train": "**"}
+                files = None if splits else {"train": "**"}
                 table = datasets.load_dataset("imagefolder", data_dir=str(root), data_files=files, cache_dir=cache_dir, split="train")
     except Exception as error:  # an empty folder alone comes as three types
         wanted = "cannot read its .parquet files" if parquet else "no training images found in it, nor .parquet files"
+        if not parquet and any(_image_files(root)):
+            wanted = "cannot read its images and what their metadata.jsonl says"
         raise UserError(f"--train_data_dir {folder}: {wanted} ({_first_line(error)})") from error
     images = only_images(table, column, str(root))
-    names = parquet or [os.path.relpath(path, root) for path in _paths(images, column)]
+    within = f"{root}{os.sep}"
+    names = parquet or [path.removeprefix(within) for path in _paths(images, column)]
     digest = hashlib.blake2b("\n".join(sorted(names)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
     labels = only_labels(table, label_column, str(root), labels_for)
     texts = only_texts(table, caption_column, str(root))
+    if not parquet and not splits and set(table.column_names) - {"image", "label"}:  # it has metadata, which name the images
+        unnamed = sorted(set(_image_files(root)).difference(names))
+        if unnamed:
+            logger.warning("%d images of %s are in no line of its metadata and are left out, the first %s", len(unnamed), root, unnamed[0])
     return TableImages(images, column, str(root), f"a folder of {_summary(table)}, file names {digest}", labels, texts)
 
 
@@ -478,6 +522,17 @@ def parquet_files(root: Path) -> list[str]:
     found = sorted(glob.glob("**/*.parquet", root_dir=root, recursive=True))
     found = [file for file in found if Path(file).name != "metadata.parquet"]  # that one describes an image folder
     return [file for file in found if re.search(r"(?:^|[^a-z0-9])train(?:ing)?(?![a-z0-9])", file.lower())] or found
+
+
+def _image_files(root: Path) -> Iterator[str]:
+    """Relative paths of what looks like an image; hidden ones are not looked at, as by `datasets`."""
+    from .shards import IMAGE_EXTENSIONS
+
+    endings = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        found = (name for name in names if name.lower().endswith(endings) and not name.startswith((".", "__")))
+        yield from (os.path.join(folder, name).removeprefix(f"{root}{os.sep}") for name in found)
 
 
 def _names_splits(root: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from inspect import signature
@@ -88,6 +88,8 @@ def sample_images(
     dtypes = [part.dtype for part in pipeline.components.values() if isinstance(part, nn.Module)]
     half: Any = next((dtype for dtype in dtypes if dtype in (torch.float16, torch.bfloat16)), None)
     autocast = torch.autocast(device.type, dtype=half, enabled=half is not None)
+    if type(pipeline).__name__ == "LDMPipeline":  # it scales its noise by the sampler's sigmas before it sets them
+        pipeline.scheduler.set_timesteps(steps)
     batches = []
     for start in range(first, first + count, batch_size):
         numbers = range(start, min(start + batch_size, first + count))
@@ -112,6 +114,13 @@ def sample_labels(unet: UNet2DModel, count: int, *, first: int = 0) -> Tensor | 
     """
     num_classes = unet.config.num_class_embeds
     return None if num_classes is None else torch.arange(first, first + count) % num_classes
+
+
+def told(config: Mapping[str, Any]) -> str:
+    """What a run's samples are told while they are measured, in words, by the run's flags; empty for an unconditional network."""
+    if "pretrained_model_name_or_path" in config:
+        return f"the captions of column {config.get('caption_column')}, without guidance"
+    return "every class equally often" if config.get("class_conditional") else ""
 
 
 @contextmanager

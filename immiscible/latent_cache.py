@@ -6,11 +6,12 @@ A cache is a folder of
     latents-00000.safetensors    ``moments`` fp16 [n, F, 2, C, h, w]: mean and log-variance of the VAE's posterior of n images; F is 2 if
                                  the mirrored image is there too, after the image
     texts-00000.safetensors      ``states`` fp16 [n, L, E] and ``pooled`` fp16 [n, E] of n distinct captions
-    captions.safetensors         ``digests`` uint64 [M], ascending: which caption each row of the texts is
+    index.safetensors            ``digests`` uint64 [M], ascending: which caption each row of the texts is; ``sizes`` int64 [N]: the bytes
+                                 of each encoded image, by which an edited one is noticed
 
 Shard i holds rows ``i * rows_per_shard`` on, encoded in batches of one size from its first row, so a shard is the same to the last bit
-whoever makes it: one process or many, at once or after a kill. A shard is written under another name and renamed; the manifest lists
-files only when all are there.
+whoever makes it: one process or many, at once or after a kill. A shard is written under another name and renamed, and remembers which
+images or captions it was made of; the manifest lists files only while all are there and none is being made anew.
 
 Training maps the shards into memory and draws a fresh latent each time, ``scaling_factor * (mean + exp(log_variance / 2) * normal)``
 with the normal numbers of the uncached run, which it so repeats up to the rounding to fp16.
@@ -18,18 +19,22 @@ with the normal numbers of the uncached run, which it so repeats up to the round
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
@@ -40,11 +45,12 @@ from tqdm import tqdm
 
 from . import checkpoints
 from .checkpoints import PARTIAL, clean_up
-from .data import ImageDataset, ImageSource, ImageTransform, Subset, build_loader, check_batch
+from .data import BadImage, ImageDataset, ImageSource, ImageTransform, Subset, TableImages, build_loader, check_batch
 from .encoding import PRECISIONS
 from .errors import UserError
 from .models import weights_digest
 from .run_folder import on_main_process
+from .shards import ShardImages
 from .stable_diffusion import StableDiffusion, TextToImageEncoder, place_frozen, text_states
 
 if TYPE_CHECKING:
@@ -55,8 +61,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of the files; a cache of another format is refused
-CAPTIONS = "captions.safetensors"
+FORMAT = 2  # of the files; a cache of another format is refused
+INDEX = "index.safetensors"
+LOCK = ".lock"
 NOTES = "immiscible"  # a shard's one key of metadata: safetensors writes several in an order of its own
 
 # What must be equal for a cache to serve a run, in words that say which flag it is.
@@ -133,15 +140,32 @@ class LatentCache:
             ValueError: a caption is not in the cache.
         """
         digests = np.array([caption_digest(caption) for caption in captions], dtype=np.uint64)
-        rows = np.minimum(np.searchsorted(self._digests, digests), len(self._digests) - 1)
-        for caption, missing in zip(captions, self._digests[rows] != digests, strict=True):
+        held = self._index["digests"]
+        rows = np.minimum(np.searchsorted(held, digests), len(held) - 1)
+        for caption, missing in zip(captions, held[rows] != digests, strict=True):
             if missing:
                 raise ValueError(f"its caption {caption!r} is not in the latent cache: the captions have changed since")
         return rows.tolist()
 
+    def check_data(self, source: ImageSource) -> None:
+        """Looks for images and captions that were edited since; captions in tars, which would have to be read, are looked up when used.
+
+        Args:
+            source: what the cache was made of, by its name.
+
+        Raises:
+            ValueError: some were.
+        """
+        edited = np.flatnonzero(image_sizes(source) != self._index["sizes"])
+        if len(edited):
+            raise ValueError(f"{len(edited):,} of its images have been edited since, the first {source.name(int(edited[0]))}")
+        if isinstance(source, TableImages):
+            found = (captions for captions in source.all_captions(range(len(source))) if not isinstance(captions, ValueError))
+            self.rows_of(list(dict.fromkeys(chain.from_iterable(found))))
+
     @cached_property
-    def _digests(self) -> np.ndarray:
-        return load_file(self.folder / CAPTIONS)["digests"]
+    def _index(self) -> dict[str, np.ndarray]:
+        return load_file(self.folder / INDEX)
 
     def _row(self, kind: str, name: str, row: int) -> np.ndarray:
         shard, place = divmod(row, self.manifest["rows_per_shard"])
@@ -162,6 +186,16 @@ def shard_name(kind: str, number: int) -> str:
 def caption_digest(caption: str) -> int:
     """64 bits that stand for a caption."""
     return int.from_bytes(hashlib.blake2b(caption.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+def image_sizes(source: ImageSource) -> np.ndarray:
+    """Bytes of each encoded image, int64 [N]: of its file, its cell in a table, or its sample in a tar."""
+    if isinstance(source, Subset):
+        return image_sizes(source.source)[np.asarray(source.indices)]
+    if isinstance(source, ShardImages):
+        return source.extents[:, 1] - source.extents[:, 0]
+    assert isinstance(source, TableImages)
+    return source.sizes()
 
 
 @dataclass(frozen=True)
@@ -258,7 +292,7 @@ class CachedEncoder(TextToImageEncoder):
 def open_cache(config: TextToImageConfig, parts: StableDiffusion, source: ImageSource) -> LatentCache:
     """The cache of ``--latent_cache_dir``.
 
-    A cache of all images serves a run on some of them, one with flips a run without.
+    A cache of all images serves a run on some of them, one with flips a run without, one in fp32 a run in any precision.
 
     Args:
         config: the run's flags.
@@ -281,6 +315,9 @@ def open_cache(config: TextToImageConfig, parts: StableDiffusion, source: ImageS
     differences = _differences(manifest["settings"], wanted)
     if config.random_flip and not manifest["settings"]["flips"]:
         differences.append("--random_flip is off in the cache and on here")
+    precision = _precision(config.mixed_precision)
+    if manifest["precision"] not in ("float32", precision):
+        differences.append(f"it was encoded in {manifest['precision']} and this run would encode in {precision} (--mixed_precision)")
     if differences:
         raise UserError(f"--latent_cache_dir {folder} was not made for this run: {'; '.join(differences)}; {again} in another folder")
     if not manifest["files"]:
@@ -290,7 +327,12 @@ def open_cache(config: TextToImageConfig, parts: StableDiffusion, source: ImageS
         if size != facts["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
             raise UserError(f"--latent_cache_dir {folder}: {name} {found}; {again} to mend it")
-    return LatentCache(folder, manifest)
+    cache = LatentCache(folder, manifest)
+    try:
+        cache.check_data(inner)
+    except ValueError as error:
+        raise UserError(f"--latent_cache_dir {folder}: {error}; {again} to mend it") from None
+    return cache
 
 
 def cache_settings(config: TextToImageConfig, parts: StableDiffusion, source: ImageSource) -> dict[str, Any]:
@@ -312,6 +354,10 @@ def cache_settings(config: TextToImageConfig, parts: StableDiffusion, source: Im
         "caption_column": config.caption_column,
         "data": source.fingerprint,
     }
+
+
+def _precision(mixed_precision: str | None) -> str:
+    return str(PRECISIONS.get(mixed_precision or "no", torch.float32)).removeprefix("torch.")
 
 
 def _differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -342,7 +388,7 @@ class CacheSummary:
     Args:
         images: rows of latents.
         captions: rows of texts.
-        bad: name and reason of each image that could not be read.
+        bad: the images that could not be read.
         bytes: of all files.
         kept: shards that were there already, and checked.
         made: shards made now, over all processes.
@@ -350,7 +396,7 @@ class CacheSummary:
 
     images: int
     captions: int
-    bad: dict[str, str]
+    bad: list[BadImage]
     bytes: int
     kept: int
     made: int
@@ -383,41 +429,30 @@ def write_cache(
 
     folder = Path(str(config.latent_cache_dir))
     settings = cache_settings(config, parts, source)
-    precision = PRECISIONS[accelerator.mixed_precision]
-    place_frozen(parts, accelerator.device, precision)
+    place_frozen(parts, accelerator.device, PRECISIONS[accelerator.mixed_precision])
     manifest = {
         "settings": settings,
         "rows_per_shard": rows_per_shard,
         "model": {"name": parts.name, **{name: parts.options[name] for name in ("revision", "variant")}},
-        "precision": str(precision).removeprefix("torch."),
+        "precision": _precision(accelerator.mixed_precision),
         "images": len(source),
         "files": {},
     }
-    captions: list[str] = []
-    _agree(accelerator, lambda: captions.extend(distinct_captions(source, config, accelerator)))
-    sizes = _row_bytes(config, parts)
-    needed = len(source) * sizes["latents"] + len(captions) * sizes["texts"]
-    on_main_process(accelerator, lambda: _prepare(folder, manifest, needed))
+    sizes, captions = image_sizes(source), distinct_captions(source, config, accelerator)
+    row_bytes = _row_bytes(config, parts)
+    needed = len(source) * row_bytes["latents"] + len(captions) * row_bytes["texts"]
     logger.info(
         "%s images x %.1f KiB and %s captions x %.1f KiB: %.2f GiB in %s",
-        f"{len(source):,}", sizes["latents"] / 2**10, f"{len(captions):,}", sizes["texts"] / 2**10, needed / 2**30, folder,
+        f"{len(source):,}", row_bytes["latents"] / 2**10, f"{len(captions):,}", row_bytes["texts"] / 2**10, needed / 2**30, folder,
     )  # fmt: skip
 
-    writer = _Writer(folder, accelerator, rows_per_shard, (_read_manifest(folder) or {})["files"])
-    images = _ImageShards(config, parts, source, accelerator, batch_size, rows_per_shard)
-    texts = _TextShards(parts, captions, accelerator, batch_size, rows_per_shard)
-    fingerprint = hashlib.sha256(json.dumps(captions).encode(errors="surrogatepass")).hexdigest()[:16]
-    writer.write("latents", len(source), images, {})
-    writer.write("texts", len(captions), texts, {"captions": fingerprint})
-    files: dict[str, Any] = dict(pair for part in gather_object([writer.files]) for pair in part.items())
-    bad = dict(pair for part in gather_object([writer.bad]) for pair in part.items())
+    def unseal() -> None:
+        _write_manifest(folder, manifest)
 
     def seal() -> None:
         digests = np.array([caption_digest(caption) for caption in captions], dtype=np.uint64)
-        new = folder / f"{PARTIAL}{CAPTIONS}"
-        save_arrays({"digests": digests}, new)
-        checkpoints.replace(new, folder / CAPTIONS)
-        listed = dict(sorted({**files, CAPTIONS: _facts(folder / CAPTIONS)}.items()))
+        _save(save_arrays, {"digests": digests, "sizes": sizes}, folder / INDEX)
+        listed = dict(sorted({**files, INDEX: _facts(folder / INDEX)}.items()))
         whole = json.dumps([settings, {name: facts["sha256"] for name, facts in listed.items()}])
         sealed = {
             **manifest,
@@ -428,32 +463,63 @@ def write_cache(
         }
         _write_manifest(folder, sealed)
 
-    on_main_process(accelerator, seal)
+    with _filling(folder, manifest, needed, accelerator):
+        writer = _Writer(folder, accelerator, rows_per_shard, (_read_manifest(folder) or {})["files"])
+        images = _ImageShards(config, parts, source, accelerator, batch_size, rows_per_shard)
+        texts = _TextShards(parts, captions, accelerator, batch_size, rows_per_shard)
+        jobs: list[tuple[str, Sequence[Any], Shards]] = [("latents", sizes.tolist(), images), ("texts", captions, texts)]
+        missing = [writer.missing(kind, rows) for kind, rows, _ in jobs]
+        if any(map(any, gather_object([list(map(len, missing))]))):
+            on_main_process(accelerator, unseal)  # from here on until the end the files are not those that a manifest has listed
+        for (kind, rows, shards), numbers in zip(jobs, missing, strict=True):
+            writer.make(kind, rows, numbers, shards)
+        files: dict[str, Any] = dict(pair for part in gather_object([writer.files]) for pair in part.items())
+        bad = dict(pair for part in gather_object([writer.bad]) for pair in part.items())
+        on_main_process(accelerator, seal)
     kept, made = (sum(gather_object([count])) for count in (writer.kept, writer.made))
-    named = {source.name(int(index)): reason for index, reason in bad.items()}
+    named = [BadImage(source.name(int(index)), reason) for index, reason in bad.items()]
     return CacheSummary(len(source), len(captions), named, sum(facts["bytes"] for facts in files.values()), kept, made)
 
 
 def distinct_captions(source: ImageSource, config: TextToImageConfig, accelerator: Accelerator) -> list[str]:
-    """Every caption of the data once, and the empty one, in the order of their digests.
+    """Every caption of the data once, and the empty one, in the order of their digests. Each rank looks through a share of the images.
 
     Raises:
-        UserError: an image has none and ``skip_bad_images`` is off.
+        UserError: an image has none and ``skip_bad_images`` is off; on every rank.
     """
-    found = {caption_digest(""): ""}
-    bar = tqdm(range(len(source)), desc="captions", unit="image", delay=2, disable=None if accelerator.is_main_process else True)
-    for index in bar:
+    from accelerate.utils import gather_object
+
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    share = range(len(source) * rank // processes, len(source) * (rank + 1) // processes)
+    own: set[str] = set()
+
+    def collect() -> None:
+        bar = tqdm(share, desc="captions", unit="image", delay=2, disable=None if accelerator.is_main_process else True)
+        for index, found in zip(bar, _captions(source, share), strict=True):
+            if not isinstance(found, Exception):
+                own.update(found)
+            elif not config.skip_bad_images:
+                reason = f"{found}; remove it or pass --skip_bad_images"
+                raise UserError(f"cannot read a caption of {source.name(index)}: {reason}", exit_code=1)
+
+    _agree(accelerator, collect)
+    captions = sorted({""}.union(*gather_object([own])), key=caption_digest)
+    for one, other in pairwise(captions):
+        if caption_digest(one) == caption_digest(other):
+            raise UserError(f"the captions {one!r} and {other!r} have one digest; change one", exit_code=1)
+    return captions
+
+
+def _captions(source: ImageSource, rows: range) -> Iterator[Sequence[str] | Exception]:
+    """Those of each image, or what is wrong with them."""
+    if isinstance(source, TableImages):
+        yield from source.all_captions(rows)
+        return
+    for row in rows:
         try:
-            captions = source.captions(index)
+            yield source.captions(row)
         except Exception as error:  # as in `ImageDataset`: whatever a source raises makes that image a bad one
-            if config.skip_bad_images:
-                continue
-            reason = f"{error}; remove it or pass --skip_bad_images"
-            raise UserError(f"cannot read a caption of {source.name(index)}: {reason}", exit_code=1) from None
-        for caption in captions:
-            if found.setdefault(caption_digest(caption), caption) != caption:
-                raise UserError(f"the captions {caption!r} and {found[caption_digest(caption)]!r} have one digest; change one", exit_code=1)
-    return [found[digest] for digest in sorted(found)]
+            yield error
 
 
 def _row_bytes(config: TextToImageConfig, parts: StableDiffusion) -> dict[str, int]:
@@ -463,14 +529,25 @@ def _row_bytes(config: TextToImageConfig, parts: StableDiffusion) -> dict[str, i
     return {"latents": 2 * latent * (1 + config.random_flip), "texts": 2 * width * (parts.tokenizer.model_max_length + 1)}
 
 
-def _prepare(folder: Path, manifest: dict[str, Any], needed: int) -> None:
-    """Creates the folder, or finds there what a cache with these settings has left.
+@contextmanager
+def _filling(folder: Path, manifest: dict[str, Any], needed: int, accelerator: Accelerator) -> Iterator[None]:
+    """Prepares the folder and keeps other calls out of it meanwhile."""
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        on_main_process(accelerator, lambda: _prepare(folder, manifest, needed, lock))
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(folder: Path, manifest: dict[str, Any], needed: int, lock: FileLock) -> None:
+    """Creates the folder, or finds there what a cache with these settings has left; takes the lock.
 
     Raises:
-        UserError: something else is there, or the disk is too small.
+        UserError: something else is there, another call is at work there, or the disk is too small.
     """
     held = _read_manifest(folder)
-    if held is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if held is None and folder.exists() and (not folder.is_dir() or any(map(_is_foreign, folder.iterdir()))):
         raise UserError(f"--latent_cache_dir {folder} holds something else; give another folder")
     if held is not None:
         differences = _differences(held["settings"], manifest["settings"])
@@ -481,6 +558,10 @@ def _prepare(folder: Path, manifest: dict[str, Any], needed: int) -> None:
         if differences:
             raise UserError(f"--latent_cache_dir {folder} holds another cache: {'; '.join(differences)}; give another folder or delete it")
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"--latent_cache_dir {folder} is being filled by another call; wait for its end", exit_code=1) from None
     clean_up(folder)
     there = sum(path.stat().st_size for path in folder.iterdir())
     free = shutil.disk_usage(folder).free
@@ -490,6 +571,21 @@ def _prepare(folder: Path, manifest: dict[str, Any], needed: int) -> None:
         )
     if held is None:
         _write_manifest(folder, manifest)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether it is not what a call leaves that was killed before it wrote a manifest."""
+    return path.name != LOCK and not path.name.startswith(PARTIAL)
+
+
+def _save(save: Callable[..., None], tensors: Mapping[str, Any], path: Path, **options: Any) -> None:
+    """By safetensors under another name, then renamed; what fails is an `OSError`."""
+    new = path.with_name(f"{PARTIAL}{path.name}")
+    try:
+        save(tensors, new, **options)
+    except SafetensorError as error:  # of a full disk too
+        raise OSError(errno.EIO, str(error), str(path)) from None
+    checkpoints.replace(new, path)
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -535,29 +631,40 @@ class _Writer:
         self.bad: dict[str, str] = {}
         self.kept = self.made = 0
 
-    def write(self, kind: str, rows: int, shards: Shards, notes: dict[str, str]) -> None:
-        """Checks the shards that are there and makes the others."""
+    def missing(self, kind: str, rows: Sequence[Any]) -> list[int]:
+        """Which of this rank's shards are not there, sound and made of these rows: sizes of images, or captions."""
+        mine = range(self._accelerator.process_index, -(-len(rows) // self._rows), self._accelerator.num_processes)
+        bar = tqdm(mine, desc=f"checking {kind}", unit="shard", delay=2, leave=False, disable=self._show)
+        return [number for number in bar if not self._keep(shard_name(kind, number), self._digest(rows, number))]
+
+    def make(self, kind: str, rows: Sequence[Any], missing: Sequence[int], shards: Shards) -> None:
+        """Makes what is missing."""
         from accelerate.utils import gather_object
 
-        rank, processes = self._accelerator.process_index, self._accelerator.num_processes
-        mine = range(rank, -(-rows // self._rows), processes)
-        show = None if self._accelerator.is_main_process else True
-        count = tqdm(mine, desc=f"checking {kind}", unit="shard", delay=2, leave=False, disable=show)
-        missing = [number for number in count if not self._keep(shard_name(kind, number), notes)]
         made = shards(missing)
         left = gather_object([len(missing)])
 
         def make(turn: int) -> None:
             if turn < len(missing):
-                self._make(shard_name(kind, missing[turn]), next(made), notes)
+                self._make(shard_name(kind, missing[turn]), next(made), self._digest(rows, missing[turn]))
 
-        with tqdm(total=sum(left), desc=kind, unit="shard", disable=show) as bar:
+        with tqdm(total=sum(left), desc=kind, unit="shard", disable=self._show) as bar:
             for turn in range(max(left)):
                 _agree(self._accelerator, partial(make, turn))
                 bar.update(sum(turn < each for each in left))
 
-    def _keep(self, name: str, notes: dict[str, str]) -> bool:
-        """Whether the shard is there and sound."""
+    @property
+    def _show(self) -> bool | None:
+        """tqdm's ``disable``."""
+        return None if self._accelerator.is_main_process else True
+
+    def _digest(self, rows: Sequence[Any], number: int) -> str:
+        """Of the rows of a shard."""
+        own = json.dumps(rows[number * self._rows : (number + 1) * self._rows])
+        return hashlib.sha256(own.encode()).hexdigest()[:16]
+
+    def _keep(self, name: str, digest: str) -> bool:
+        """Whether the shard is there, sound and of these rows."""
         path = self._folder / name
         try:
             with safe_open(path, framework="numpy") as file:
@@ -565,24 +672,30 @@ class _Writer:
         except (OSError, SafetensorError, KeyError, ValueError):
             return False
         facts = _facts(path)
-        if self._recorded.get(name, facts) != facts or any(found.get(key) != value for key, value in notes.items()):
-            logger.warning("%s is damaged or of other captions; making it anew", path)
+        if self._recorded.get(name, facts) != facts or found.get("rows") != digest:
+            logger.warning("%s is damaged, or what it was made of has changed; making it anew", path)
             return False
         self.files[name] = facts
         self.bad |= found["bad"]
         self.kept += 1
         return True
 
-    def _make(self, name: str, shard: Shard, notes: dict[str, str]) -> None:
+    def _make(self, name: str, shard: Shard, digest: str) -> None:
         tensors, bad = shard
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise UserError(f"{name}: NaN, or too large for fp16; --mixed_precision no may help", exit_code=1)
-        new = self._folder / f"{PARTIAL}{name}"
-        save_file(tensors, new, metadata={NOTES: json.dumps({**notes, "bad": bad})})
-        checkpoints.replace(new, self._folder / name)
+        _save(save_file, tensors, self._folder / name, metadata={NOTES: json.dumps({"rows": digest, "bad": bad})})
         self.files[name] = _facts(self._folder / name)
         self.bad |= bad
         self.made += 1
+
+
+class _ByNumber(Subset):
+    """All images, named by their number: two may share a name."""
+
+    def name(self, index: int) -> str:
+        """The number."""
+        return str(index)
 
 
 @dataclass(frozen=True)
@@ -598,17 +711,18 @@ class _ImageShards:
         config = self.config
         transform = ImageTransform(config.resolution, 3, center_crop=True, interpolation=config.image_interpolation_mode, crop=config.crop)
         shards = [_batches(number, len(self.source), self.rows_per_shard, self.batch_size) for number in numbers]
-        keys = [[(0, index) for index in rows] for batches in shards for rows in batches]
-        loader = iter(build_loader(ImageDataset(self.source, transform), keys, config.dataloader_num_workers, self.accelerator.device))
+        keys = ([(0, index) for index in rows] for batches in shards for rows in batches)
+        dataset = ImageDataset(_ByNumber(self.source, range(len(self.source))), transform)
+        loader = iter(build_loader(dataset, keys, config.dataloader_num_workers, self.accelerator.device))
         for batches in shards:
             moments: list[Tensor] = []
             bad: dict[str, str] = {}
             for rows in batches:
                 batch = next(loader)
-                if batch["bad"] and not config.skip_bad_images:
+                found = {each.name: each.reason for each in batch["bad"]}
+                if found and not config.skip_bad_images:
+                    batch["bad"] = [BadImage(self.source.name(int(index)), reason) for index, reason in found.items()]
                     check_batch(batch, skip_bad_images=False)
-                reasons = {each.name: each.reason for each in batch["bad"]}
-                found = {str(index): reasons[name] for index in rows if reasons and (name := self.source.name(index)) in reasons}
                 bad |= found
                 good = torch.tensor([str(index) not in found for index in rows])
                 moments.append(self._moments(batch["pixel_values"], good))

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_SEED = 0  # of the samples' noises and of the held-out loss: one constant for all runs, whatever their seeds
 REFERENCE_IMAGES = 10_000  # at most; more would cost time and hardly move the reference's mean and covariance
-BATCH_SIZE = 256
+BATCH_SIZE = 256  # of small images; see `images_together`
 
 
 class FeatureNetwork(Protocol):
@@ -500,7 +500,7 @@ def fixed_images(
     dataset = ImageDataset(source, fixed, with_labels=with_labels, with_captions=with_captions)
     chosen = torch.randperm(len(source), generator=seeded_generator("fixed_images"))[:limit].sort().values
     with tqdm(total=len(chosen), desc="reading images", unit="image", delay=2, leave=False, disable=None) as bar:
-        for indices in chosen.split(BATCH_SIZE):
+        for indices in chosen.split(images_together(transform.resolution)):
             items = [dataset[0, index] for index in indices.tolist()]
             batch = collate(items)
             if not skip_bad_images:
@@ -508,6 +508,11 @@ def fixed_images(
             if len(batch["pixel_values"]):
                 yield Images(batch["pixel_values"], batch["labels"], batch["captions"])
             bar.update(len(items))
+
+
+def images_together(resolution: int) -> int:
+    """How many images of this size are sampled, encoded or measured at once: `BATCH_SIZE` up to 64 pixels a side, as many pixels above."""
+    return max(1, min(BATCH_SIZE, BATCH_SIZE * 64**2 // resolution**2))
 
 
 def to_uint8(images: Tensor) -> Tensor:

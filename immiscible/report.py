@@ -20,21 +20,21 @@ from typing import Any
 
 import yaml
 
+from .checkpoints import checkpoints, is_complete, read_state
 from .config import MethodArguments, RunArguments, UnconditionalConfig
 from .errors import UserError
+from .evaluation import told
 from .run import read_lines
+from .text_config import TextRunArguments, TextToImageConfig
 
 logger = logging.getLogger(__name__)
 
 Curve = Sequence[tuple[float, float]]  # (time, distance), times rising; time is optimizer steps or seconds
 
 # What may differ between two runs of one arm: the seed, and what says where a run goes and not what it learns.
-NOT_THE_METHOD = {item.name for item in fields(RunArguments)} - {"sampling_scheduler", "timestep_spacing"} | {
-    "seed",
-    "cache_dir",
-    "dataloader_num_workers",
-    "local_rank",
-}
+NOT_THE_METHOD = {item.name for group in (RunArguments, TextRunArguments) for item in fields(group)}
+NOT_THE_METHOD -= {"sampling_scheduler", "timestep_spacing"}
+NOT_THE_METHOD |= {"seed", "cache_dir", "latent_cache_dir", "dataloader_num_workers", "local_rank"}
 # Dimensions of features whose evaluations do not say it themselves (`num_features` in evaluation.jsonl).
 KNOWN_FEATURES = {"FD-digits": 64, "FID": 2048}
 LEAST_DISTANCE = 1e-12  # a Frechet distance of identical sets may come out as zero or a little below; its logarithm must exist
@@ -239,14 +239,15 @@ def differing_flags(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def group_runs(folders: Sequence[Path]) -> dict[str, list[Path]]:
-    """Runs that differ in nothing but their seeds form an arm, named by its flags that differ from other arms' and from the defaults.
+    """Runs of one script that differ in their seeds alone form an arm, named by its flags that differ from other arms' and the defaults.
 
     Raises:
         UserError: what `read_run` raises.
     """
-    configs = {folder: read_run(folder).config for folder in folders}
+    runs = {folder: read_run(folder) for folder in folders}
+    configs: dict[Path, dict[str, Any]] = {folder: {**run.config, "script": script_of(run)} for folder, run in runs.items()}
     differing = differing_flags(list(configs.values()))
-    defaults = _defaults()
+    defaults = _defaults(next(iter(configs.values()), {}))
     method = {item.name for item in fields(MethodArguments)}
     arms: dict[str, list[Path]] = {}
     for folder, config in configs.items():
@@ -261,7 +262,7 @@ def group_runs(folders: Sequence[Path]) -> dict[str, list[Path]]:
 
 def command_of(config: Mapping[str, Any], script: str = "train_unconditional.py") -> str:
     """The command line that gives this config: every flag whose value is not the default."""
-    defaults = _defaults()
+    defaults = _defaults(config)
     words = ["python", script]
     for name, value in config.items():
         if value is None or value == defaults.get(name) or name in ("resume_from_checkpoint", "overwrite_output_dir", "hub_token"):
@@ -272,8 +273,18 @@ def command_of(config: Mapping[str, Any], script: str = "train_unconditional.py"
     return shlex.join(words)
 
 
-def _defaults() -> dict[str, Any]:
-    blank = UnconditionalConfig()
+def script_of(run: Run) -> str:
+    """The script that trained a run. The flags of a text run do not say whether it began with random weights; its checkpoints do."""
+    if "pretrained_model_name_or_path" not in run.config:
+        return "train_unconditional.py"
+    saved = [read_state(path) for path in checkpoints(run.folder) if is_complete(path)]
+    from_scratch = bool(saved) and saved[-1]["identity"]["network"]["from_scratch"]
+    return "train_text_to_image.py" if from_scratch else "finetune_sd.py"
+
+
+def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the script whose flags these are."""
+    blank = TextToImageConfig() if "pretrained_model_name_or_path" in config else UnconditionalConfig()
     return {item.name: getattr(blank, item.name) for item in fields(blank)}
 
 
@@ -420,7 +431,7 @@ def _read_into(arm: Arm, folder: Path, command: str | None, problem: str | None)
         if command:
             arm.commands.append(command)
         return
-    arm.commands.append(command or command_of(run.config))
+    arm.commands.append(command or command_of(run.config, script_of(run)))
     if run.finished and problem is None:
         if run.seed in arm.runs:
             raise UserError(f"{arm.runs[run.seed].folder} and {folder} are both seed {run.seed} of {arm.name}; give them different names")
@@ -447,6 +458,10 @@ def _check_measured_alike(runs: Sequence[Run]) -> None:
             found = {line.get(key) for line in run.evaluations} - {wanted}
             if found:
                 raise UserError(f"{first.folder} and {run.folder} cannot be compared: {text} ({key} {wanted} and {found.pop()})")
+    for run in runs:
+        one, other = (told(each.config) or "nothing" for each in (first, run))
+        if one != other:
+            raise UserError(f"{first.folder} and {run.folder} cannot be compared: their samples were told {one} and {other}")
 
 
 def _notes(comparison: Comparison) -> list[str]:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .checkpoints import PARTIAL, replace
 from .errors import UserError
+from .evaluation import told
 from .report import (
     GAIN,
     HARM,
@@ -292,15 +293,18 @@ def setting(comparison: Comparison) -> str:
     differing = differing_flags([run.config for run in comparison.runs])
     config = {name: value for name, value in run.config.items() if name not in differing and value is not None}
     source = next((str(config[name]) for name in ("bundled_data", "dataset_name", "train_data_dir") if config.get(name)), "")
+    part = {"pretrained_model_name_or_path": "checkpoint", "vae_model_name_or_path": "latents of"}
+    condition = f" ({told(run.config)})" if told(run.config) else ""
     seeds = sorted({run.seed for run in comparison.runs})
     parts = [
         f"{source} {config['resolution']}x{config['resolution']}" if source and "resolution" in config else source,
+        *(f"{what} {config[name]}" for name, what in part.items() if config.get(name)),
         str(config.get("prediction_type", "")),
         f"{config['sampling_scheduler']} sampling, {config.get('timestep_spacing', '')} spacing" if "sampling_scheduler" in config else "",
         f"{config['max_train_steps']} steps" if "max_train_steps" in config else "",
         f"batch {config['train_batch_size']}" if "train_batch_size" in config else "",
         f"seeds {', '.join(map(str, seeds))}",
-        f"{comparison.feature} of {line['samples']} samples against {line['reference_images']} reference images",
+        f"{comparison.feature} of {line['samples']} samples{condition} against {line['reference_images']} reference images",
         "EMA weights" if line.get("weights") == "ema" else "",
         f"data {line['data']}",
     ]
@@ -343,8 +347,22 @@ def _spread(values: Mapping[int, Interval], digits: int, unit: str = "") -> str:
     return f"{center} ({least.show(digits)} to {greatest.show(digits)})"
 
 
+def _grid_prompts(config: Mapping[str, Any]) -> list[str]:
+    """What a text run's grids are of, an image each; empty for other runs."""
+    if one := config.get("validation_prompt"):
+        return [one] * int(config.get("num_validation_images") or 1)
+    return list(config.get("validation_prompts") or [])
+
+
+def _grid_words(config: Mapping[str, Any]) -> str:
+    """What a run's grids are of, where that is not the data as such."""
+    if prompts := list(dict.fromkeys(_grid_prompts(config))):
+        return f"Guidance {config.get('guidance_scale')}; row by row: {'; '.join(prompts)}."
+    return "In the order of classes." if config.get("class_conditional") else ""
+
+
 def _sample_grids(comparison: Comparison, most_pixels: int = 1024) -> tuple[str, list[tuple[str, str]]]:
-    """The seed that most arms have, and each arm's last grid of it as a data address."""
+    """The seed that most arms have, with what all its grids are of, and each arm's last grid of it as a data address."""
     from PIL import Image
 
     grids: dict[int, list[tuple[str, Run, Path]]] = {}
@@ -355,18 +373,21 @@ def _sample_grids(comparison: Comparison, most_pixels: int = 1024) -> tuple[str,
     if not grids:
         return "", []
     seed = max(sorted(grids), key=lambda number: len(grids[number]))
+    words = {name: _grid_words(run.config) for name, run, _ in grids[seed]}
+    common = next(iter(words.values())) if len(set(words.values())) == 1 else ""
     shown = []
     for name, run, path in grids[seed]:
         try:
             with Image.open(path) as picture:
-                spaced = _spaced(picture, int(run.config.get("eval_batch_size") or 1))
+                spaced = _spaced(picture, len(_grid_prompts(run.config)) or int(run.config.get("eval_batch_size") or 1))
         except OSError:
             raise UserError(f"{path}: no picture that can be read; the report shows it, so repair or delete it", exit_code=1) from None
         spaced.thumbnail((most_pixels, most_pixels))
         data = io.BytesIO()
         spaced.save(data, format="PNG", optimize=True)
-        shown.append((f"{name}, step {int(path.stem.partition('-')[2])}", base64.b64encode(data.getvalue()).decode()))
-    return str(seed), shown
+        caption = f"{name}, step {int(path.stem.partition('-')[2])}{'' if common else f'. {words[name]}'.rstrip('. ')}"
+        shown.append((caption, base64.b64encode(data.getvalue()).decode()))
+    return f"Seed {seed}: the same starting noises in every grid, at the end of training. {common}".rstrip(), shown
 
 
 def _spaced(grid: Image.Image, images: int) -> Image.Image:
@@ -440,7 +461,7 @@ def html_report(comparison: Comparison) -> str:
     warnings = [*comparison.notes, *(f"Not counted: {problem}" for problem in problems)]
     arms = [arm for arm in comparison.arms if arm != comparison.baseline]
     steps, many = comparison.inference_steps, crowded(comparison)
-    seed, grids = _sample_grids(comparison)
+    legend, grids = _sample_grids(comparison)
     validation = validation_table(comparison)
 
     def figures(legend: str, *drawn: str) -> str:
@@ -473,7 +494,7 @@ def html_report(comparison: Comparison) -> str:
         "<h2>Quality against inference steps</h2>" + figures("", inference_figure(comparison)) if len(steps) > 1 else "",
     ]
     if grids:
-        parts.append(f'<h2>Samples</h2><p class="soft">Seed {seed}: the same starting noises in every grid, at the end of training.</p>')
+        parts.append(f'<h2>Samples</h2><p class="soft">{html.escape(legend)}</p>')
         cells = (
             f'<figure><img alt="samples of {html.escape(name)}" src="data:image/png;base64,{data}"><figcaption>{_breakable(name)}'
             "</figcaption></figure>"

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,8 +34,8 @@ from .coupling import Coupling, bias_notice, build_coupling, leak_notice, pairs_
 from .data import GlobalBatchOrder, ImageSource, ImageTransform
 from .encoding import Encoded, Encoder
 from .errors import UserError
-from .evaluation import build_pipeline, evaluation_weights, image_grid, sample_images, sample_labels
-from .metrics import Evaluation, build_features, fixed_images, to_uint8, validation_loss
+from .evaluation import build_pipeline, evaluation_weights, image_grid, sample_images, sample_labels, told
+from .metrics import Evaluation, build_features, fixed_images, images_together, to_uint8, validation_loss
 from .objectives import DenoisingObjective
 from .process import NoiseProcess, build_scheduler
 from .randomness import Draws
@@ -62,6 +63,7 @@ def session(config: AnyConfig) -> Iterator[Accelerator]:
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
+    _check_launcher()
     _check_tracker(config.logger, "--report_to" if hasattr(config, "report_to") else "--logger")
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -98,6 +100,18 @@ def session(config: AnyConfig) -> Iterator[Accelerator]:
     finally:
         accelerator.free_memory()  # DDP must be gone before its process group is, whose end it can deadlock otherwise (gloo, torch 2.13)
         accelerator.end_training()
+
+
+def _check_launcher() -> None:
+    """Refuses what splits the network over the processes: rank 0 alone samples it and saves it, as it holds it."""
+    from accelerate.utils import parse_flag_from_env
+
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise UserError(
+                f"accelerate is configured for {name}, under which this script neither trains nor saves what it should; launch it with "
+                f"--multi_gpu, as configs/accelerate/4xa6000.yaml does: every process then holds the whole network (DDP)"
+            )
 
 
 def _check_tracker(name: str, flag: str) -> None:
@@ -257,6 +271,14 @@ class RunLog:
                 self._accelerator.log(means, step=step)
         return means
 
+    def add_images(self, name: str, images: numpy.ndarray, step: int) -> None:
+        """Samples, uint8 [N, H, W, 3], for the trackers in which diffusers' examples show theirs; to be called on rank 0."""
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: images}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: list(images)}, step=step)
+
 
 class RunEvaluation:
     """``evaluation.jsonl``: what the flags ask to measure every ``--eval_steps``, on rank 0, without disturbing training.
@@ -299,7 +321,12 @@ class RunEvaluation:
         reference = (to_uint8(batch.x0) for batch in images)
         prompts = [self._source.captions(index)[0] for index in range(min(self._prompts, len(self._source)))]
         self._evaluation = Evaluation(
-            features, reference, samples=config.eval_samples, inference_steps=config.eval_inference_steps, prompts=prompts
+            features,
+            reference,
+            samples=config.eval_samples,
+            inference_steps=config.eval_inference_steps,
+            batch_size=images_together(transform.resolution),
+            prompts=prompts,
         )
         self._held_out: list[Encoded] = []
         if self._held_out_source is not None:
@@ -322,8 +349,9 @@ class RunEvaluation:
             x0 = torch.cat([batch.x0 for batch in self._held_out])
             condition = {name: torch.cat([batch.condition[name] for batch in self._held_out]) for name in self._held_out[0].condition}
             process, prediction_type = self._objective.process, self._objective.prediction_type
-            line["validation_loss"] = validation_loss(unet, x0, process, prediction_type, condition=condition, ema=ema)
-        _append_line(self._path, {**line, "weights": "raw" if ema is None else "ema"})
+            together = images_together(self._transform.resolution)
+            line["validation_loss"] = validation_loss(unet, x0, process, prediction_type, condition=condition, ema=ema, batch_size=together)
+        _append_line(self._path, {**line, "weights": "raw" if ema is None else "ema", "told": told(asdict(self._config))})
         distances = ", ".join(f"{value:.3f} at {steps} steps" for steps, value in line["frechet_distance"].items())
         logger.info("step %d: %s %s", step, line["feature"], distances)
 
@@ -513,9 +541,7 @@ def report_start(
         **facts,
     }.items():
         logger.info("%-18s %s", name.replace("_", " "), value)
-    leak = leak_notice(coupling, (unet.config.num_class_embeds or 0) if told_apart is None else told_apart)
-    if leak and captions:
-        leak = f"each caption counts as a class here, which --coupling_condition centered or penalty have regard to: {leak}"
+    leak = leak_notice(coupling, (unet.config.num_class_embeds or 0) if told_apart is None else told_apart, captions=captions)
     for notice in (bias_notice(coupling, unet.config.in_channels * side**2), leak):
         if notice:
             logger.warning(notice)
@@ -545,9 +571,15 @@ def report_plan(steps: Iterator[StepStats], unet: UNet2DModel, accelerator: Acce
 
 
 def is_finished(config: AnyConfig, start_step: int, max_steps: int) -> bool:
-    """Whether the resumed run has nothing left to do; says so."""
+    """Whether the resumed run has nothing left to do; says so.
+
+    Raises:
+        UserError: it is not finished, and its checkpoint is beyond ``max_steps``.
+    """
     summary = Path(config.output_dir or "") / "summary.json"
     finished = start_step >= max_steps and summary.exists() and json.loads(summary.read_text())["step"] >= max_steps
+    if not finished and start_step > max_steps:
+        raise UserError(f"--max_train_steps {max_steps} lies before step {start_step} of the checkpoint; give {start_step} or more")
     if finished:
         logger.info("The run in %s is finished (step %d of %d): no step taken, nothing changed", config.output_dir, start_step, max_steps)
     return finished
@@ -596,7 +628,7 @@ def save_pipeline(
     num_classes = unet.config.num_class_embeds
     names = class_names if num_classes and class_names else ()
     for weights in partial.glob("unet*/*.safetensors"):
-        _add_metadata(weights, facts)
+        add_metadata(weights, facts)
     (partial / "README.md").write_text(_model_card(folder.resolve().name, type(pipeline).__name__, facts, num_classes, names))
     for item in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):  # last: it makes the folder a pipeline
         replace(item, folder / item.name)
@@ -611,8 +643,10 @@ def save_samples(
     seed: int,
     step: int,
     vae: AutoencoderKL | None = None,
-) -> None:
-    """A grid of samples with the same noises at every step, in ``samples/``; a class-conditional network's are in the order of classes."""
+) -> numpy.ndarray:
+    """Writes a grid of samples with the same noises at every step and returns them, uint8 [N, H, W, C]; a class-conditional network's
+    are in the order of classes.
+    """
     with evaluation_weights(unet, ema):
         pipeline = build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing, vae=vae)
         images = sample_images(
@@ -629,6 +663,7 @@ def save_samples(
     path = grid_path(Path(config.output_dir or ""), step)
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(images).save(path)
+    return images
 
 
 def grid_path(folder: Path, step: int) -> Path:
@@ -639,7 +674,6 @@ def grid_path(folder: Path, step: int) -> Path:
 def push_pipeline(config: AnyConfig, step: int) -> None:
     """Uploads the pipeline, samples, config and metrics, no checkpoints."""
     from huggingface_hub import create_repo, upload_folder
-    from huggingface_hub.errors import HfHubHTTPError
 
     folder = Path(config.output_dir or "")
     try:
@@ -652,12 +686,13 @@ def push_pipeline(config: AnyConfig, step: int) -> None:
             commit_message=f"step {step}",
             allow_patterns=[f"{item}/**" if (folder / item).is_dir() else item for item in OWN_FILES if (folder / item).exists()],
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # whatever the network, the hub or its client can do wrong; without a network it is no OSError
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--push_to_hub failed ({first_line}); the run is complete in {folder}", exit_code=1) from None
 
 
-def _add_metadata(path: Path, facts: dict[str, str]) -> None:
+def add_metadata(path: Path, facts: dict[str, str]) -> None:
+    """Adds ``facts`` to the metadata of a safetensors file, each as ``immiscible.{name}``."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 

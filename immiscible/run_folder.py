@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import checkpoints, clean_up, discard, is_complete, resolve_checkpoint, step_of
+from .checkpoints import STATE_FILE, checkpoints, clean_up, discard, is_complete, resolve_checkpoint, step_of
 from .config import OWN_FILES
 from .errors import UserError
 
@@ -37,6 +37,7 @@ def check_folder(config: AnyConfig) -> Path | None:
         raise UserError(f"--output_dir {folder} is a file; give a folder")
     held = _run_in(folder)
     foreign = [name for name in (*OWN_FILES, config.logging_dir) if os.path.lexists(folder / name)]
+    foreign += [path.name for path in checkpoints(folder) if not (path / STATE_FILE).exists()]  # another trainer's
     if not held and foreign and not config.plan:
         raise UserError(
             f"--output_dir {folder} holds {', '.join(foreign)} of something else, which a run would overwrite; give another folder"

@@ -13,7 +13,9 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from functools import partial
 from inspect import signature
 from itertools import islice
@@ -22,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-import yaml
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
-from .checkpoints import NAME, PARTIAL, checkpoints, clean_up, is_complete, replace
+from .checkpoints import NAME, PARTIAL, checkpoints, clean_up, is_complete, read_state, replace
 from .config import UnconditionalConfig, parse_config
 from .errors import UserError
 from .evaluation import build_pipeline, sample_images
@@ -37,6 +39,8 @@ from .text_config import AnyConfig, TextToImageConfig
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from .stable_diffusion import StableDiffusion
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ SCHEDULERS = {
 PIXEL_PIPELINES = {"ddpm": "DDPMPipeline", "ddim": "DDIMPipeline", "dpm_solver": "DDPMPipeline"}
 WEIGHTS = {"ema": "unet_ema", "raw": "unet"}  # the choices of --weights -> a checkpoint's folder
 ADAPTERS = "pytorch_lora_weights.safetensors"
-MANIFEST, TABLE = "manifest.json", "samples.npz"
+MANIFEST, TABLE, METADATA = "manifest.json", "samples.npz", "metadata.jsonl"
 # What may differ where a folder is completed; the networks are compared by their weights, not by where these lie.
 FREE = ("command", "complete", "num_images", "batch_size", "processes", "versions", "model", "lora")
 
@@ -84,25 +88,27 @@ class Loaded:
         return self.pipeline.unet.config.num_class_embeds
 
 
-def load_model(name: str, *, weights: str | None = None, lora: str | None = None) -> Loaded:
+def load_model(name: str, *, weights: str | None = None, lora: str | None = None, base: str | None = None) -> Loaded:
     """The pipeline of a run's folder, of a ``checkpoint-N`` in one, or of plain diffusers, in a folder or on the hub.
 
     Args:
         name: which.
         weights: of a run, "ema" or "raw"; None for the average if the run kept one.
         lora: a folder with adapters, or their name on the hub.
+        base: where the VAE or the checkpoint that a run was trained with is now; None for the run's own folder or what its flags say.
 
     Raises:
         UserError: it cannot be loaded, does not hold the weights that are asked for, or is no pipeline around a U-Net.
     """
     path = Path(name)
     if NAME.fullmatch(path.resolve().name) and path.is_dir():
-        loaded = _from_checkpoint(path, weights)
+        loaded = _from_checkpoint(path, weights, base)
     elif (path / MARKER).exists():
-        loaded = _from_run(path, weights)
+        loaded = _from_run(path, weights, base)
     elif weights:
         raise UserError(f"--weights {weights} chooses among the weights of a run or its checkpoint; --model {name} is neither")
     else:
+        _refuse_base(base, name)
         loaded = Loaded(_from_diffusers(name))
     if lora:
         _add_adapters(loaded.pipeline, lora)
@@ -110,10 +116,11 @@ def load_model(name: str, *, weights: str | None = None, lora: str | None = None
     return loaded
 
 
-def _from_run(folder: Path, weights: str | None) -> Loaded:
+def _from_run(folder: Path, weights: str | None, base: str | None) -> Loaded:
     config, unfinished = _run_config(folder), not (folder / "model_index.json").exists()
     if isinstance(config, TextToImageConfig) and config.use_lora and (folder / ADAPTERS).exists():
-        return _adapted(folder, config, weights)
+        return _adapted(folder, config, weights, base)
+    _refuse_base(base, folder)
     if unfinished:
         saved = checkpoints(folder)
         raise UserError(
@@ -129,36 +136,76 @@ def _from_run(folder: Path, weights: str | None) -> Loaded:
     return Loaded(pipeline, weights, config.resolution)
 
 
-def _from_checkpoint(path: Path, weights: str | None) -> Loaded:
+def _from_checkpoint(path: Path, weights: str | None, base: str | None) -> Loaded:
     if not is_complete(path):
         raise UserError(f"--model {path} is not a complete checkpoint of this suite")
-    config = _run_config(path.resolve().parent)
+    folder = path.resolve().parent
+    config = _run_config(folder)
     if isinstance(config, TextToImageConfig) and config.use_lora:
-        return _adapted(path, config, weights)
-    weights = _chosen(weights, [kind for kind, folder in WEIGHTS.items() if (path / folder).is_dir()], path)
+        return _adapted(path, config, weights, base)
+    weights = _chosen(weights, [kind for kind, part in WEIGHTS.items() if (path / part).is_dir()], path)
     if isinstance(config, TextToImageConfig):
-        from .stable_diffusion import build_text_pipeline, load_stable_diffusion
+        from .stable_diffusion import build_text_pipeline
 
-        parts = load_stable_diffusion(config, from_scratch=True)  # its fresh U-Net makes room for the checkpoint's
+        own = str(folder) if (folder / "model_index.json").exists() else None
+        parts = _started_from(path, config, base or own, from_scratch=True)  # its fresh U-Net makes room for the checkpoint's
         parts.unet = type(parts.unet).from_pretrained(path, subfolder=WEIGHTS[weights])
         return Loaded(build_text_pipeline(parts), weights, config.resolution)
     from diffusers import UNet2DModel
 
-    unet = UNet2DModel.from_pretrained(path, subfolder=WEIGHTS[weights])
-    name = config.vae_model_name_or_path
-    vae = load_vae(name, resolution=config.resolution, cache_dir=config.cache_dir) if name else None
+    unet, vae = UNet2DModel.from_pretrained(path, subfolder=WEIGHTS[weights]), None
+    if config.vae_model_name_or_path:
+        own = str(folder / "vqvae") if (folder / "vqvae").is_dir() else None
+        with _named(path):
+            vae = load_vae(base or own or config.vae_model_name_or_path, resolution=config.resolution, cache_dir=config.cache_dir)
+        _check_same(path, read_state(path)["identity"]["network"]["vae"]["weights"], weights_digest(vae))
+    else:
+        _refuse_base(base, path)
     sampler, spacing = config.sampling_scheduler, config.timestep_spacing
     return Loaded(build_pipeline(unet, training_scheduler(config), sampler=sampler, spacing=spacing, vae=vae), weights, config.resolution)
 
 
-def _adapted(folder: Path, config: TextToImageConfig, weights: str | None) -> Loaded:
-    """The checkpoint that a LoRA run started from, with the adapters in ``folder``."""
-    from .stable_diffusion import build_text_pipeline, load_stable_diffusion
+def _adapted(folder: Path, config: TextToImageConfig, weights: str | None, base: str | None) -> Loaded:
+    """The checkpoint that a LoRA run started from, with the adapters in ``folder``, which is the run's or a checkpoint's."""
+    from .stable_diffusion import build_text_pipeline
 
     weights = _chosen(weights, ["raw"], folder)
-    pipeline = build_text_pipeline(load_stable_diffusion(config, from_scratch=False))
+    pipeline = build_text_pipeline(_started_from(folder, config, base, from_scratch=False))
     _add_adapters(pipeline, str(folder))
     return Loaded(pipeline, weights, config.resolution)
+
+
+def _started_from(path: Path, config: TextToImageConfig, base: str | None, *, from_scratch: bool) -> StableDiffusion:
+    """The checkpoint that a run started from, at ``base`` or where its flags say."""
+    from .stable_diffusion import load_stable_diffusion
+
+    if base:
+        config = replace_fields(config, pretrained_model_name_or_path=base, revision=None, variant=None, non_ema_revision=None)
+    with _named(path):
+        parts = load_stable_diffusion(config, from_scratch=from_scratch)
+    states = [path] if NAME.fullmatch(path.resolve().name) else list(filter(is_complete, checkpoints(path)))[-1:]
+    for state in states:
+        _check_same(path, read_state(state)["identity"]["network"]["frozen"], parts.digest)
+    return parts
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says of what is missing whose it is, and how to say where it is now; a relative path means another place elsewhere."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--model {path} needs what it was trained with: {error}. --base says where it is now", exit_code=1) from None
+
+
+def _check_same(path: Path, trained_with: str, found: str) -> None:
+    if trained_with != found:
+        raise UserError(f"--model {path} was trained with other weights than these; --base says where the right ones are", exit_code=1)
+
+
+def _refuse_base(base: str | None, name: str | Path) -> None:
+    if base:
+        raise UserError(f"--base {base}: --model {name} has all that it needs; leave it out")
 
 
 def _from_diffusers(name: str) -> DiffusionPipeline:
@@ -198,7 +245,7 @@ def _run_config(folder: Path) -> AnyConfig:
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"{folder} has no config.yaml, which says what its weights belong to; a checkpoint must stay in its run's folder")
-    text = "pretrained_model_name_or_path" in (yaml.safe_load(path.read_text()) or {})
+    text = re.search(r"^pretrained_model_name_or_path:", path.read_text(errors="replace"), re.MULTILINE)
     kind: Any = TextToImageConfig if text else UnconditionalConfig
     return parse_config(kind, ["--config", str(path)], program=path.name, description="")
 
@@ -233,13 +280,13 @@ def take_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
 
 
 def read_lines(path: Path, flag: str) -> list[str]:
-    """The prompts or class names of a text file, one a line.
+    """The prompts or class names of a text file, one a line. Lines end as files' lines do, not at every character that Unicode ends one at.
 
     Raises:
         UserError: the file cannot be read, is empty, or has an empty line, which would shift the numbers of what follows.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")]
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -249,6 +296,12 @@ def read_lines(path: Path, flag: str) -> list[str]:
     if not all(lines):
         raise UserError(f"{flag} {path}: line {lines.index('') + 1} is empty; remove it")
     return lines
+
+
+def cut_short(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[int]:
+    """The numbers of the prompts of which the text encoder sees the beginning alone; diffusers cuts them off."""
+    tokens = pipeline.tokenizer(list(prompts), verbose=False).input_ids
+    return [number for number, ids in enumerate(tokens) if len(ids) > pipeline.tokenizer.model_max_length]
 
 
 @dataclass(frozen=True)
@@ -298,23 +351,27 @@ class SampleFolder:
             UserError: it holds samples of something else, more of them than are wanted, or other files.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        clean_up(self.path)
-        manifest = json.loads(json.dumps(manifest))  # as it will be read
-        present = sorted(path.name for path in self.path.iterdir())
-        old = self._manifest() if MANIFEST in present else {}
-        if present and not old:
+        present = sorted(path.name for path in self.path.iterdir() if path.name != f"{PARTIAL}{MANIFEST}")
+        if present and MANIFEST not in present:
             raise UserError(f"--output_dir {self.path} holds {present[0]} and no {MANIFEST}: give a new folder")
+        clean_up(self.path)  # not before it is known whose folder this is
+        present = sorted(path.name for path in self.path.iterdir())
+        old = self._manifest() if present else {}
+        manifest = json.loads(json.dumps(manifest))  # as it will be read
         keys = [key for key in {**old, **manifest} if old and key not in FREE and old.get(key) != manifest.get(key)]
         if keys:
             changes = "; ".join(f"{key} was {_short(old.get(key))}, is now {_short(manifest.get(key))}" for key in keys)
             raise UserError(f"--output_dir {self.path} holds other samples: {changes}. Give these settings again, or a new folder")
-        allowed = {MANIFEST, TABLE, *(file_name(number) for number in range(manifest["num_images"]))}
+        allowed = {MANIFEST, TABLE, METADATA, *(file_name(number) for number in range(manifest["num_images"]))}
         if foreign := [name for name in present if name not in allowed]:
             surplus = re.fullmatch(r"\d{6,}\.png", foreign[0])
             why = f"beyond --num_images {manifest['num_images']}" if surplus else "which is no sample"
             raise UserError(
                 f"--output_dir {self.path} holds {foreign[0]}, {why} ({len(foreign)} such files): remove it, or give a new folder"
             )
+        if old.get("num_images") != manifest["num_images"]:  # what was written of all images is not of all images any more
+            for name in (TABLE, METADATA):
+                (self.path / name).unlink(missing_ok=True)
         self.write_manifest(manifest)
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
@@ -347,13 +404,29 @@ class SampleFolder:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 numpy.lib.format.write_array_header_1_0(file, header)
-                for number in range(num_images):
+                for number in tqdm(range(num_images), desc=TABLE, unit="image", delay=2, leave=False, disable=None):
                     with Image.open(self.path / file_name(number)) as image:
                         file.write(numpy.asarray(image).tobytes())
             if labels:
                 with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
                     numpy.lib.format.write_array(file, numpy.arange(num_images) % labels)
         replace(partial, self.path / TABLE)
+
+    def write_metadata(self, num_images: int, prompts: Sequence[str], labels: int | None) -> None:
+        """Writes what each image was told, a line for each: its ``file_name``, ``text`` where there are prompts, ``label`` where classes.
+
+        Args:
+            num_images: N.
+            prompts: image i is of prompt i modulo their number; may be empty.
+            labels: the number of classes, as for `write_table`.
+        """
+        partial = self.path / f"{PARTIAL}{METADATA}"
+        with partial.open("w") as file:
+            for number in range(num_images):
+                text = {"text": prompts[number % len(prompts)]} if prompts else {}
+                label = {"label": number % labels} if labels else {}
+                file.write(json.dumps({"file_name": file_name(number), **text, **label}) + "\n")
+        replace(partial, self.path / METADATA)
 
     def _manifest(self) -> dict[str, Any]:
         try:

@@ -14,9 +14,10 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
 INDEX_FORMAT = 1  # goes up when an index holds something else, so that old ones are not read
+LARGEST_CLASS = 999_999  # a longer number in .cls is no class but some identifier
+LOOKED_AT = 32  # samples, of which one must have what the run needs
 
 Taken = TypeVar("Taken")
 
@@ -105,7 +108,7 @@ class TarSample:
         """
         label = _class_number(self.members.get("cls", b""))
         if label < 0:
-            raise ValueError("it has no class (a .cls member with a number from 0)")
+            raise ValueError(f"it has no class (a .cls member with a number from 0 to {LARGEST_CLASS})")
         return label
 
     def captions(self) -> list[str]:
@@ -132,7 +135,8 @@ def caption_place(columns: Columns) -> str:
 
 def _class_number(content: bytes) -> int:
     """-1 if it is none."""
-    return int(content) if content.strip().isdigit() else -1
+    digits = content.strip()
+    return int(digits) if digits.isdigit() and len(digits) <= len(str(LARGEST_CLASS)) else -1
 
 
 def tar_samples(file: IO[bytes], take: Callable[[tarfile.TarFile, tarfile.TarInfo, str], Taken]) -> Iterator[tuple[str, dict[str, Taken]]]:
@@ -291,7 +295,7 @@ def load_shards(
         skip_bad_images: use what stands before the damage of a damaged shard, with a warning.
 
     Raises:
-        UserError: a shard is damaged, no sample, or the first has no image, class or caption where one is needed.
+        UserError: a shard is damaged, no sample, or the first ones have no image, class or caption where one is needed.
     """
     root = Path(folder).expanduser().resolve()
     columns = Columns(image_column, caption_column)
@@ -317,7 +321,7 @@ def load_shards(
         f"{len(rows)} samples in {len(shards)} tar shards, names and sizes {digest}",
         [str(number) for number in range(classes)] if classes else None,
     )
-    check_first(source.sample(0), source.origin, labels_for)
+    check_first(map(source.sample, range(len(source))), source.origin, labels_for)
     return source
 
 
@@ -330,13 +334,26 @@ def check_label_column(label_column: str | None, caption_column: str | None) -> 
         raise UserError(f"--label_column {label_column!r}: the classes of tar shards are the numbers in their .cls members; leave it out")
 
 
-def check_first(sample: TarSample, origin: str, labels_for: str | None) -> None:
-    """Looks whether the first sample has what the run needs, before anything is begun.
+def check_first(samples: Iterable[TarSample], origin: str, labels_for: str | None) -> None:
+    """Looks whether one of the first samples has what the run needs, before anything is begun; others may be bad images.
 
     Raises:
-        UserError: it lacks an image, a class or a caption.
+        UserError: all lack an image, a class or a caption; it says what the last has instead.
     """
-    has = f"its first sample, {sample.name}, has the members {', '.join(sample.members)}"
+    problem: UserError | None = None
+    for sample in islice(samples, LOOKED_AT):
+        try:
+            _check(sample, origin, labels_for)
+        except UserError as error:
+            problem = error
+        else:
+            return
+    if problem:
+        raise problem
+
+
+def _check(sample: TarSample, origin: str, labels_for: str | None) -> None:
+    has = f"its sample {sample.name} has the members {', '.join(sample.members)}"
     if not any(map(sample.columns.is_image, sample.members)):
         raise UserError(f"--image_column {sample.columns.image!r}: no such image in {origin}; {has}")
     if labels_for and "cls" not in sample.members:
@@ -371,23 +388,25 @@ def _indexed(shards: Sequence[str], cache: Path, skip_damaged: bool) -> list[np.
     from filelock import FileLock
 
     paths = [cache / f"{_shard_digest(shard)}.npy" for shard in shards]
-    missing = [number for number, path in enumerate(paths) if not path.exists()]
-    damaged: dict[int, np.ndarray] = {}
+    held = list(map(_read, paths))
+    missing = [number for number, rows in enumerate(held) if rows is None]
     if missing:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / "lock"):
-                todo = [number for number in missing if not paths[number].exists()]  # another process may have made some meanwhile
+                held = [_read(path) if rows is None else rows for path, rows in zip(paths, held, strict=True)]  # others may have made some
+                todo = [number for number, rows in enumerate(held) if rows is None]
+                damaged = 0
                 for number in tqdm(todo, desc="indexing shards", unit="shard", disable=len(todo) < 2):
-                    rows, damage = _scan(shards[number])
+                    held[number], damage = _scan(shards[number])
                     if damage:  # not kept: it is to be told again
-                        damaged[number] = rows
-                        _tell(shards[number], damage, len(rows), skip_damaged, len(damaged))
+                        damaged += 1
+                        _tell(shards[number], damage, len(held[number]), skip_damaged, damaged)
                     else:
-                        _write(paths[number], rows)
+                        _write(paths[number], held[number])
         except OSError as error:
             raise UserError(f"cannot index the shards: {error.filename or cache}: {error.strerror or error}", exit_code=1) from None
-    return [damaged[number] if number in damaged else np.load(path) for number, path in enumerate(paths)]
+    return [rows for rows in held if rows is not None]
 
 
 def _tell(shard: str, damage: str, samples: int, skip_damaged: bool, count: int) -> None:
@@ -422,6 +441,14 @@ def _extent(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> tu
     blocks = -(-member.size // tarfile.BLOCKSIZE)
     label = _class_number(content(tar, member)) if extension == "cls" else -1
     return member.offset, member.offset_data + blocks * tarfile.BLOCKSIZE, label
+
+
+def _read(path: Path) -> np.ndarray | None:
+    """None if it is not there, or not whole."""
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def _write(path: Path, rows: np.ndarray) -> None:

@@ -13,8 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .checkpoints import PARTIAL, adapted, replace, save_adapters
@@ -24,7 +26,7 @@ from .errors import UserError
 from .evaluation import evaluation_weights, image_grid, sample_images
 from .models import latent_downsampling, learning_rate, weights_digest
 from .randomness import Draws
-from .run import grid_path
+from .run import add_metadata, grid_path
 from .streaming import Stream, load_stream
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class StableDiffusion:
         name: where the checkpoint is.
         options: ``revision``, ``variant`` and ``cache_dir`` for loading further parts.
         digest: tells the weights that stay as they are from others, so that a run is not resumed on another checkpoint.
+        pretrained_prediction: the checkpoint's own prediction type.
     """
 
     unet: UNet2DConditionModel
@@ -64,6 +67,14 @@ class StableDiffusion:
     name: str
     options: dict[str, Any]
     digest: str = ""
+    pretrained_prediction: str = "epsilon"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these parts from another checkpoint's, wherever they were loaded from."""
+        configs = {"unet": self.unet.config, "vae": self.vae.config, "scheduler": self.scheduler.config}
+        settings = {part: {name: value for name, value in config.items() if not name.startswith("_")} for part, config in configs.items()}
+        return {**settings, "frozen": self.digest}
 
 
 def load_captioned_images(config: TextToImageConfig) -> ImageSource | Stream:
@@ -132,8 +143,9 @@ def load_stable_diffusion(config: TextToImageConfig, *, from_scratch: bool) -> S
             unet = UNet2DConditionModel.from_config(settings)
         else:
             unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **unet_options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--pretrained_model_name_or_path {name}: cannot be loaded ({_first_line(error)})", exit_code=1) from None
+    pretrained_prediction = scheduler.config.prediction_type
     if config.prediction_type is not None:
         scheduler.register_to_config(prediction_type=config.prediction_type)
     prediction = scheduler.config.prediction_type
@@ -145,13 +157,20 @@ def load_stable_diffusion(config: TextToImageConfig, *, from_scratch: bool) -> S
             f"--pretrained_model_name_or_path {name}: its U-Net takes {channels} channels or class labels, not the VAE's {latent_channels} "
             f"channels and a prompt alone; these scripts train text-to-image checkpoints, not inpainting, upscaling or depth models"
         )
+    width, wanted = text_encoder.config.hidden_size, unet.config.cross_attention_dim
+    if isinstance(wanted, int) and width != wanted:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name}: its U-Net takes text states of width {wanted}, its text encoder gives {width}"
+        )
+    if set(tokenizer("a photograph").input_ids) <= set(tokenizer.all_special_ids):  # made up where the files of words are not there
+        raise UserError(f"--pretrained_model_name_or_path {name}: its tokenizer knows no words; is its vocabulary there?", exit_code=1)
     factor = latent_downsampling(vae)
     if config.resolution % factor:
         raise UserError(f"--resolution {config.resolution} must be a multiple of {factor}, by which the VAE of {name} divides images")
     unet.register_to_config(sample_size=config.resolution // factor)
     frozen = [vae, text_encoder, *([unet] if config.use_lora else [])]
     digest = " ".join(map(weights_digest, frozen))
-    return StableDiffusion(unet.float(), vae, text_encoder, tokenizer, scheduler, name, options, digest)
+    return StableDiffusion(unet.float(), vae, text_encoder, tokenizer, scheduler, name, options, digest, pretrained_prediction)
 
 
 def _load_frozen(name: str, options: dict[str, Any]) -> tuple[AutoencoderKL, CLIPTextModel]:
@@ -167,13 +186,15 @@ def _load_frozen(name: str, options: dict[str, Any]) -> tuple[AutoencoderKL, CLI
 
 
 def _check_family(name: str, config: TextToImageConfig) -> None:
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     try:
-        found = DiffusionPipeline.load_config(name, revision=config.revision, cache_dir=config.cache_dir)
+        found = diffusers.DiffusionPipeline.load_config(name, revision=config.revision, cache_dir=config.cache_dir)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--pretrained_model_name_or_path {name}: no diffusers checkpoint found there ({_first_line(error)})", exit_code=1
+            f"--pretrained_model_name_or_path {name}: no diffusers checkpoint found there ({_first_line(error)}); check the name and, "
+            f"for one on the hub, the network",
+            exit_code=1,
         ) from None
     family = found.get("_class_name", "an unnamed pipeline")
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -191,6 +212,8 @@ def _check_family(name: str, config: TextToImageConfig) -> None:
             f"--pretrained_model_name_or_path {name} is a {family} without {', '.join(missing)}; a Stable Diffusion 1.x or 2.x checkpoint "
             f"has {', '.join(parts)}"
         )
+    if not hasattr(diffusers, found["scheduler"][1]):
+        raise UserError(f"--pretrained_model_name_or_path {name}: diffusers has no {found['scheduler'][1]}, with which it would be sampled")
 
 
 def add_adapters(unet: UNet2DConditionModel, rank: int, dtype: torch.dtype) -> None:
@@ -289,7 +312,7 @@ def build_text_optimizer(unet: nn.Module, config: TextToImageConfig, accelerator
     """AdamW of the trained weights, with 8-bit states if the flags ask for them.
 
     Raises:
-        UserError: bitsandbytes is not installed, or there is no GPU for it.
+        UserError: bitsandbytes is not installed.
     """
     kind: Any = torch.optim.AdamW
     if config.use_8bit_adam:
@@ -347,7 +370,8 @@ def build_text_pipeline(parts: StableDiffusion) -> StableDiffusionPipeline:
     if prediction_type == "sample" and kind == "PNDMScheduler":
         kind, options = "DDIMScheduler", {**options, "clip_sample": False}
     scheduler = getattr(diffusers, kind).from_pretrained(parts.name, subfolder="scheduler", **options)
-    return diffusers.StableDiffusionPipeline(
+    side = parts.unet.config.sample_size
+    pipeline = diffusers.StableDiffusionPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,
         tokenizer=copy.deepcopy(parts.tokenizer),  # it has state, and the look-ahead thread uses its own
@@ -357,10 +381,13 @@ def build_text_pipeline(parts: StableDiffusion) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    # Where a checkpoint is as old as Stable Diffusion 1.4, diffusers takes any size below 64 (512 pixels) for a mistake and puts 64 there.
+    pipeline.unet.register_to_config(sample_size=side)
+    return pipeline
 
 
-def save_prompt_grid(parts: StableDiffusion, ema: EMAModel | None, config: TextToImageConfig, seed: int, step: int) -> None:
-    """A grid of samples of the validation prompts, with the same noises at every step, in ``samples/``."""
+def save_prompt_grid(parts: StableDiffusion, ema: EMAModel | None, config: TextToImageConfig, seed: int, step: int) -> numpy.ndarray:
+    """Writes a grid of samples of the validation prompts, with the same noises at every step, and returns them, uint8 [N, H, W, 3]."""
     with evaluation_weights(parts.unet, ema):
         images = sample_images(
             build_text_pipeline(parts),
@@ -375,10 +402,13 @@ def save_prompt_grid(parts: StableDiffusion, ema: EMAModel | None, config: TextT
     path = grid_path(Path(config.output_dir or ""), step)
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(images).save(path)
+    return images
 
 
-def save_text_pipeline(parts: StableDiffusion, ema: EMAModel | None, folder: Path, card: str) -> None:
-    """Leaves in ``folder`` what plain diffusers samples: the whole pipeline, or the adapters alone, and the model card.
+def save_text_pipeline(parts: StableDiffusion, ema: EMAModel | None, folder: Path, facts: dict[str, str]) -> None:
+    """Leaves in ``folder`` what plain diffusers samples: the whole pipeline, or the adapters alone, with the model card.
+
+    The method's ``facts`` are in the card and in the metadata of the trained weights.
 
     With EMA the pipeline holds the averaged weights. All parts are saved in fp32, those that this run rounded anew from the checkpoint.
     """
@@ -393,25 +423,35 @@ def save_text_pipeline(parts: StableDiffusion, ema: EMAModel | None, folder: Pat
             parts = dataclasses.replace(parts, vae=vae, text_encoder=text_encoder)
         with evaluation_weights(parts.unet, ema):
             build_text_pipeline(parts).save_pretrained(partial)
-    (partial / "README.md").write_text(card)
+    for weights in [*partial.glob("*.safetensors"), *partial.glob("unet/*.safetensors")]:
+        add_metadata(weights, facts)
+    grid = max(folder.glob("samples/step-*.png"), default=None)
+    (partial / "README.md").write_text(text_model_card(parts, folder.resolve().name, facts, grid and grid.relative_to(folder)))
     for item in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):  # last: it makes the folder a pipeline
         replace(item, folder / item.name)
     partial.rmdir()
 
 
-def text_model_card(parts: StableDiffusion, title: str, facts: dict[str, str]) -> str:
-    """What a reader of the saved model needs: how to sample it, and how it was trained."""
+def text_model_card(parts: StableDiffusion, title: str, facts: dict[str, str], grid: Path | None) -> str:
+    """What a reader of the saved model needs: how to sample it, what that gives (``grid``, if there is one), how it was trained."""
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
-    if adapted(parts.unet):
+    lora, arguments = adapted(parts.unet), '"a prompt"'
+    if lora:
         load = f'StableDiffusionPipeline.from_pretrained("{parts.name}")\npipeline.load_lora_weights("THIS_FOLDER")'
+        trained = parts.scheduler.config.prediction_type
+        if trained != parts.pretrained_prediction:
+            load += f'\npipeline.scheduler.register_to_config(prediction_type="{trained}")'
+        side = parts.unet.config.sample_size * latent_downsampling(parts.vae)
+        arguments += f", height={side}, width={side}"  # the base pipeline would sample at its own size
     else:
         load = 'StableDiffusionPipeline.from_pretrained("THIS_FOLDER")'
-    tags = "[diffusers, stable-diffusion, text-to-image, immiscible-diffusion]"
+    samples = f"\n![Samples of the validation prompts]({grid.as_posix()})\n" if grid else ""
+    base = "" if Path(parts.name).exists() else f"base_model: {parts.name}\n"  # the hub refuses a card with a path
+    tags = f"[diffusers, stable-diffusion, text-to-image, {'lora, ' if lora else ''}immiscible-diffusion]"
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
-base_model: {parts.name}
-tags: {tags}
+{base}tags: {tags}
 ---
 
 # {title}
@@ -420,9 +460,9 @@ tags: {tags}
 from diffusers import StableDiffusionPipeline
 
 pipeline = {load}
-image = pipeline("a prompt").images[0]
+image = pipeline({arguments}).images[0]
 ```
-
+{samples}
 How it was trained (`config.yaml` holds every flag):
 
 | | |

@@ -16,14 +16,16 @@ under the same name.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
+import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from .text_config import AnyConfig
 
 logger = logging.getLogger(__name__)
+
+AT_HAND = 8  # images, a batch's and what follows it, of which one must be readable
 
 
 @dataclass(frozen=True)
@@ -168,12 +172,24 @@ class TableStream:
 
     def read(self, shard: int) -> Iterator[TableSample]:
         """The samples of a shard, from front to back."""
+        features = self.rows.features
         for number, row in enumerate(self.rows.shard(num_shards=len(self.shards), index=shard)):
+            row[self.image_column] = _fetched(row[self.image_column])
             image, labels, texts = (
-                name and _OneRow({name: row[name]}, {name: self.rows.features[name]})
+                name and _OneRow({name: row[name]}, {name: features[name]})
                 for name in (self.image_column, self.label_column, self.caption_column)
             )
             yield TableSample(f"row {number} of {self.shards[shard]}", TableImages(image, self.image_column, "", "", labels, texts))
+
+
+def _fetched(cell: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """An image's cell with its bytes, if it names a file elsewhere; without them, if that is not there, it is a bad image."""
+    import fsspec
+
+    if cell and cell["bytes"] is None and "://" in (cell["path"] or ""):
+        with suppress(FileNotFoundError), fsspec.open(cell["path"], "rb") as file:
+            return {**cell, "bytes": file.read()}
+    return cell
 
 
 Sample = TarSample | TableSample  # what was read and not yet decoded; what their methods raise makes them a `BadImage`
@@ -216,6 +232,8 @@ def load_stream(
             origin = dataset_name if dataset_config_name is None else f"{dataset_name}/{dataset_config_name}"
         else:
             root = Path(str(train_data_dir)).expanduser().resolve()
+            if not root.is_dir():
+                raise UserError(f"--train_data_dir {train_data_dir}: no such folder")
             origin, files = str(root), tar_files(root)
             if not files:
                 files = [str(root / file) for file in parquet_files(root)]
@@ -226,6 +244,8 @@ def load_stream(
                 builder = datasets.load_dataset_builder("parquet", data_files={"train": files}, cache_dir=cache_dir)
         if files and all(file.endswith(".tar") for file in files):
             return _tar_stream(origin, files, Columns(image_column, caption_column), label_column, labels_for)
+        if hasattr(builder.config, "decode_num_threads"):
+            builder.config.decode_num_threads = 0  # the loader's workers decode
         table: Any = builder.as_streaming_dataset(split="train")
         if table.features is None:
             table = table._resolve_features()
@@ -253,14 +273,19 @@ def _tar_stream(origin: str, files: Sequence[str], columns: Columns, label_colum
             f"the shards, without --streaming"
         )
     stream = TarStream(origin, files, columns)
-    try:
-        first = next(stream.read(0), None)
-    except DamagedShard as error:
-        raise UserError(f"shard {files[0]} is damaged: {error}; fetch it again", exit_code=1) from None
-    if first is None:
-        raise UserError(f"shard {files[0]} holds no samples", exit_code=1)
-    check_first(first, origin, labels_for)
+    samples = _sound_samples(stream)
+    first = list(islice(samples, 1))
+    if not first:
+        raise UserError(f"{stream.description}, of which none holds a sample that can be read", exit_code=1)
+    check_first(chain(first, samples), origin, labels_for)
     return stream
+
+
+def _sound_samples(stream: TarStream) -> Iterator[TarSample]:
+    """All, one shard after another, up to the damage of each that is damaged: that is told when a run meets it."""
+    for shard in range(len(stream.shards)):
+        with suppress(DamagedShard):
+            yield from stream.read(shard)
 
 
 def _digest(files: Sequence[str]) -> str:
@@ -270,10 +295,14 @@ def _digest(files: Sequence[str]) -> str:
 
 
 class StreamKey(NamedTuple):
-    """A sample on its way to be decoded, and a number that stands for its epoch, shard and row, from which crop and flip are drawn."""
+    """A sample on its way to be decoded, and a number that stands for its epoch, shard and row, from which crop and flip are drawn.
+
+    The last of a small batch brings those that follow it, to take the places of bad images.
+    """
 
     number: int
     sample: Sample
+    spare: Sequence[Sample] = ()
 
 
 class StreamOrder(Sampler[list[StreamKey]]):
@@ -336,8 +365,12 @@ class StreamOrder(Sampler[list[StreamKey]]):
 
     def __iter__(self) -> Iterator[list[StreamKey]]:
         samples = self._samples(skip=self.start * self.batch_size)
+        spare = max(0, AT_HAND - self.batch_size) if self.skip_bad_images else 0
+        ahead = deque[StreamKey]()
         for _ in range(self.start, self.stop):
-            yield list(islice(samples, self.batch_size))
+            ahead.extend(islice(samples, self.batch_size + spare - len(ahead)))
+            *keys, last = [ahead.popleft() for _ in range(self.batch_size)]
+            yield [*keys, last._replace(spare=[key.sample for key in ahead])]
 
     def _samples(self, skip: int) -> Iterator[StreamKey]:
         """This rank's samples, over and over, without the first ``skip``."""
@@ -404,29 +437,28 @@ class StreamOrder(Sampler[list[StreamKey]]):
 
 
 class _ShardSizes:
-    """How many samples each shard holds that was read to its end, by any rank of any run; each rank writes a file of its own."""
+    """How many samples each shard holds that was read to its end, by any rank of any run: a line for each, in a file for each rank."""
 
     def __init__(self, cache: Path, stream: Stream, rank: int):
         digest = hashlib.blake2b(stream.fingerprint.encode(), digest_size=16).hexdigest()
-        self._path = cache / "shard-sizes" / f"{digest}-{rank}.json"
-        self._sizes: dict[str, int] = {}
-        for path in self._path.parent.glob(f"{digest}-*.json"):
-            self._sizes |= json.loads(path.read_text())
+        self._path = cache / "shard-sizes" / f"{digest}-{rank}.txt"
+        lines = [line for path in self._path.parent.glob(f"{digest}-*.txt") for line in path.read_text().splitlines()]
+        matches = filter(None, map(re.compile(r"(\d+) (\d+)\.").fullmatch, lines))  # the dot: a line that was cut off has none
+        self._sizes = {int(match[1]): int(match[2]) for match in matches}
 
     def get(self, shard: int) -> int | None:
         """None if it is not known."""
-        return self._sizes.get(str(shard))
+        return self._sizes.get(shard)
 
     def put(self, shard: int, size: int) -> None:
         """Remembers it; a cache that cannot be written costs time on resume and nothing else."""
         if self.get(shard) == size:
             return
-        self._sizes[str(shard)] = size
-        partial = self._path.with_suffix(".partial")
+        self._sizes[shard] = size
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self._sizes))
-            partial.replace(self._path)
+            with self._path.open("a") as file:
+                file.write(f"\n{shard} {size}.\n")  # whole lines, also behind one that was cut off
         except OSError as error:
             logger.warning("cannot remember the sizes of shards in %s: %s", self._path.parent, error.strerror or error)
 
@@ -471,7 +503,7 @@ class _BatchImages:
 
 
 class StreamDataset(Dataset[dict[str, Any]]):
-    """As `ImageDataset`, for the keys of `StreamOrder`; a bad image is replaced by the next readable one of its batch.
+    """As `ImageDataset`, for the keys of `StreamOrder`; a bad image is replaced by the next readable one at hand.
 
     Args:
         stream: the images.
@@ -498,7 +530,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
 
     def __getitems__(self, keys: Sequence[StreamKey]) -> list[dict[str, Any]]:
         """What a loader asks for: the items of a batch."""
-        images = ImageDataset(_BatchImages(self._stream, [key.sample for key in keys]), *self._options)
+        images = ImageDataset(_BatchImages(self._stream, [*(key.sample for key in keys), *keys[-1].spare]), *self._options)
         return [images[key.number, row] for row, key in enumerate(keys)]
 
 

@@ -141,10 +141,16 @@ class TextRunArguments:
     validation_prompt: str | None = flag(None, "one prompt, of which --num_validation_images samples are drawn")
     num_validation_images: int = flag(4, "samples of --validation_prompt")
     validation_epochs: int | None = flag(None, "epochs between sample grids; by default 5, with --use_lora 1")
+    validation_steps: int | None = flag(
+        None, "optimizer steps between sample grids, instead of --validation_epochs, which --streaming does not count"
+    )
     validation_inference_steps: int = flag(20, "steps with which samples are drawn")
     guidance_scale: float = flag(7.5, "guidance of the samples; 1 samples without")
     eval_batch_size: int = flag(16, "samples drawn together")
-    report_to: str = flag("tensorboard", "experiment tracker, of accelerate's, or none; metrics.jsonl is written with each")
+    report_to: str = flag(
+        "tensorboard",
+        "experiment tracker, of accelerate's, or none; metrics.jsonl is written with each; tensorboard and wandb show the samples",
+    )
     tracker_project_name: str = flag("text2image-fine-tune", "the project in the tracker")
     logging_dir: str = flag("logs", "the tracker's folder, inside --output_dir")
     logging_steps: int = flag(10, "optimizer steps between lines of metrics.jsonl")
@@ -185,8 +191,9 @@ class TextToImageConfig(
     @property
     def labels_for(self) -> str | None:
         """The flag that needs the images' classes as numbers, if any does."""
-        needs = self.log_class_leak or self.coupling_condition == "within"
-        return ("--log_class_leak" if self.log_class_leak else "--coupling_condition within") if needs else None
+        if self.log_class_leak:
+            return "--log_class_leak"
+        return "--coupling_condition within" if self.coupling_condition == "within" else None
 
     def check(self) -> None:
         """What only these scripts' flags can get wrong; fills in the defaults that depend on other flags.
@@ -200,6 +207,8 @@ class TextToImageConfig(
             raise UserError("--dataset_name or --train_data_dir is required: images with captions")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise UserError(f"--proportion_empty_prompts must be from 0 to 1, not {self.proportion_empty_prompts}")
+        if self.eval_steps and min(self.eval_inference_steps) < 1:
+            raise UserError(f"--eval_inference_steps {self.eval_inference_steps}: each must be at least 1")
         if self.latent_cache_dir is not None and not self.cache_latents:
             raise UserError("--latent_cache_dir names a cache that is not used; add --cache_latents, or leave it out")
         if self.cache_latents and self.latent_cache_dir is None:
@@ -214,8 +223,6 @@ class TextToImageConfig(
             raise UserError("--dream_training is for the whole U-Net; leave out --use_lora")
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             raise UserError(f"--dream_training needs epsilon-prediction, not {self.prediction_type}")
-        if self.offload_ema and not self.use_ema:
-            raise UserError("--offload_ema needs --use_ema")
         if self.output_dir is None:
             self.output_dir = "sd-model-finetuned-lora" if self.use_lora else "sd-model-finetuned"
         if self.validation_epochs is None:
@@ -232,7 +239,7 @@ class TextToImageConfig(
 # What may differ between a checkpoint and the run that resumes it: as for the other script, under these scripts' names.
 TEXT_FREE_ON_RESUME = (
     FREE_ON_RESUME
-    | {"num_train_epochs", "pretrained_model_name_or_path", "revision", "variant", "non_ema_revision", "caption_column"}
+    | {"num_train_epochs", "pretrained_model_name_or_path", "revision", "variant", "non_ema_revision"}
     | {"offload_ema", "foreach_ema", "latent_cache_dir"}
     | {item.name for item in fields(TextRunArguments)}
 )

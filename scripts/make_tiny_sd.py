@@ -31,6 +31,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +43,7 @@ from PIL import Image, ImageColor
 from torch import Tensor
 from tqdm import tqdm
 
-from immiscible.data import PHOTOGRAPHS, ImageTransform, PhotoCrops, _photographs
+from immiscible.data import PHOTOGRAPHS, ImageTransform, PhotoCrops, open_image
 from immiscible.errors import UserError, run_script
 from immiscible.randomness import derive_seed, seeded_generator
 
@@ -259,7 +261,7 @@ def captioned_image(index: int) -> tuple[Image.Image, list[str]]:
     names = _photograph_names()
     which = index % len(names)
     share = SMALLEST_SHARE + (1 - SMALLEST_SHARE) * _unit("captions", index, "share")
-    image = _crop(_photographs()[which], share, _unit("captions", index, "left"), _unit("captions", index, "top"))
+    image = _crop(photographs()[which], share, _unit("captions", index, "left"), _unit("captions", index, "top"))
     subject, color = SUBJECTS[names[which]], dominant_color(image)
     shot = SHOTS[min(int(3 * (share - SMALLEST_SHARE) / (1 - SMALLEST_SHARE)), 2)]
     brightness = BRIGHTNESS[int(3 * np.asarray(image.convert("L")).mean() / 256)]
@@ -309,7 +311,7 @@ def class_image(label: int, copy: int) -> Image.Image:
     photograph, tint, part, side = _class_of(label)
     left, top = (0.2 * _unit("classes", label, copy, what) for what in ("left", "top"))
     image = _crop(
-        _photographs()[_photograph_names().index(photograph)],
+        photographs()[_photograph_names().index(photograph)],
         PARTS[part],
         left + (0.8 if side == "right" else 0),
         top + 0.4,
@@ -324,6 +326,12 @@ def _class_of(label: int) -> tuple[str, int, str, str]:
     rest, part = divmod(rest, len(PARTS))
     photograph, tint = divmod(rest, len(HUES))
     return _class_photographs()[photograph], tint, list(PARTS)[part], SIDES[side]
+
+
+@cache
+def photographs() -> list[Image.Image]:
+    """What scikit-image and scikit-learn install, RGB, in the order of `PHOTOGRAPHS`."""
+    return [open_image(files(package) / path).convert("RGB") for package, paths in PHOTOGRAPHS.items() for path in paths]
 
 
 def _photograph_names() -> list[str]:

@@ -42,8 +42,16 @@ class PrecomputeConfig(CacheArguments, TextToImageConfig):
 
     @staticmethod
     def settle(values: dict[str, Any]) -> None:
-        """A cache is wanted by whoever calls this."""
+        """A cache is wanted by whoever calls this.
+
+        Raises:
+            UserError: a flag of the training command does not go with one, or the folder is not named.
+        """
         TextToImageConfig.settle(values)
+        if values["streaming"]:
+            raise UserError("--streaming reads data in passing, and a cache needs all of it at hand (images, parquet, .tar); leave it out")
+        if values["latent_cache_dir"] is None:
+            raise UserError("--latent_cache_dir is required: the folder to fill")
         values["cache_latents"] = True
 
     def check(self) -> None:
@@ -64,9 +72,10 @@ def main(argv: Sequence[str]) -> None:
         started = time.monotonic()
         source = load_captioned_images(config)
         parts = load_stable_diffusion(config, from_scratch=True)
+        parts.unet.to("meta")  # gigabytes that nobody needs here
         sizes = {"batch_size": config.encode_batch_size, "rows_per_shard": config.rows_per_shard}
         made = write_cache(config, parts, source, accelerator, **sizes)
-        bad = "".join(f"\n  skipped {name}: {reason}" for name, reason in made.bad.items())
+        bad = "".join(f"\n  skipped {each.name}: {each.reason}" for each in made.bad)
         accelerator.print(
             f"{made.images:,} images ({len(made.bad)} of them unreadable) and {made.captions:,} captions, {made.bytes / 2**30:.3f} GiB in "
             f"{config.latent_cache_dir}: {made.made} files made, {made.kept} there already, {time.monotonic() - started:.1f} s{bad}\n"

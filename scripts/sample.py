@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ from immiscible.sampling import (
     Loaded,
     Request,
     SampleFolder,
+    cut_short,
     draw,
     file_name,
     image_size,
@@ -43,21 +44,33 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse whose usage errors are one line, from one process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", required=True, help="a run's folder, a checkpoint-N in one, or a diffusers pipeline, local or on the hub"
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="where 000000.png and so on and manifest.json go")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="gets 000000.png and so on, manifest.json, and metadata.jsonl (what each was told)"
+    )
     parser.add_argument("--num_images", type=int, required=True, help="N: exactly as many files are left")
     parser.add_argument("--num_inference_steps", type=int, required=True, help="steps of the sampler")
     parser.add_argument("--weights", choices=("ema", "raw"), help="of a run or checkpoint; by default the average where the run kept one")
     parser.add_argument("--lora", help="adapters for a text-to-image pipeline: a folder, or a name on the hub")
+    parser.add_argument(
+        "--base", help="of a checkpoint or a LoRA run: the VAE or the checkpoint it was trained with, if that is not where it was"
+    )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line; image i is of prompt i modulo their number")
     parser.add_argument(
         "--class_names", type=Path, metavar="FILE", help="as --prompts, a class a line; equal names stay classes apart, and go into arr_1"
     )
-    parser.add_argument("--guidance_scale", type=float, help="with prompts or class names, required there; 1 is without guidance")
+    parser.add_argument("--guidance_scale", type=float, help="with prompts or class names, required there; 1, the least, is no guidance")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler; by default what the pipeline has")
     parser.add_argument("--resolution", type=int, help="side of text-to-image samples; by default the run's, or what the network says")
     parser.add_argument("--seed", type=int, default=0, help="image i is a function of it and of i")
@@ -77,8 +90,11 @@ def session(mixed_precision: str) -> Iterator[Accelerator]:
         if mixed_precision == "fp16" and accelerator.device.type == "cpu":
             raise UserError("--mixed_precision fp16 needs a GPU; on a CPU give bf16 or no")
         yield accelerator
+        accelerator.wait_for_everyone()
+    except UserError:
+        accelerator.wait_for_everyone()  # raised by all processes alike; whatever else ends one of them must not wait for the others
+        raise
     finally:
-        accelerator.wait_for_everyone()  # a user's mistake is raised by all processes alike
         accelerator.end_training()
 
 
@@ -87,6 +103,9 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name} must be at least {least}, not {value}")
+    guidance = arguments.guidance_scale
+    if guidance is not None and not 1 <= guidance < float("inf"):
+        raise UserError(f"--guidance_scale must be a number of at least 1, which is without guidance, not {guidance:g}")
     if arguments.prompts and arguments.class_names:
         raise UserError("--prompts and --class_names are given together; choose one")
 
@@ -105,6 +124,17 @@ def check_model(arguments: argparse.Namespace, loaded: Loaded) -> None:
             raise UserError(f"--{name} is for text-to-image pipelines; --model {arguments.model} is a {kind}")
 
 
+def check_steps(steps: int, loaded: Loaded) -> None:
+    """Stable Diffusion's samplers begin a step later (``steps_offset``), which at all 1,000 steps is one that there is not."""
+    scheduler = loaded.pipeline.scheduler
+    scheduler.set_timesteps(steps)
+    last = scheduler.config.num_train_timesteps - 1
+    if type(scheduler).__name__ in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler") and scheduler.timesteps.max() > last:
+        raise UserError(
+            f"--num_inference_steps {steps}: {type(scheduler).__name__} would begin beyond the model's last step, {last}; give fewer"
+        )
+
+
 def main(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(argv)
     check(arguments)
@@ -121,10 +151,11 @@ def sample(arguments: argparse.Namespace, argv: Sequence[str], accelerator: Acce
     flag = "--prompts" if arguments.prompts else "--class_names"
     file = arguments.prompts or arguments.class_names
     prompts = read_lines(file, flag) if file else []
-    loaded = load_model(arguments.model, weights=arguments.weights, lora=arguments.lora)
+    loaded = load_model(arguments.model, weights=arguments.weights, lora=arguments.lora, base=arguments.base)
     check_model(arguments, loaded)
     if arguments.scheduler:
         loaded.pipeline = take_scheduler(loaded.pipeline, arguments.scheduler)
+    check_steps(arguments.num_inference_steps, loaded)
     side = (arguments.resolution or loaded.side) if loaded.prompted else arguments.resolution
     size = image_size(loaded, side)
     request = Request(
@@ -148,6 +179,10 @@ def sample(arguments: argparse.Namespace, argv: Sequence[str], accelerator: Acce
     if classes and request.num_images % classes:
         more = request.num_images % classes
         accelerator.print(f"{request.num_images} images of {classes} classes: classes 0 to {more - 1} get one image more than the others")
+
+    if accelerator.is_main_process and prompts and (short := cut_short(loaded.pipeline, prompts)):
+        most = loaded.pipeline.tokenizer.model_max_length
+        print(f"{len(short)} of {len(prompts)} prompts, first line {short[0] + 1}, are cut off after the text encoder's {most} tokens")
 
     loaded.pipeline.unet = accelerator.prepare_model(loaded.pipeline.unet, evaluation_mode=True)
     mine = sum(map(len, request.batches(accelerator.process_index, accelerator.num_processes)))
@@ -219,6 +254,8 @@ def finish(arguments: argparse.Namespace, request: Request, folder: SampleFolder
     lacking = [number for number in range(request.num_images) if not (folder.path / file_name(number)).exists()]
     if lacking:
         raise UserError(f"{len(lacking)} of {request.num_images} images are missing, the first is {lacking[0]}; sample again", exit_code=1)
+    if request.prompts or classes:
+        folder.write_metadata(request.num_images, request.prompts, classes)
     if arguments.npz:
         folder.write_table(request.num_images, classes)
     folder.write_manifest({**manifest, "complete": True})

@@ -516,6 +516,9 @@ def test_the_notice_speaks_where_the_image_alone_decides_and_its_numbers_are_mea
     said = int(told["assignment"].split("noise in ")[1].split("%")[0])
     assert 100 * leak.result()["accuracy"] == pytest.approx(said, abs=3)
     assert leak_notice(AboveTimestep(AssignmentCoupling(), 300), 10) == f"from timestep 300 on, {told['assignment']}"
+    of_captions = leak_notice(AssignmentCoupling(), 10, captions=True)
+    assert "which of 10 captions" in of_captions and "--coupling_condition centered (experimental) or penalty" in of_captions
+    assert "within" not in of_captions and "--log_class_leak" not in of_captions  # both are refused there
 
 
 def test_the_notice_is_silent_where_nothing_is_told_and_touches_nothing():

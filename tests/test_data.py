@@ -321,6 +321,21 @@ def test_missing_and_empty_folders(tmp_path):
         load_images(train_data_dir=str(tmp_path))
 
 
+def test_images_that_the_metadata_leave_out_are_told(tmp_path, caplog):
+    for name in ("0.png", "1.png", "deep/2.png", ".hidden/3.png"):
+        save(tmp_path / name, noise(4, 4, 3))
+    lines = ['{"file_name": "0.png", "text": "a"}\n', '{"file_name": "1.png", "text": "b"}\n', '{"file_name": "deep/2.png", "text": "c"}\n']
+    for count in (3, 2):
+        caplog.clear()
+        (tmp_path / "metadata.jsonl").write_text("".join(lines[:count]))
+        with caplog.at_level("WARNING", logger="immiscible"):
+            assert len(load_images(train_data_dir=str(tmp_path), caption_column="text")) == count
+        assert ("1 images of" in caplog.text and "the first deep/2.png" in caplog.text) == (count == 2)
+    (tmp_path / "metadata.jsonl").write_text(lines[0] + "{")
+    with pytest.raises(UserError, match=r"cannot read its images and what their metadata\.jsonl says \(JSON parse error"):
+        load_images(train_data_dir=str(tmp_path), caption_column="text")
+
+
 def write_parquet(path, **columns):
     import datasets
 
@@ -347,6 +362,36 @@ def test_parquet_of_raw_bytes_in_a_named_column_and_an_empty_row(tmp_path):
     assert np.array_equal(source.load(0), array)
     batch = one_batch(source, ImageTransform(4), [(0, 1)])
     assert batch["bad"] == [BadImage(f"row 1 of {tmp_path}", "the row holds no image")]
+
+
+def test_sizes_of_cells_and_files(tmp_path):
+    cells = [{"bytes": b"12345", "path": "x"}, None, {"bytes": None, "path": str(tmp_path / "absent")}]
+    write_parquet(tmp_path / "table" / "a.parquet", image=cells)
+    assert load_images(train_data_dir=str(tmp_path / "table")).sizes().tolist() == [5, -1, -1]
+    source = folder(tmp_path / "files", {f"{i}.png": noise(8, 4 + i, 3) for i in range(3)})
+    assert source.sizes().tolist() == [(tmp_path / "files" / f"{i}.png").stat().st_size for i in range(3)]
+
+
+def test_captions_of_a_whole_table(tmp_path):
+    cells = [{"bytes": b"", "path": None}] * 5
+    write_parquet(tmp_path / "a.parquet", image=cells, text=["a", " \n", None, "b", ""], several=[["a", "b"], [], ["c", " "], None, ["d"]])
+    for column, wanted in (("text", [["a"], None, None, ["b"], None]), ("several", [["a", "b"], None, None, None, ["d"]])):
+        source = load_images(train_data_dir=str(tmp_path), caption_column=column)
+        found = [None if isinstance(captions, ValueError) else captions for captions in source.all_captions(range(5))]
+        assert found == wanted and [None if isinstance(e, ValueError) else e for e in source.all_captions(range(3, 4))] == wanted[3:4]
+        with pytest.raises(ValueError, match=f"it has no caption in column '{column}'"):
+            source.captions(2)
+
+
+def test_the_names_of_caption_classes_are_looked_up_once(tmp_path, monkeypatch):
+    """`datasets` copies a thousand names each time that it is asked for its features."""
+    import datasets
+
+    source = load_images(train_data_dir=write_classes(tmp_path / "a", [1, 0, 1], label=["a", "b"]), caption_column="label")
+    features, asked = datasets.Dataset.features, []
+    monkeypatch.setattr(datasets.Dataset, "features", property(lambda self: asked.append(1) or features.fget(self)))
+    assert [source.captions(i) for i in range(3)] == [["b"], ["a"], ["b"]] == list(source.all_captions(range(3)))
+    assert len(asked) <= 1
 
 
 def test_parquet_files_named_after_splits(tmp_path):
@@ -580,6 +625,11 @@ def test_photographs_taken_sideways_are_turned_upright(tmp_path):
     exif[274] = 6  # orientation: rotate by 90 degrees
     Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
     assert load_images(train_data_dir=str(tmp_path)).load(0).size == (4, 8)
+
+
+def test_broken_exif_data_spoils_no_image(tmp_path):
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.png", exif=b"Exif\0\0what is this")
+    assert load_images(train_data_dir=str(tmp_path)).load(0).size == (8, 4)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])

@@ -5,8 +5,11 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from launch import ROOT, flags
@@ -14,6 +17,7 @@ from tiny_text import Reached, data_folder, model_folder, reach, tiny_text
 
 from immiscible.config import parse_config
 from immiscible.errors import UserError
+from immiscible.run import RunLog
 from immiscible.text_config import TextToImageConfig
 
 THEIRS = json.loads((ROOT / "tests/diffusers_text_flags.json").read_text())
@@ -66,6 +70,14 @@ def test_the_checkpoint_and_data_are_required():
 def test_several_prompts_follow_one_flag():
     assert parse("--validation_prompts", "a cat", "two dogs").prompts == ["a cat", "two dogs"]
     assert parse("--validation_prompt", "a cat", "--num_validation_images", 3).prompts == ["a cat"] * 3
+
+
+@pytest.mark.parametrize(
+    "words", [["--validation_steps", 0], ["--validation_inference_steps", 0], ["--eval_steps", 1, "--eval_inference_steps", 0]]
+)
+def test_counts_begin_at_one(words):
+    with pytest.raises(UserError, match=f"{words[-2]}.* at least 1"):
+        parse(*words)
 
 
 # Effects
@@ -157,7 +169,7 @@ ROWS = {
     "gradient_checkpointing": attribute(True, network(lambda unet: unet.is_gradient_checkpointing), True),
     "rank": Row(2, rank, (("use_lora", True),), wanted=2),
 }
-# Flags whose effect is a file, a message or a call, and the test that shows it; the last three say what they would take.
+# Flags whose effect is a file, a message or a call, and the test that shows it; the last two say what they would take.
 ELSEWHERE = {
     "pretrained_model_name_or_path": "test_where_models_and_data_come_from",
     "revision": "test_revisions_and_cache_reach_the_hub",
@@ -350,10 +362,30 @@ def test_files_of_a_run(script, tmp_path):
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-7"}
     assert list((folder / "mine" / "project").rglob("events.out.tfevents.*")) and not (folder / "logs").exists()
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-0000004.png", "step-0000007.png"]
-    again = {**common, "resume_from_checkpoint": "checkpoint-7", "checkpoints_total_limit": None}
-    result = script(tiny_text(folder, **again, max_train_steps=8), program="finetune_sd.py")
-    assert result.code == 0 and "7 to 8" in result.stderr, result.stderr
-    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-7", "checkpoint-8"}
+    assert shown_images(folder / "mine" / "project") == {4: 2, 7: 2}
+    again = {**common, "resume_from_checkpoint": "checkpoint-7", "checkpoints_total_limit": None, "validation_steps": 3}
+    result = script(tiny_text(folder, **again, max_train_steps=10), program="finetune_sd.py")
+    assert result.code == 0 and "7 to 10" in result.stderr, result.stderr
+    assert {path.name for path in folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (6, 7, 8, 10)}
+    assert {path.name for path in (folder / "samples").iterdir()} == {f"step-{step:07}.png" for step in (4, 7, 9, 10)}
+
+
+def shown_images(folder: Path) -> dict[int, int]:
+    """How many images tensorboard shows of which step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    return {event.step: event.height // 32 * (event.width // 32) for event in events.Images("validation")}
+
+
+def test_wandb_is_given_the_samples():
+    shown = []
+    wandb = SimpleNamespace(name="wandb", log_images=lambda values, step: shown.append((values, step)))
+    other = SimpleNamespace(name="mlflow")
+    log = SimpleNamespace(_accelerator=SimpleNamespace(trackers=[other, wandb]))
+    RunLog.add_images(log, "validation", numpy.zeros((2, 32, 32, 3), numpy.uint8), 7)
+    ((values, step),) = shown
+    assert step == 7 and [image.shape for image in values["validation"]] == [(32, 32, 3)] * 2
 
 
 @pytest.mark.parametrize("tracker", ["all", "none"])

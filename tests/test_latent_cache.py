@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from launch import ROOT, flags
 from PIL import Image
+from safetensors import SafetensorError
+from test_shards import write_tar
 
 from immiscible.data import GlobalBatchOrder, ImageDataset, ImageTransform, build_loader, images_of
 from immiscible.errors import UserError
@@ -269,15 +272,38 @@ def test_bad_images_are_skipped_as_in_the_uncached_run(tiny_sd, tmp_path):
         list(images_of(build_loader(dataset, [[(0, 6)]], 0, CPU), skip_bad_images=False))
 
 
-def test_captions_that_changed_make_a_bad_image(tiny_sd, tmp_path):
-    folder = shutil.copytree(tiny_sd["images"], tmp_path / "images")
-    sd = {**tiny_sd, "images": folder, "cache": tmp_path / "cache"}
+def test_captions_in_shards_that_changed_make_a_bad_image(tiny_sd, tmp_path):
+    members = {name: content for name, content in shard_members(tiny_sd).items() if name < "06"}
+    write_tar(tmp_path / "tars" / "0.tar", members)
+    sd = {**tiny_sd, "images": tmp_path / "tars", "cache": tmp_path / "cache"}
     precompute(argv(sd))
-    text = (folder / "metadata.jsonl").read_text().replace("picture 7", "picture of seven")
-    (folder / "metadata.jsonl").write_text(text)
+    members["03.txt"] = b"another one"
+    write_tar(tmp_path / "tars" / "0.tar", members)
     _, source, _, cache = parts_of(sd)
-    with pytest.raises(ValueError, match="'picture of seven' is not in the latent cache"):
-        cache.images(source).captions(7)
+    with pytest.raises(ValueError, match="'another one' is not in the latent cache"):
+        cache.images(source).captions(3)
+
+
+def test_of_two_samples_of_one_name_the_bad_one_is_skipped(tiny_sd, tmp_path):
+    members = [(name, content) for name, content in shard_members(tiny_sd).items() if name < "03"]
+    members += [("02.png", b"no image"), ("02.txt", b"one of them"), members[0], members[1]]
+    write_tar(tmp_path / "tars" / "0.tar", members)
+    sd = {**tiny_sd, "images": tmp_path / "tars", "cache": tmp_path / "cache"}
+    precompute(argv(sd, skip_bad_images=True))
+    _, _, _, cache = parts_of(sd)
+    _, _, _, whole = parts_of(tiny_sd)
+    assert list(cache.manifest["bad"]) == ["3"]
+    for found, wanted in ((0, 0), (1, 1), (2, 2), (4, 0)):
+        assert np.allclose(cache.moments(found), whole.moments(wanted), atol=2**-9, rtol=2**-9)
+
+
+def shard_members(sd: dict[str, Path]) -> dict[str, bytes]:
+    names = [f"{i:02}" for i in range(IMAGES)]
+    return {
+        member: content
+        for i, name in enumerate(names)
+        for member, content in ((f"{name}.png", (sd["images"] / f"{name}.png").read_bytes()), (f"{name}.txt", f"picture {i}".encode()))
+    }
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -358,6 +384,37 @@ def test_a_cache_of_another_model_is_refused(tiny_sd, tmp_path):
     parts_of(sd)
 
 
+def test_a_cache_of_less_precision_is_refused(tiny_sd, tmp_path):
+    parts_of(tiny_sd, "--mixed_precision", "bf16")
+    sd = {**tiny_sd, "cache": shutil.copytree(tiny_sd["cache"], tmp_path / "cache")}
+    manifest = json.loads((sd["cache"] / "manifest.json").read_text())
+    (sd["cache"] / "manifest.json").write_text(json.dumps({**manifest, "precision": "bfloat16"}))
+    parts_of(sd, "--mixed_precision", "bf16")
+    assert "encoded in bfloat16 and this run would encode in float32 (--mixed_precision)" in refused(sd)
+
+
+def test_edited_images_and_captions_are_refused_and_encoded_anew(tiny_sd, tmp_path, capsys):
+    folder = shutil.copytree(tiny_sd["images"], tmp_path / "images")
+    sd = {**tiny_sd, "images": folder, "cache": tmp_path / "cache"}
+    precompute(argv(sd))
+    before = hashes(sd["cache"])
+    Image.open(folder / "07.png").rotate(90).save(folder / "07.png")
+    message = refused(sd)
+    assert "1 of its images have been edited since, the first " in message and "07.png" in message and message.endswith("to mend it")
+    capsys.readouterr()
+    precompute(argv(sd))
+    assert "1 files made, 8 there already" in capsys.readouterr().out
+    changed = {name for name, found in hashes(sd["cache"]).items() if found != before[name]}
+    assert changed == {"index.safetensors", "latents-00001.safetensors", "manifest.json"}
+    parts_of(sd)
+    text = (folder / "metadata.jsonl").read_text().replace("picture 7", "picture of seven")
+    (folder / "metadata.jsonl").write_text(text)
+    assert "its caption 'picture of seven' is not in the latent cache" in refused(sd)
+    precompute(argv(sd))
+    _, source, _, cache = parts_of(sd)
+    assert "picture of seven" in cache.images(source).captions(7)
+
+
 def test_a_missing_broken_or_unfinished_cache_is_refused(tiny_sd, tmp_path):
     assert "holds no latent cache" in refused({**tiny_sd, "cache": tmp_path / "none"})
     sd = {**tiny_sd, "cache": shutil.copytree(tiny_sd["cache"], tmp_path / "cache")}
@@ -415,6 +472,70 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(tiny_sd, tmp_p
     precompute(argv(sd))
     assert len(before) == 2 and all((sd["cache"] / name).stat().st_ino == inode for name, inode in before.items())
     assert hashes(sd["cache"]) == hashes(tiny_sd["cache"])
+
+
+def test_a_cache_is_not_whole_while_it_is_mended(tiny_sd, tmp_path, monkeypatch):
+    """The first of its texts are of the new captions then, the others and their index of the old ones."""
+    from immiscible import latent_cache
+
+    folder = shutil.copytree(tiny_sd["images"], tmp_path / "images")
+    sd = {**tiny_sd, "images": folder, "cache": tmp_path / "cache"}
+    precompute(argv(sd))
+    (folder / "metadata.jsonl").write_text((folder / "metadata.jsonl").read_text().replace("picture", "photograph"))
+    make = latent_cache._Writer._make
+
+    def interrupted(self, name, *rest):
+        if name == "texts-00001.safetensors":
+            raise KeyboardInterrupt
+        make(self, name, *rest)
+
+    monkeypatch.setattr(latent_cache._Writer, "_make", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        precompute(argv(sd))
+    (folder / "metadata.jsonl").write_text((tiny_sd["images"] / "metadata.jsonl").read_text())
+    assert "is not finished" in refused(sd)
+    monkeypatch.setattr(latent_cache._Writer, "_make", make)
+    precompute(argv(sd))
+    assert hashes(sd["cache"]) == hashes(tiny_sd["cache"])
+
+
+def test_what_a_kill_leaves_before_the_manifest_is_no_obstacle(tiny_sd, tmp_path):
+    sd = {**tiny_sd, "cache": tmp_path / "cache"}
+    sd["cache"].mkdir()
+    (sd["cache"] / ".lock").touch()
+    (sd["cache"] / ".partial-manifest.json").write_text("{")
+    precompute(argv(sd))
+    assert hashes(sd["cache"]) == hashes(tiny_sd["cache"])
+
+
+def test_two_calls_do_not_fill_one_folder(tiny_sd, tmp_path):
+    with FileLock(tiny_sd["cache"] / ".lock"), pytest.raises(UserError, match="is being filled by another call") as caught:
+        precompute(argv(tiny_sd))
+    assert caught.value.exit_code == 1
+    precompute(argv(tiny_sd))
+
+
+def test_a_disk_that_fills_up_is_one_line(tiny_sd, tmp_path, monkeypatch):
+    from immiscible import latent_cache
+
+    def fail(tensors, path, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    sd = {**tiny_sd, "cache": tmp_path / "cache"}
+    with monkeypatch.context() as full:
+        full.setattr(latent_cache, "save_file", fail)
+        with pytest.raises(UserError, match=r"cannot write .*latents-00000\.safetensors: .*No space left on device") as caught:
+            precompute(argv(sd))
+    assert caught.value.exit_code == 1
+    precompute(argv(sd))
+    assert hashes(sd["cache"]) == hashes(tiny_sd["cache"])
+
+
+def test_flags_of_the_training_command_that_a_cache_cannot_serve(tiny_sd, tmp_path):
+    with pytest.raises(UserError, match=r"--streaming reads data in passing.*leave it out"):
+        precompute(argv(tiny_sd, streaming=True))
+    with pytest.raises(UserError, match="--latent_cache_dir is required: the folder to fill"):
+        precompute(argv(tiny_sd, latent_cache_dir=None))
 
 
 def test_a_finished_cache_is_checked_and_mended(tiny_sd, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """``train_unconditional.py --vae_model_name_or_path``: latents are diffused and pixels come out; and the share of images that is used."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from immiscible.evaluation import build_pipeline, sample_images
 from immiscible.models import build_unet, latent_downsampling, load_vae, unet_config, vae_identity
 from immiscible.process import build_scheduler
 from immiscible.randomness import Draws, seeded_generator
+from immiscible.sampling import take_scheduler
 
 CPU = torch.device("cpu")
 DRAWS = Draws(0, 0, 0, CPU)
@@ -261,4 +263,38 @@ def test_a_run_of_latents_and_its_checkpoint_are_sampled(script, run, tmp_path):
     assert len(set(of_run)) == 5
     assert sampled("checkpoint", run / "checkpoint-4") == of_run
     assert sampled("raw", run, weights="raw") == sampled("checkpoint_raw", run / "checkpoint-4", weights="raw")
-    assert sampled("euler", run, scheduler="euler_ancestral") != of_run
+    assert sampled("heun", run, scheduler="heun") != of_run
+
+
+@pytest.mark.parametrize(("one", "other"), [("ddpm", "euler_ancestral"), ("ddim", "euler")])
+def test_samplers_with_sigmas_begin_at_the_right_scale_in_every_batch(vae, one, other):
+    """Two formulas of one sampler. `LDMPipeline` scales its noise before it tells the sampler how many steps there are."""
+    images = []
+    for name in (one, other):
+        pipeline = build_pipeline(network(), build_scheduler("ddpm"), sampler="ddpm", spacing="leading", vae=vae)
+        images.append(sample_images(take_scheduler(pipeline, name), 4, steps=3, seed=0, batch_size=2, device=CPU).astype(int))
+    assert numpy.abs(images[0] - images[1]).max() <= 1 and len(numpy.unique(images[0])) > 10
+
+
+def test_a_checkpoint_whose_vae_has_moved(script, run, tmp_path):
+    """The run's own folder has it once its pipeline is saved; before that the run's flags say where it was."""
+
+    def sampled(model: Path, **changes):
+        words = {"model": model, "output_dir": tmp_path / "out", "num_images": 3, "num_inference_steps": 2, **changes}
+        result = script(flags(words), program="scripts/sample.py")
+        pictures = [path.read_bytes() for path in sorted((tmp_path / "out").glob("*.png"))]
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return pictures if result.code == 0 else result.error
+
+    whole = sampled(run / "checkpoint-4")
+    moved = shutil.copytree(run, tmp_path / "moved")
+    config = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace(str(model_folder()), "models/tiny"))
+    assert len(whole) == 3 and sampled(moved / "checkpoint-4") == whole
+    for path in (moved / "vqvae", moved / "unet"):
+        shutil.rmtree(path)
+    error = sampled(moved / "checkpoint-4")
+    assert "checkpoint-4 needs what it was trained with: --vae_model_name_or_path models/tiny: no AutoencoderKL found" in error
+    assert "--base says where it is now" in error
+    assert sampled(moved / "checkpoint-4", base=model_folder()) == whole
+    assert "trained with other weights than these" in sampled(moved / "checkpoint-4", base=model_folder(2))

@@ -22,6 +22,7 @@ from immiscible.metrics import (
     PixelFeatures,
     build_features,
     fixed_images,
+    images_together,
     split_source,
     to_uint8,
     validation_loss,
@@ -466,3 +467,8 @@ def test_fixed_images_are_cut_from_the_middle_and_never_flipped():
         list(fixed_images(Shapes(), transform))
     white, black = pixels(fixed_images(Shapes(), transform, skip_bad_images=True))
     assert (white == 1).all() and (black == -1).all()
+
+
+@pytest.mark.parametrize(("resolution", "images"), [(8, 256), (64, 256), (256, 16), (512, 4), (2048, 1)])
+def test_large_images_are_measured_few_at_a_time(resolution, images):
+    assert images_together(resolution) == images

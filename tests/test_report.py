@@ -32,6 +32,7 @@ from immiscible.report import (
 )
 from immiscible.report_figures import looks
 from immiscible.report_page import cost_table, headline, html_report, markdown_report, seed_table, summary, summary_table, write_report
+from immiscible.text_config import TextToImageConfig
 
 INF = math.inf
 
@@ -171,11 +172,13 @@ def test_verdict_needs_every_seed_on_one_side_of_one():
     assert verdict([Interval(0.0, INF)] * 2) == UNKNOWN
 
 
-def write_run(folder, curves, *, seed=0, finished=True, dimension=None, line=None, seconds_per_step=0.05, metric=None, **flags):
-    """A folder as the training script leaves it; ``curves`` by number of inference steps."""
+def write_run(folder, curves, *, seed=0, finished=True, dimension=None, line=None, seconds_per_step=0.05, metric=None, text=False, **flags):
+    """A folder as a training script leaves it; ``curves`` by number of inference steps."""
     (folder / "samples").mkdir(parents=True)
-    values = {"bundled_data": "digits", "resolution": 8, "prediction_type": "v_prediction", "max_train_steps": 500, **flags}
-    save_config(UnconditionalConfig(seed=seed, output_dir=str(folder), **values), folder / "config.yaml")
+    data = {"pretrained_model_name_or_path": "sd", "train_data_dir": "photos"} if text else {"bundled_data": "digits"}
+    values = {**data, "resolution": 8, "prediction_type": "v_prediction", "max_train_steps": 500, **flags}
+    config = TextToImageConfig if text else UnconditionalConfig
+    save_config(config(seed=seed, output_dir=str(folder), **values), folder / "config.yaml")
     common = {"feature": "FD-digits", "samples": 1500, "reference_images": 1797, "data": "abc", "weights": "ema"}
     common |= {"validation_loss": {"0-499": 0.2, "500-999": 0.1}, **({"num_features": dimension} if dimension else {}), **(line or {})}
     with (folder / "evaluation.jsonl").open("w") as file:
@@ -510,6 +513,73 @@ def test_runs_that_cannot_be_compared(arms, tmp_path, line, message):
     with pytest.raises(UserError, match=f"baseline-seed0 and .*other cannot be compared: {message}") as caught:
         compare({**arms, "other": [other]})
     assert caught.value.exit_code == 2
+
+
+# Runs that are told something
+
+
+def test_a_report_says_what_samples_were_told(tmp_path):
+    prompts = ["a <cat>", "a dog"]
+    for name, changes in {"baseline": {}, "coupled": {"noise_coupling": "assignment"}}.items():
+        write_run(tmp_path / name, {5: decay()}, text=True, validation_prompts=prompts, **changes)
+    arms = {name: [tmp_path / name] for name in ("baseline", "coupled")}
+    comparison = compare(arms)
+    for report in (words(html_report(comparison)), markdown_report(comparison)):
+        assert "1500 samples (the captions of column text, without guidance) against 1797 reference images" in report
+        assert "checkpoint sd" in report
+    assert words(html_report(comparison)).count("Guidance 7.5; row by row: a <cat>; a dog.") == 1
+    write_run(tmp_path / "other", {5: decay()}, text=True, validation_prompts=["a dog"], noise_coupling="nearest", guidance_scale=3)
+    page = words(html_report(compare({**arms, "other": [tmp_path / "other"]})))
+    assert "other, step 500. Guidance 3; row by row: a dog" in page
+    assert "coupled, step 500. Guidance 7.5; row by row: a <cat>; a dog" in page
+    classes = words(html_report(compare({"a": [write_run(tmp_path / "classes", {5: decay()}, class_conditional=True)]})))
+    assert "(every class equally often)" in classes and "In the order of classes." in classes
+
+
+def test_grids_of_prompts_are_kept_apart(tmp_path):
+    arms = {"baseline": [write_run(tmp_path / "a", {5: decay()}, text=True, validation_prompts=["a", "b"])]}
+    grid = Image.new("RGB", (64, 32), "black")
+    grid.paste("red", (32, 0, 64, 32))
+    grid.save(tmp_path / "a" / "samples" / "step-0000500.png")
+    data = re.search(r"data:image/png;base64,([^\"]+)", html_report(compare(arms)))[1]
+    shown = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert shown.size == (66, 32) and sorted(shown.getcolors()) == [(64, (255, 255, 255)), (1024, (0, 0, 0)), (1024, (255, 0, 0))]
+
+
+@pytest.mark.parametrize(
+    "one, other, wanted",
+    [
+        ({}, {"class_conditional": True}, "their samples were told nothing and every class equally often"),
+        ({"text": True}, {"text": True, "caption_column": "long"}, "the captions of column text, .* and the captions of column long"),
+    ],
+)
+def test_samples_that_were_told_different_things_are_not_compared(tmp_path, one, other, wanted):
+    arms = {name: [write_run(tmp_path / name, {5: decay()}, **changes)] for name, changes in (("one", one), ("other", other))}
+    with pytest.raises(UserError, match=f"one and .*other cannot be compared: .*{wanted}"):
+        compare(arms)
+
+
+def leave_checkpoint(folder, from_scratch):
+    (folder / "checkpoint-500").mkdir()
+    state = {"step": 500, "identity": {"network": {"from_scratch": from_scratch}}, "files": {}}
+    (folder / "checkpoint-500" / "training_state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("from_scratch, script", [(True, "train_text_to_image.py"), (False, "finetune_sd.py")])
+def test_the_command_of_a_text_run_is_of_its_own_script(tmp_path, from_scratch, script):
+    folder = write_run(tmp_path / "a", {5: decay()}, text=True, resolution=64)  # the other script's default
+    leave_checkpoint(folder, from_scratch)
+    [command] = compare({"a": [folder]}).arms["a"].commands
+    assert command.startswith(f"python {script} ") and "--pretrained_model_name_or_path sd" in command and "--resolution 64" in command
+    assert "--train_batch_size" not in command and "--lr_scheduler" not in command
+
+
+def test_text_runs_that_differ_in_what_they_show_alone_are_one_arm(tmp_path):
+    changes = ({"report_to": "none"}, {"validation_prompts": ["a cat"], "latent_cache_dir": "elsewhere", "guidance_scale": 3.0})
+    folders = [write_run(tmp_path / str(seed), {5: decay()}, seed=seed, text=True, **more) for seed, more in enumerate(changes)]
+    assert len(group_runs(folders)) == 1
+    leave_checkpoint(folders[0], from_scratch=True)
+    assert group_runs(folders) == {"script=train_text_to_image.py": folders[:1], "script=finetune_sd.py": folders[1:]}
 
 
 def test_bad_folders(arms, tmp_path):

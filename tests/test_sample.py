@@ -1,12 +1,14 @@
 """``scripts/sample.py``: exactly the images that were asked for, the same ones however the work is shared and interrupted."""
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from launch import entry, flags, tiny
+from launch import entry, flags, free_port, tiny
 from PIL import Image
 from test_kill_resume import finish
 from tiny_text import model_folder, tiny_text
@@ -31,7 +33,7 @@ def sampled(script, model: Path, output_dir: Path, **changes) -> dict[str, bytes
 
 
 def images(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    return {path.name: path.read_bytes() for path in folder.glob("[0-9]*.png")}
 
 
 def pixels(folder: Path) -> numpy.ndarray:
@@ -52,6 +54,11 @@ def trained(script, folder: Path, **changes) -> Path:
 
 def generators(numbers: range, seed: int = 0) -> list[torch.Generator]:
     return [seeded_generator(seed, "sample", number) for number in numbers]
+
+
+def told(folder: Path) -> list[dict]:
+    """What ``metadata.jsonl`` says of each image."""
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 
 def equal(found: numpy.ndarray, wanted: numpy.ndarray) -> bool:
@@ -127,12 +134,59 @@ def test_two_processes_complete_what_one_began(script, run, tmp_path):
     assert images(tmp_path / "out") == whole
 
 
+def test_a_stopped_call_leaves_whole_images_and_is_completed(script, run, tmp_path):
+    options = {"num_images": 600, "batch_size": 10}
+    call = script.start(words(run, tmp_path / "out", **options), program=PROGRAM)
+    call.wait_until((tmp_path / "out" / "000000.png").exists)
+    call.send(signal.SIGTERM)
+    assert call.wait().code == 128 + signal.SIGTERM
+    stopped = images(tmp_path / "out")
+    assert 0 < len(stopped) < 600 and not json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"]
+    whole = sampled(script, run, tmp_path / "out", **options)
+    assert len(whole) == 600 and stopped.items() <= whole.items()
+    assert whole == sampled(script, run, tmp_path / "whole", **options)
+
+
+def test_a_process_without_images_waits_for_those_that_have_some(script, run, tmp_path):
+    one = sampled(script, run, tmp_path / "one", num_images=3)
+    results = finish(script.start_ranks(words(run, tmp_path / "three", num_images=3), 3, program=PROGRAM))
+    assert images(tmp_path / "three") == one and "3 sampled" in results[0].stdout
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others(script, run, tmp_path):
+    """They would not come: they wait elsewhere. A launcher ends them."""
+    broken = shutil.copytree(run, tmp_path / "broken")
+    settings = json.loads((broken / "unet" / "config.json").read_text())
+    (broken / "unet" / "config.json").write_text(json.dumps({**settings, "sample_size": "8"}))
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    calls = [
+        script.start(
+            words(model, tmp_path / "out", num_images=100_000), program=PROGRAM, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank, model in enumerate((run, broken))
+    ]
+    try:
+        result = calls[1].wait()
+        assert result.code == 1 and "ValueError" in result.stderr
+    finally:
+        calls[0].kill_all()
+
+
 def test_more_images_may_be_asked_for_and_fewer_are_refused(script, run, tmp_path):
     few = sampled(script, run, tmp_path / "out", num_images=8)
     more = sampled(script, run, tmp_path / "out", num_images=12)
     assert len(more) == 12 and few.items() <= more.items()
     error = refused(script, run, tmp_path / "out", num_images=8)
     assert "000008.png" in error and "beyond --num_images 8" in error and len(images(tmp_path / "out")) == 12
+
+
+def test_what_is_written_of_all_images_is_of_all_of_them(script, conditional, tmp_path):
+    sampled(script, conditional, tmp_path / "out", num_images=8, npz=True)
+    table = (tmp_path / "out" / "samples.npz").read_bytes()
+    sampled(script, conditional, tmp_path / "out", num_images=8)
+    assert (tmp_path / "out" / "samples.npz").read_bytes() == table
+    sampled(script, conditional, tmp_path / "out", num_images=12)
+    assert not (tmp_path / "out" / "samples.npz").exists() and len(told(tmp_path / "out")) == 12
 
 
 def test_the_batch_size_and_the_seed(script, run, tmp_path):
@@ -190,6 +244,7 @@ def test_classes_in_turn(script, conditional, tmp_path):
     with numpy.load(tmp_path / "out" / "samples.npz") as table:
         assert table["arr_1"].tolist() == labels.tolist()
         assert table["arr_0"].shape == (12, 8, 8, 1) and (table["arr_0"][..., 0] == pixels(tmp_path / "out")).all()
+    assert told(tmp_path / "out") == [{"file_name": f"{number:06}.png", "label": number % 10} for number in range(12)]
     pipeline = DDPMPipeline.from_pretrained(conditional)
     with told_classes(pipeline.unet, labels[8:12]):
         wanted = pipeline(batch_size=4, generator=generators(range(8, 12)), num_inference_steps=2, output_type="np").images
@@ -207,12 +262,13 @@ def test_class_names_by_their_line(script, names, tmp_path):
     with numpy.load(tmp_path / "out" / "samples.npz") as table:
         assert table["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0] and table["arr_0"].shape == (7, 32, 32, 3)
     pipeline = StableDiffusionPipeline.from_pretrained(model_folder())
-    told = {"prompt": ["crane", "owl", "crane", "crane"], "guidance_scale": 3, "height": 32, "width": 32}
-    wanted = pipeline(**told, generator=generators(range(4)), num_inference_steps=2, output_type="np").images
+    asked = {"prompt": ["crane", "owl", "crane", "crane"], "guidance_scale": 3, "height": 32, "width": 32}
+    wanted = pipeline(**asked, generator=generators(range(4)), num_inference_steps=2, output_type="np").images
     found = pixels(tmp_path / "out")
     assert equal(found[:4], wanted) and (found[0] != found[2]).any()
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["prompts"] == ["crane", "owl", "crane"] and manifest["labels"] == "class names"
+    assert [(line["text"], line["label"]) for line in told(tmp_path / "out")][1:4] == [("owl", 1), ("crane", 2), ("crane", 0)]
 
 
 def test_guidance_and_the_order_of_prompts(script, tmp_path):
@@ -235,6 +291,28 @@ def test_adapters_of_a_run_its_checkpoint_and_by_hand(script, adapters, names, t
     assert sampled(script, model_folder(), tmp_path / "by_hand", lora=adapters, resolution=32, **options) == of_run
     assert sampled(script, model_folder(), tmp_path / "without", resolution=32, **options) != of_run
     assert "loaded already" in refused(script, adapters, tmp_path / "twice", lora=adapters, **options)
+
+
+def test_prompts_that_are_cut_off_are_counted(script, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"a cat\n{'a very long caption ' * 40}\n")
+    options = {"prompts": tmp_path / "prompts.txt", "guidance_scale": 1, "resolution": 32, "num_images": 3}
+    result = script(words(model_folder(), tmp_path / "out", **options), program=PROGRAM)
+    assert result.code == 0 and "1 of 2 prompts, first line 2, are cut off after the text encoder's 77 tokens" in result.stdout
+    assert [line["text"][:6] for line in told(tmp_path / "out")] == ["a cat", "a very", "a cat"]
+
+
+def test_the_checkpoint_that_a_run_started_from_may_have_moved(script, adapters, names, tmp_path):
+    """The path in the run's flags may be relative, or gone; other weights in its place are not taken for the right ones."""
+    options = {"class_names": names, "guidance_scale": 1, "num_images": 3}
+    there = sampled(script, adapters, tmp_path / "there", **options)
+    moved = shutil.copytree(adapters, tmp_path / "run")
+    config = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace(str(model_folder()), "models/tiny"))
+    for model in (moved, moved / "checkpoint-3"):
+        error = refused(script, model, tmp_path / "out", **options)
+        assert "needs what it was trained with" in error and "models/tiny" in error and "--base says where it is now" in error
+        assert sampled(script, model, tmp_path / f"{model.name} moved", base=model_folder(), **options) == there
+        assert "trained with other weights" in refused(script, model, tmp_path / "out", base=model_folder(2), **options)
 
 
 def test_a_text_checkpoint_of_an_unfinished_run(script, names, tmp_path):
@@ -307,8 +385,8 @@ def test_files_of_prompts(run, tmp_path):
             read_lines(path, "--prompts")
     with pytest.raises(UserError, match=r"--prompts .*No such file"):
         read_lines(tmp_path / "nowhere", "--prompts")
-    path.write_bytes("grün\r\n b \n".encode())
-    assert read_lines(path, "--prompts") == ["grün", "b"]
+    path.write_bytes("\ufeffgrün\r\n b \nc\u2028d\x85e\x0cf\n".encode())  # these are within a line
+    assert read_lines(path, "--prompts") == ["grün", "b", "c\u2028d\x85e\x0cf"]
     with pytest.raises(UserError, match="choose one"):
         entry(PROGRAM)(words(run, tmp_path / "out", prompts=path, class_names=path))
 
@@ -317,6 +395,8 @@ def test_files_of_prompts(run, tmp_path):
     ("changes", "wanted"),
     [
         ({"num_inference_steps": 1001}, "exceeds the 1000 steps"),
+        ({"num_images": "many"}, "argument --num_images: invalid int value"),
+        ({"base": "x"}, "has all that it needs; leave it out"),
         ({"guidance_scale": 2}, "--guidance_scale is for text-to-image"),
         ({"resolution": 16}, "--resolution is for text-to-image"),
         ({"lora": "nowhere"}, "--lora is for text-to-image"),
@@ -333,6 +413,10 @@ def test_mistakes_are_one_line(script, run, tmp_path, changes, wanted):
     [
         ({}, "give --prompts or --class_names"),
         ({"prompts": "good"}, "--guidance_scale is needed"),
+        ({"prompts": "good", "guidance_scale": 0.5}, "--guidance_scale must be a number of at least 1, which is without guidance, not 0.5"),
+        ({"prompts": "good", "guidance_scale": "nan"}, "--guidance_scale must be a number"),
+        ({"prompts": "good", "guidance_scale": 1, "num_inference_steps": 1000}, "would begin beyond the model's last step, 999"),
+        ({"prompts": "good", "guidance_scale": 1, "base": "good"}, "has all that it needs"),
         ({"prompts": "empty", "guidance_scale": 1}, "is empty"),
         ({"prompts": "good", "guidance_scale": 1, "resolution": 30}, "--resolution 30 must be a multiple of 8"),
         ({"prompts": "good", "guidance_scale": 1, "weights": "ema"}, "is neither"),
@@ -342,14 +426,16 @@ def test_mistakes_are_one_line(script, run, tmp_path, changes, wanted):
 def test_mistakes_with_prompts_are_one_line(script, tmp_path, changes, wanted):
     (tmp_path / "good").write_text("a cat\n")
     (tmp_path / "empty").write_text("\n\n")
-    changes = {name: tmp_path / value if name in ("prompts", "class_names", "lora") else value for name, value in changes.items()}
+    changes = {name: tmp_path / value if name in ("prompts", "class_names", "lora", "base") else value for name, value in changes.items()}
     assert wanted in refused(script, model_folder(), tmp_path / "out", **changes)
 
 
 def test_a_folder_of_something_else_is_left_alone(script, run, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    assert "holds mine.txt and no manifest.json" in refused(script, run, tmp_path / "out")
+    for name in ("mine.txt", ".partial-mine"):
+        (tmp_path / "out" / name).write_text("mine")
+    assert "holds .partial-mine and no manifest.json" in refused(script, run, tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 2
     sampled(script, run, tmp_path / "samples")
     (tmp_path / "samples" / "mine.png").write_bytes(b"mine")
     assert "mine.png" in refused(script, run, tmp_path / "samples")
@@ -362,8 +448,6 @@ def test_a_folder_of_something_else_is_left_alone(script, run, tmp_path):
 
 
 def test_a_model_that_diverged_is_one_line_on_two_processes(script, run, tmp_path):
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(run, tmp_path / "run")

@@ -37,10 +37,10 @@ def png(side=8, mode="RGB", kind="PNG", seed=None):
 
 
 def write_tar(path, members, tar_format=tarfile.USTAR_FORMAT):
-    """``members``: name -> bytes, in order."""
+    """``members``: name -> bytes, in order; pairs of them, where names come twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, content in members.items():
+        for name, content in members.items() if isinstance(members, dict) else members:
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
@@ -175,6 +175,15 @@ def test_the_index_is_made_once(folder, monkeypatch, tmp_path):
     assert load(tmp_path / "moved").fingerprint == third.fingerprint
 
 
+def test_an_index_that_was_cut_off_is_made_anew(folder, tmp_path):
+    first = load(folder, cache_dir=str(tmp_path / "cache"))
+    whole, empty = (tmp_path / "cache" / "tar-index").glob("*.npy")
+    whole.write_bytes(whole.read_bytes()[:-8])
+    empty.write_bytes(b"")
+    assert np.array_equal(load(folder, cache_dir=str(tmp_path / "cache")).extents, first.extents)
+    assert np.load(whole).shape[1] == np.load(empty).shape[1] == 3
+
+
 def test_a_shard_that_changed_while_it_was_in_use_is_a_bad_image(folder):
     source = load(folder)
     write_tar(folder / "00000.tar", {"x.txt": b""})
@@ -267,7 +276,27 @@ def test_bad_samples_are_named_and_skipped_only_on_request(tmp_path, caplog):
     assert "(5 skipped so far)" in caplog.text and caplog.text.count("skipped image") == 5
 
 
+def test_one_of_the_first_samples_must_have_what_the_run_needs(tmp_path):
+    members = captioned(0, 3)
+    del members["000000000.txt"]
+    write_tar(tmp_path / "x.tar", {"readme.txt": b"no sample", **members})
+    source = load(tmp_path, caption_column="text")
+    assert source.captions(2) == ["caption 1"] and len(source) == 4
+    with pytest.raises(UserError, match=r"--caption_column 'alt' means.*its sample 000000002 in .*x\.tar has the members jpg, json"):
+        load(tmp_path, caption_column="alt")
+
+
 # Classes
+
+
+def test_numbers_that_are_no_classes(tmp_path):
+    members = {f"{number}.{kind}": content for number in range(2) for kind, content in (("png", png()), ("cls", b"1"))}
+    members["1.cls"] = b"20231115123456789012"
+    write_tar(tmp_path / "x.tar", members)
+    source = load(tmp_path, labels_for="--class_conditional")
+    assert source.class_names == ["0", "1"]
+    with pytest.raises(ValueError, match="it has no class"):
+        source.label(1)
 
 
 def test_classes_are_the_numbers_in_cls(tmp_path):

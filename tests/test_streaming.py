@@ -1,12 +1,20 @@
 """Streams: what each rank reads in each epoch, exact positions, damage, tables, and whole runs."""
 
 import io
+import json
+import re
+import sys
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+from urllib.parse import unquote, urlsplit
+from zlib import crc32
 
 import numpy as np
 import pytest
 import torch
-from launch import tiny
+from launch import run_command, tiny
 from test_kill_resume import final_hashes, finish, kill, start
 from test_shards import captioned, numbered, own_cache, png, write_tar  # noqa: F401 (a fixture)
 from test_train_unconditional import metrics
@@ -93,6 +101,16 @@ def test_shards_of_known_size_are_passed_unopened(folder, tmp_path, monkeypatch)
     assert len(opened) == 2  # one to look at the columns, one to read
 
 
+def test_sizes_that_were_cut_off_cost_time_and_nothing_else(folder, tmp_path):
+    stream = stream_of(folder)
+    whole = positions(order_of(stream, tmp_path, stop=30))
+    (path,) = (tmp_path / "shard-sizes").iterdir()
+    lines = path.read_text().split()
+    path.write_text(path.read_text()[:-3] + "\n3 1")
+    assert positions(order_of(stream, tmp_path, start=25, stop=30)) == whole[25:]
+    assert len(lines) == 2 * len(COUNTS) and set(path.read_text().split("\n")[-6:]) > {"3 1", ""}
+
+
 def test_numbers_differ_between_images_and_epochs(folder, tmp_path):
     keys = [key.number for keys in order_of(stream_of(folder), tmp_path, stop=2 * sum(COUNTS)) for key in keys]
     assert len(set(keys)) == 2 * sum(COUNTS)
@@ -129,6 +147,21 @@ def test_a_bad_image_is_named_and_replaced_by_the_next_of_its_batch(tmp_path, ca
         (batch,) = images_of(loader, skip_bad_images=True)
     assert sorted(set(batch.captions)) == ["caption 0", "caption 1"] and batch.x0.shape == (4, 3, 8, 8)
     assert "(2 skipped so far)" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_of_bad_images_takes_the_next_ones_of_the_stream(tmp_path, workers):
+    """Three in a row, in batches of one."""
+    members = captioned(0, 8, "png")
+    for number in (2, 3, 4):
+        members[f"00000000{number}.png"] = b"no image"
+    write_tar(tmp_path / "s" / "x.tar", members)
+    stream = stream_of(tmp_path / "s")
+    dataset = StreamDataset(stream, ImageTransform(8), skip_bad_images=True, with_captions=True)
+    for first in (0, 3):
+        order = order_of(stream, tmp_path, start=first, stop=9, skip_bad_images=True)
+        batches = images_of(build_loader(dataset, order, workers, CPU), skip_bad_images=True)
+        assert [batch.captions for batch in batches] == [[f"caption {number}"] for number in (0, 1, 5, 5, 5, 5, 6, 7, 0)[first:]]
 
 
 def test_a_damaged_shard(folder, tmp_path, caplog):
@@ -197,6 +230,100 @@ def test_a_name_streams_as_its_shards_do(folder, table):
     assert [sample.captions()[0] for sample in rows.read(1)] == ["a 3", "a 4", "a 5"]
 
 
+COMMIT = "c" * 40
+STREAM_FROM_THE_HUB = """
+import json, sys
+import torch
+from immiscible.data import ImageTransform, build_loader, images_of, load_images
+from immiscible.streaming import StreamDataset, StreamOrder, load_stream
+
+found = {}
+for name in sys.argv[2:]:
+    stream = load_stream(dataset_name=name, caption_column="text")
+    order = StreamOrder(stream, 4, seed=0, stop=2, cache_dir=sys.argv[1])
+    loader = build_loader(StreamDataset(stream, ImageTransform(8), with_captions=True), order, 1, torch.device("cpu"))
+    captions = [caption for batch in images_of(loader, False) for caption in batch.captions]
+    found[name] = captions, [str(shard) for shard in stream.shards]
+whole = load_images(dataset_name="some/tables", caption_column="text", cache_dir=sys.argv[1])
+found["whole"] = [whole.load(3).size, *whole.captions(3)]
+print(json.dumps(found))
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as reading takes; ``files`` are those of its data sets, by ``set/path``."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        api, held = (
+            re.match("/api/datasets/some/([^/]+)(?:/tree/[^/]+/?(.*))?", path),
+            re.match("/datasets/some/([^/]+)/resolve/[^/]+/(.+)", path),
+        )
+        if held and "/".join(held.groups()) in self.files:
+            content = self.files["/".join(held.groups())]
+            first, last = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or f"bytes=0-{len(content)}").groups()
+            code, tag = 206 if "Range" in self.headers else 200, f'"{crc32(content)}"'
+            self.answer(code, content[int(first) : int(last) + 1], ETag=tag, X_Repo_Commit=COMMIT)
+        elif api and "/tree/" in path:
+            folder = f"{api[1]}/{api[2]}/" if api[2] else f"{api[1]}/"
+            inside = {file.removeprefix(folder) for file in self.files if file.startswith(folder)}
+            names = {file.split("/")[0]: "directory" if "/" in file else "file" for file in inside}
+            entries = [{"path": f"{api[2]}/{name}".strip("/"), "type": kind, "oid": COMMIT} for name, kind in sorted(names.items())]
+            self.answer(
+                200, json.dumps([entry | {"size": len(self.files.get(f"{api[1]}/{entry['path']}", b""))} for entry in entries]).encode()
+            )
+        elif api:
+            self.answer(200, json.dumps({"id": f"some/{api[1]}", "sha": COMMIT, "siblings": [], "tags": []}).encode())
+        else:
+            self.answer(404, X_Error_Code="EntryNotFound")
+
+    do_HEAD = do_GET
+
+    def do_POST(self):  # paths-info
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(404)
+
+    def answer(self, code, content=b"", **headers):
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": len(content)}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *words):
+        pass
+
+
+def test_the_hub_is_streamed(folder, table, tmp_path):
+    """Shards, parquet files, and a folder of images, by an interpreter of its own that takes a server of ours for the hub."""
+    files = {f"shards/data/train-{number}.tar": (folder / f"{number}.tar").read_bytes() for number in (0, 1)}
+    files |= {f"tables/{path.name}": path.read_bytes() for path in table.iterdir()}
+    files |= {f"photos/train/{number}.png": png(seed=number) for number in range(3)}
+    lines = [json.dumps({"file_name": f"{number}.png", "text": f"photo {number}"}) for number in range(3)]
+    files["photos/train/metadata.jsonl"] = "\n".join(lines).encode()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OwnHub", (Hub,), {"files": files}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*", "HF_TOKEN": ""}
+        command = [sys.executable, "-c", STREAM_FROM_THE_HUB, tmp_path / "cache", "some/shards", "some/tables", "some/photos"]
+        result = run_command(command, HF_HOME=str(tmp_path / "home"), **environment)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert result.code == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    captions, shards = found["some/shards"]
+    assert set(captions) == {f"caption {number}" for number in (0, 1, 2, 3, 4, 100, 101, 102)}
+    assert shards == [f"hf://datasets/some/shards@{COMMIT}/data/train-{number}.tar" for number in (0, 1)]
+    captions, shards = found["some/tables"]
+    assert len({caption.split()[1] for caption in captions}) == 8 and len(shards) == 3
+    assert set(found["some/photos"][0]) == {"photo 0", "photo 1", "photo 2"}
+    assert found["whole"] == [[10, 8], "a 3", "b 3"]
+
+
 def test_any_file_system_of_fsspec_is_read_from_front_to_back():
     import fsspec
 
@@ -245,10 +372,27 @@ def test_nothing_to_stream(folder, tmp_path):
         load_stream(dataset_name=str(tmp_path / "absent"))
     with pytest.raises(UserError, match="fewer than the 6 processes"):
         order_of(stream_of(folder), tmp_path, stop=1, num_processes=6)
-    with tarfile.open(tmp_path / "stream" / "0.tar", "w"):
+    with pytest.raises(UserError, match=r"--train_data_dir .*absent: no such folder"):
+        load_stream(train_data_dir=str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    with tarfile.open(tmp_path / "empty" / "0.tar", "w"):
         pass
-    with pytest.raises(UserError, match=r"0\.tar holds no samples"):
-        stream_of(folder)
+    (tmp_path / "empty" / "1.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(UserError, match="a stream of 2 tar shards, of which none holds a sample that can be read"):
+        stream_of(tmp_path / "empty")
+
+
+def test_what_is_wrong_with_the_first_samples_is_told_when_they_are_met(folder, tmp_path):
+    """A run with --skip_bad_images goes past them."""
+    write_tar(folder / "0.tar", {})
+    (folder / "1.tar").write_bytes(b"no tar" * 200)
+    members = captioned(200, 4, "png")
+    del members["000000200.txt"]
+    write_tar(folder / "2.tar", members)
+    order = order_of(stream_of(folder), tmp_path, stop=11, skip_bad_images=True)
+    assert {shard for ((shard, _),) in positions(order)} == {2, 3, 4}
+    with pytest.raises(UserError, match=r"1\.tar is damaged after 0 samples"):
+        list(order_of(stream_of(folder), tmp_path / "other", stop=11))
 
 
 def test_shards_without_images_end_the_run(tmp_path):

@@ -6,17 +6,24 @@ import re
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import yaml
 from launch import run_command
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_text import ADAPTERS, FINETUNE, SCRATCH, WEIGHTS, data_folder, model_folder, reach, tiny_text
 
 from immiscible.errors import UserError
+from immiscible.randomness import seeded_generator
+from immiscible.run_folder import run_identity
+from immiscible.stable_diffusion import text_model_card
+from immiscible.text_config import TextToImageConfig
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -42,7 +49,7 @@ found = {}
 def sample(pipeline):
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    return pipeline("a cat", num_inference_steps=3, generator=generator, output_type="np", height=32, width=32).images[0]
+    return pipeline("a cat", num_inference_steps=3, generator=generator, output_type="np").images[0]  # at its own size
 for folder in folders:
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     dtypes = {str(part.dtype) for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)}
@@ -86,6 +93,8 @@ def test_a_run_leaves_checkpoints_grids_and_its_pipeline(runs):
         assert {path.name for path in (runs / name).glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
         with Image.open(runs / name / "samples" / "step-0000003.png") as grid:
             assert grid.size == (128, 128)  # three samples of 32 pixels, enlarged to 64, in two rows
+            pixels = numpy.asarray(grid)
+            assert (pixels[::2, ::2] == pixels[1::2, 1::2]).all()  # not of 64 pixels, which is the checkpoint's own size
         assert json.loads((runs / name / "summary.json").read_text())["step"] == 3
     average, last = (load_file(runs / "scratch" / "checkpoint-3" / kind / WEIGHTS) for kind in ("unet_ema", "unet"))
     saved = load_file(runs / "scratch" / "unet" / WEIGHTS)
@@ -99,8 +108,34 @@ def test_a_run_leaves_checkpoints_grids_and_its_pipeline(runs):
     assert {path.name for path in (runs / "adapters" / "checkpoint-3").glob("*.safetensors")} == {ADAPTERS}
     adapters = load_file(runs / "adapters" / ADAPTERS)
     assert {value.dtype for value in adapters.values()} == {torch.float32} and all(name.startswith("unet.") for name in adapters)
-    assert "load_lora_weights" in (runs / "adapters" / "README.md").read_text()
+    card = (runs / "adapters" / "README.md").read_text()
+    assert "load_lora_weights" in card and "height=32, width=32" in card and "](samples/step-0000003.png)" in card
+    assert "base_model" not in card  # a folder here is no name on the hub, which would refuse the card
+    for file, coupling in (
+        (runs / "adapters" / ADAPTERS, "independent"),
+        (runs / "scratch" / "unet" / WEIGHTS, "assignment (l2, cost in auto)"),
+    ):
+        with safe_open(file, framework="pt") as weights:
+            assert weights.metadata()["immiscible.noise_coupling"] == coupling
     assert not (runs / "adapters" / "model_index.json").exists()
+
+
+def test_the_saved_pipeline_samples_what_the_grid_shows(runs):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(runs / "scratch")
+    image = pipeline("a cat", generator=seeded_generator(0, "sample", 0), num_inference_steps=2, output_type="np").images[0]
+    with Image.open(runs / "scratch" / "samples" / "step-0000003.png") as grid:
+        shown = numpy.asarray(grid)[:64:2, :64:2]
+    assert image.shape == shown.shape and numpy.abs(255 * image - shown).max() <= 1
+
+
+def test_the_card_says_how_to_sample(monkeypatch, tmp_path):
+    parts = reach(monkeypatch, tiny_text(tmp_path / "run", use_lora=True)).encode.parts
+    card = text_model_card(replace(parts, name="some/model"), "title", {}, None)
+    assert "base_model: some/model\n" in card and "register_to_config" not in card
+    other = reach(monkeypatch, tiny_text(tmp_path / "run", use_lora=True, prediction_type="v_prediction")).encode.parts
+    assert 'pipeline.scheduler.register_to_config(prediction_type="v_prediction")' in text_model_card(other, "title", {}, None)
 
 
 def test_config_yaml_restarts_the_run(script, runs, tmp_path):
@@ -126,6 +161,7 @@ def test_killed_and_resumed_is_never_killed(script, tmp_path, changes):
         "random_flip": True,
         "proportion_empty_prompts": 0.2,
         "noise_coupling": "assignment",
+        "coupling_window": 3,  # the checkpoints of steps 2 and 4 lie within one
         "lr_scheduler": "cosine",
         "resume_from_checkpoint": "latest",
         "mixed_precision": "bf16",
@@ -168,6 +204,18 @@ def test_two_processes_with_half_the_batch_give_the_losses_of_one(script, tmp_pa
     one, two = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two"))
     assert len(one) == 10 and two == pytest.approx(one, rel=1e-5) and len(set(one)) == 10
     assert "4 images x 2 processes" in results[0].stderr
+
+
+def test_samples_have_the_runs_resolution_however_old_the_checkpoint_is(script, tmp_path):
+    """diffusers takes sizes below 512 pixels for a mistake in configurations as old as Stable Diffusion 1.4's."""
+    model = edited(tmp_path / "model", "unet", _diffusers_version="0.2.2")
+    measured = {"validation_prompts": ["a cat"], "eval_steps": 1, "eval_samples": 2, "eval_inference_steps": 1}
+    folder = trained(script, tmp_path / "run", pretrained_model_name_or_path=model, max_train_steps=1, **measured)
+    with Image.open(folder / "samples" / "step-0000001.png") as grid:
+        assert grid.size == (64, 64)  # a sample of 32 pixels, enlarged
+    assert json.loads((folder / "unet" / "config.json").read_text())["sample_size"] == 4
+    [line] = [json.loads(text) for text in (folder / "evaluation.jsonl").read_text().splitlines()]
+    assert line["told"] == "the captions of column text, without guidance"
 
 
 # Hub
@@ -239,6 +287,17 @@ def test_a_checkpoint_without_a_part_is_one_line(monkeypatch, tmp_path, part):
             reach(monkeypatch, tiny_text(tmp_path / "run", pretrained_model_name_or_path=model))
 
 
+@pytest.mark.parametrize(("part", "width"), [("unet", "cross_attention_dim"), ("vae", "latent_channels"), ("text_encoder", "hidden_size")])
+def test_broken_weights_are_one_line(monkeypatch, tmp_path, part, width):
+    """A file cut short by a download, and weights that are not of the configuration beside them."""
+    short, other = edited(tmp_path / "short"), edited(tmp_path / "other", part, **{width: 16})
+    (weights,) = (short / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for model in (short, other):
+        with pytest.raises(UserError, match="cannot be loaded"):
+            reach(monkeypatch, tiny_text(tmp_path / "run", pretrained_model_name_or_path=model))
+
+
 BAD = {
     "adapters from scratch": ({"use_lora": True}, True, "--use_lora adapts pretrained weights.*finetune_sd.py"),
     "size": ({"resolution": 36}, False, "--resolution 36 must be a multiple of 8"),
@@ -254,6 +313,16 @@ def test_bad_flags_are_one_line(script, tmp_path, changes, from_scratch, wanted)
     result = script(tiny_text(tmp_path / "run", **changes), program=SCRATCH if from_scratch else FINETUNE)
     assert result.code in (1, 2) and re.search(wanted, result.error), result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_parts_that_cannot_work_together_are_one_line(monkeypatch, tmp_path):
+    wide = edited(tmp_path / "wide", "unet", cross_attention_dim=48)
+    wordless = edited(tmp_path / "wordless")
+    (wordless / "tokenizer" / "tokenizer.json").unlink()
+    sampler = edited(tmp_path / "sampler", scheduler=["mine", "MyScheduler"])
+    for model, wanted in ((wide, "takes text states of width 48"), (wordless, "knows no words"), (sampler, "diffusers has no MyScheduler")):
+        with pytest.raises(UserError, match=wanted):
+            reach(monkeypatch, tiny_text(tmp_path / "run", pretrained_model_name_or_path=model), from_scratch=True)
 
 
 def test_other_networks_are_one_line(monkeypatch, tmp_path):
@@ -277,8 +346,28 @@ def test_a_checkpoint_of_another_kind_is_refused(script, runs, tmp_path):
         words = tiny_text(tmp_path / "run", **same, **changes, resume_from_checkpoint=runs / name / "checkpoint-3")
         result = script(words, program=FINETUNE)
         assert result.code == 2 and "belongs to another run" in result.error and wanted in result.error
+        assert "block_out_channels" not in result.error  # what is the same is left out
     result = script(tiny_text(tmp_path / "run", pretrained_model_name_or_path=runs / "adapters"), program=FINETUNE)
     assert result.code == 1 and "no diffusers checkpoint found" in result.error
+
+
+def test_a_checkpoint_goes_on_from_wherever_its_model_is_but_with_the_same_schedule(monkeypatch, runs, tmp_path):
+    copy = shutil.copytree(model_folder(), tmp_path / "copy")
+    common = {"max_train_steps": 5, "learning_rate": 1.0, "mixed_precision": "bf16", "use_lora": True}
+    words = tiny_text(
+        tmp_path / "run", **common, pretrained_model_name_or_path=copy, resume_from_checkpoint=runs / "adapters" / "checkpoint-3"
+    )
+    assert reach(monkeypatch, words).start_step == 3
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "v_prediction"}))
+    with pytest.raises(UserError, match=r"'prediction_type': 'epsilon'.* is now .*'prediction_type': 'v_prediction'"):
+        reach(monkeypatch, words)
+
+
+def test_another_column_of_captions_is_another_run():
+    configs = [TextToImageConfig(caption_column=column) for column in ("text", "captions")]
+    one, other = (run_identity(config, data="", network={}, processes=1) for config in configs)
+    assert one != other
 
 
 def other_weights(folder: Path) -> Path:
@@ -289,6 +378,13 @@ def other_weights(folder: Path) -> Path:
         weights["conv_in.weight"] += 1e-3
         save_file(weights, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
     return folder
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_launchers_that_split_the_network_are_one_line(monkeypatch, tmp_path, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"{name}.*--multi_gpu"):
+        reach(monkeypatch, tiny_text(tmp_path / "run"))
 
 
 def test_a_precision_from_accelerates_settings(monkeypatch, tmp_path):

@@ -237,9 +237,9 @@ def test_class_names_become_prompts_by_number(script, monkeypatch, tmp_path):
 
 def test_coupling_conditions_look_at_captions(script, monkeypatch, tmp_path):
     common = {"noise_coupling": "assignment", "train_batch_size": 8}
-    assert "each caption counts as a class" in notices(script, tmp_path / "run", **common)
-    assert "counts as a class" not in notices(script, tmp_path / "run", **common, coupling_condition="centered")
-    assert "counts as a class" not in notices(script, tmp_path / "run")
+    assert "captions is wanted" in (said := notices(script, tmp_path / "run", **common)) and "condition within" not in said
+    assert "captions is wanted" not in notices(script, tmp_path / "run", **common, coupling_condition="centered")
+    assert "captions is wanted" not in notices(script, tmp_path / "run")
     plain = reach(monkeypatch, tiny_text(tmp_path / "run", **common), steps=1)
     assert plain.pairs[0].labels is None
     reached = reach(monkeypatch, tiny_text(tmp_path / "run", **common, coupling_condition="centered"), steps=1)
