@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
-from .errors import UserError
+from .errors import UserError, on_every_process
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 PARTIAL, DISCARDED = ".partial-", ".discarded-"
+SPARE = 2**20  # bytes; a disk with less is full
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -51,13 +54,17 @@ def save_checkpoint(
         identity: what defines the run, compared on resume by `check_identity`.
         limit: this many checkpoints are kept, the newest; None keeps all.
         coupling_state: of this rank; each rank writes a file of its own if there is any.
+
+    Raises:
+        UserError: (exit code 1) the disk is full or fails; earlier checkpoints are as they were.
     """
     target = folder / f"checkpoint-{step}"
     partial = folder / f"{PARTIAL}{target.name}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
+
+    def prepare() -> None:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
 
     def save_models(models: list[torch.nn.Module], weights: list[Any], output_dir: str) -> None:
         if accelerator.is_main_process:
@@ -70,23 +77,38 @@ def save_checkpoint(
                 ema.save_pretrained(os.path.join(output_dir, "unet_ema"))
         weights.clear()
 
-    hook = accelerator.register_save_state_pre_hook(save_models)
-    try:
-        accelerator.save_state(str(partial))
-    finally:
-        hook.remove()
-    if coupling_state:
-        save_file(dict(coupling_state), _coupling_file(partial, accelerator))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _seal(partial, step, identity)
-        replace(partial, target)
-        if limit is not None:
+    def write() -> None:
+        hook = accelerator.register_save_state_pre_hook(save_models)
+        try:
+            with _full_disk(partial):
+                accelerator.save_state(str(partial))
+                if coupling_state:
+                    save_file(dict(coupling_state), _coupling_file(partial, accelerator))
+        finally:
+            hook.remove()
+
+    def publish() -> None:
+        if accelerator.is_main_process:
+            _seal(partial, step, identity)
+            replace(partial, target)
             earlier = [path for path in checkpoints(folder) if step_of(path) < step]
-            for old in earlier[: max(0, len(earlier) - limit + 1)]:
+            for old in earlier[: max(0, len(earlier) - limit + 1)] if limit is not None else []:
                 discard(old)
-    accelerator.wait_for_everyone()
+
+    for work in (prepare, write, publish):
+        on_every_process(accelerator, work)
     return target
+
+
+@contextmanager
+def _full_disk(path: Path) -> Iterator[None]:
+    """Inside the block torch's way of failing on a full disk, a `RuntimeError` that does not say why, is an `OSError` that does."""
+    try:
+        yield
+    except RuntimeError:
+        if shutil.disk_usage(path).free > SPARE:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None) -> tuple[int, dict[str, Tensor]]:

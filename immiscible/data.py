@@ -151,8 +151,7 @@ class TableImages:
         """
         if self.texts is None:
             raise ValueError("this data has no captions")
-        ((_, value),) = self.texts[index].items()
-        return self._captions(value)
+        return self._captions(self._cells[index].as_py())
 
     def all_captions(self, rows: range) -> Iterator[Sequence[str] | ValueError]:
         """Those of rows that follow each other, or what is wrong with them; read in blocks, in a fraction of the time."""
@@ -163,6 +162,12 @@ class TableImages:
                     yield self._captions(value)
                 except ValueError as error:
                     yield error
+
+    @cached_property
+    def _cells(self) -> Any:
+        """The captions as one Arrow column, of which a row takes a microsecond, and from `datasets` many."""
+        (column,) = self.texts.column_names
+        return self.texts.with_format("arrow")[:][column]
 
     @cached_property
     def _caption_kind(self) -> tuple[str, Sequence[str]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoints import STATE_FILE, checkpoints, clean_up, discard, is_complete, resolve_checkpoint, step_of
 from .config import OWN_FILES
-from .errors import UserError
+from .errors import UserError, on_every_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,24 +94,8 @@ def prepare_folder(config: AnyConfig, accelerator: Accelerator) -> None:
 
 
 def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Does ``work`` on rank 0 while the others wait; a user's mistake or a failing disk that it meets is raised on every rank.
-
-    Raises:
-        UserError: what ``work`` raised, or its `OSError` as one line.
-    """
-    from accelerate.utils import broadcast_object_list
-
-    failure: list[tuple[str, int] | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            work()
-        except UserError as error:
-            failure = [(str(error), error.exit_code)]
-        except OSError as error:
-            failure = [(f"cannot write {error.filename or 'the output folder'}: {error.strerror or error}", 1)]
-    broadcast_object_list(failure)
-    if failure[0]:
-        raise UserError(failure[0][0], exit_code=failure[0][1])
+    """Does ``work`` on rank 0 while the others wait; raises as `on_every_process`."""
+    on_every_process(accelerator, work if accelerator.is_main_process else lambda: None)
 
 
 def _run_in(folder: Path) -> str:

@@ -18,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_kill_resume import final_hashes, finish, lines
 
+from immiscible.checkpoints import checkpoints, step_of
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -405,6 +407,21 @@ def test_a_signal_stops_both_processes(script, tmp_path, which):
     finish(script.start_ranks(tiny(tmp_path / "run", **common, resume_from_checkpoint="latest")))
     finish(script.start_ranks(tiny(tmp_path / "whole", **common)))
     assert final_hashes(tmp_path / "run", 60) == final_hashes(tmp_path / "whole", 60)
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="no limit on file sizes here")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_that_fails_while_saving_is_one_line_and_costs_nothing(script, tmp_path, processes):
+    folder = tmp_path / "run"
+    common = {"max_train_steps": 4000, "train_batch_size": 16 // processes}
+    runs = script.start_ranks(tiny(folder, **common, checkpointing_steps=4), processes)
+    runs[0].wait_until(lambda: (folder / "checkpoint-4").exists())
+    psutil.Process(runs[0].pid).rlimit(psutil.RLIMIT_FSIZE, (50_000, 50_000))
+    results = [run.wait() for run in runs]
+    assert [result.code for result in results] == [1] * processes
+    assert "cannot write" in results[0].error and "File too large" in results[0].error
+    saved = max(map(step_of, checkpoints(folder)))
+    finish(script.start_ranks(tiny(folder, **common | {"max_train_steps": saved + 1}, resume_from_checkpoint="latest"), processes))
 
 
 def test_local_rank_flag_of_old_launchers(script, tmp_path):
