@@ -17,17 +17,17 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # How many steps the methods save on the bundled digits: five arms, three seeds, two runs at a time, one report. A second call finds the
 # finished runs and only writes the report again.
 demo: $(VENV)/installed
-	$(BIN)/python scripts/compare.py --task digits --seeds 0 1 2 --jobs 2 --output_dir $(DEMO_DIR) \
+	$(BIN)/python scripts/compare.py --task digits --seeds 0 1 2 --jobs 2 --open --output_dir $(DEMO_DIR) \
 	  --methods baseline immiscible speed immiscible_speed best_stack=window_speed_sampling -- --eval_steps 100 --eval_samples 400
 
 # Stable Diffusion end to end, tiny: a checkpoint and data made from installed photographs, latents cached, baseline and assignment with two
 # seeds from random weights, and then fine-tuning of what the first baseline became. Two reports, five minutes on two idle cores.
 demo-sd: $(TINY_SD_DIR)/classes
 	$(BIN)/python scripts/precompute_latents.py --config configs/tasks/sd_tiny.yaml
-	$(BIN)/python scripts/compare.py --script train_text_to_image.py --task sd_tiny --methods baseline immiscible --seeds 0 1 --jobs 2 \
+	$(BIN)/python scripts/compare.py --script train_text_to_image.py --task sd_tiny --methods baseline immiscible --seeds 0 1 --jobs 2 --open \
 	  --output_dir $(SD_DEMO_DIR)/scratch
 	$(BIN)/python scripts/precompute_latents.py --config configs/tasks/sd_tiny_finetune.yaml
-	$(BIN)/python scripts/compare.py --script finetune_sd.py --task sd_tiny_finetune --methods baseline immiscible --seeds 0 1 --jobs 2 \
+	$(BIN)/python scripts/compare.py --script finetune_sd.py --task sd_tiny_finetune --methods baseline immiscible --seeds 0 1 --jobs 2 --open \
 	  --output_dir $(SD_DEMO_DIR)/finetune
 
 $(TINY_SD_DIR)/classes: | $(VENV)/installed

@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--baseline", metavar="NAME", help="the arm to compare with (default: the first)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"), help="runs, logs and report (default runs/compare)")
     parser.add_argument("--jobs", type=int, help="runs at a time, one thread each if several (default: CPU cores, 1 with a GPU)")
+    parser.add_argument("--open", action="store_true", help="open the report in a browser, where there is a screen")
     parser.add_argument("--script", type=Path, default=HERE / "train_unconditional.py", help="the training script")
     args = parser.parse_args(own)
     if bool(args.runs) == bool(args.methods):
@@ -157,7 +159,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str]) -> None:
     args, extra = parse(argv)
     if args.runs:
-        show(compare(arms_of(args.runs, args.names), baseline=args.baseline), args.output_dir)
+        show(compare(arms_of(args.runs, args.names), baseline=args.baseline), args.output_dir, args.open)
         return
     jobs = plan(args, extra)
     if args.baseline and args.baseline not in {job.arm for job in jobs}:
@@ -179,15 +181,17 @@ def main(argv: Sequence[str]) -> None:
             commands={job.folder: f"{threads}python {shlex.join([os.path.relpath(job.words[0]), *job.words[1:]])}" for job in jobs},
             problems={job.folder: job.problem for job in jobs if job.problem},
         )
-        show(comparison, args.output_dir)
+        show(comparison, args.output_dir, args.open)
     failed = [job.folder.name for job in jobs if job.problem]
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; the same command tries them again", exit_code=1)
 
 
-def show(comparison: Comparison, folder: Path) -> None:
+def show(comparison: Comparison, folder: Path, in_browser: bool) -> None:
     path = write_report(comparison, folder)
     print(f"{summary(comparison)}\nreport in {path} and {path.with_suffix('.md')}")
+    if in_browser and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        webbrowser.open(path.resolve().as_uri())  # without a screen it would be a browser in this terminal
 
 
 def arms_of(runs: Sequence[Path], names: Sequence[str] | None) -> dict[str, list[Path]]:

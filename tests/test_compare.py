@@ -301,6 +301,21 @@ def test_runs_are_read_by_folder_name_by_names_and_by_flags(script, grid, capsys
     assert "| speed=1" in Path("again/report.md").read_text()
 
 
+def test_the_report_is_opened_where_there_is_a_screen(script, grid, monkeypatch):
+    opened = []
+    monkeypatch.setattr(script.webbrowser, "open", opened.append)
+    monkeypatch.setattr(script.sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    script.main([*grid("plain"), "--open"])
+    assert opened == []
+    monkeypatch.setenv("DISPLAY", ":0")
+    script.main(grid("plain"))
+    assert opened == []
+    script.main([*grid("plain"), "--open"])
+    assert opened == [Path("out/report.html").resolve().as_uri()]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
