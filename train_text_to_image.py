@@ -22,7 +22,7 @@ from immiscible.checkpoints import check_identity, load_checkpoint, save_checkpo
 from immiscible.conditions import ClassLeak
 from immiscible.config import parse_config
 from immiscible.coupling import coupling_state, restore_coupling
-from immiscible.data import ImageTransform, build_loader, images_of
+from immiscible.data import build_loader, images_of
 from immiscible.errors import UserError, run_script
 from immiscible.latent_cache import open_cache
 from immiscible.metrics import split_source
@@ -58,7 +58,7 @@ from immiscible.stable_diffusion import (
     save_text_pipeline,
     text_learning_rate,
 )
-from immiscible.streaming import batch_order, training_images
+from immiscible.streaming import batch_order, image_transform, training_images
 from immiscible.text_config import TextToImageConfig
 from immiscible.training import StopRequest, train, whole_windows
 
@@ -107,15 +107,7 @@ def train_text_to_image(config: TextToImageConfig, accelerator: Accelerator, *, 
         start_step, restored = load_checkpoint(accelerator, resumed, ema)
         restore_coupling(objective.coupling, restored)
     order.start, order.stop = whole_windows(start_step * accumulation, max_steps * accumulation, config.coupling_window)
-    transform = ImageTransform(
-        config.resolution,
-        3,
-        config.center_crop,
-        config.random_flip,
-        seed=seed,
-        interpolation=config.image_interpolation_mode,
-        crop=config.crop,
-    )
+    transform = image_transform(config, 3, seed)
     augment = cache.transform(transform) if cache else transform
     dataset = training_images(images, augment, config, with_captions=True)
     loader = build_loader(dataset, order, config.dataloader_num_workers, accelerator.device)

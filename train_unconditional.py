@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from immiscible.checkpoints import check_identity, load_checkpoint, save_checkpoint
 from immiscible.conditions import ClassLeak
-from immiscible.config import DataArguments, UnconditionalConfig, given, parse_config
+from immiscible.config import UnconditionalConfig, parse_config
 from immiscible.coupling import coupling_state, restore_coupling
-from immiscible.data import ImageTransform, build_loader, images_of, load_images
+from immiscible.data import build_loader, images_of
 from immiscible.encoding import PRECISIONS, Encoder, LatentEncoder, PixelEncoder
 from immiscible.errors import run_script
 from immiscible.evaluation import build_pipeline
@@ -60,7 +59,7 @@ from immiscible.run import (
     training_scheduler,
 )
 from immiscible.run_folder import check_folder, on_main_process, prepare_folder, run_identity
-from immiscible.streaming import batch_order, load_stream, training_images
+from immiscible.streaming import batch_order, image_transform, load_training_images, training_images
 from immiscible.training import StopRequest, train, whole_windows
 
 if TYPE_CHECKING:
@@ -84,14 +83,18 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
     # Data, network, and the checkpoint to continue; nothing is written before all of it is known to fit together.
     resumed = check_folder(config)
     seed = settle_seed(config, resumed)
-    data = given(config, DataArguments)
-    load = load_stream if config.streaming else load_images
-    chosen = {name: data[name] for name in signature(load).parameters if name in data}
-    source = load(**chosen, labels_for=config.labels_for)
+    source = load_training_images(config)
     source, held_out = split_source(source, config.validation_split) if config.validation_split else (source, None)
-    vae = None
+    vae, cache = None, None
     if config.vae_model_name_or_path:
-        vae = load_vae(config.vae_model_name_or_path, resolution=config.resolution, cache_dir=config.cache_dir).to(accelerator.device)
+        vae = load_vae(config.vae_model_name_or_path, resolution=config.resolution, cache_dir=config.cache_dir)
+    if vae and config.cache_latents:
+        from immiscible.latent_cache import open_cache
+
+        cache = open_cache(config, vae, source)
+    if vae and (cache is None or held_out):
+        vae.to(accelerator.device)
+    images = cache.images(source) if cache else source
     network = unet_config(
         config_name_or_path=config.model_config_name_or_path,
         preset=config.model_preset,
@@ -113,7 +116,7 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
     start_step = 0
     identity = run_identity(
         config,
-        data=source.fingerprint,
+        data=images.fingerprint,
         network={**network, "vae": vae_identity(vae)} if vae else network,
         processes=processes,
     )
@@ -123,16 +126,9 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
         restore_coupling(objective.coupling, restored)
     order.start, order.stop = whole_windows(start_step * accumulation, max_steps * accumulation, config.coupling_window)
     channels = vae.config.in_channels if vae else network["in_channels"]
-    transform = ImageTransform(
-        config.resolution,
-        channels,
-        config.center_crop,
-        config.random_flip,
-        config.preserve_input_precision,
-        seed,
-        crop=config.crop,
-    )
-    dataset = training_images(source, transform, config)
+    transform = image_transform(config, channels, seed)
+    augment = cache.transform(transform) if cache else transform
+    dataset = training_images(images, augment, config)
     loader = build_loader(dataset, order, config.dataloader_num_workers, accelerator.device)
 
     encode: Encoder = PixelEncoder(accelerator.device, config.class_conditional)
@@ -145,7 +141,7 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
         optimizer,
         objective,
         images_of(loader, config.skip_bad_images),
-        encode,
+        cache.encoder(encode) if cache else encode,
         batch_size=config.train_batch_size,
         seed=seed,
         start_step=start_step,
@@ -162,7 +158,7 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
     facts = method_facts(config, objective, schedule=schedule, inference_steps=config.ddpm_num_inference_steps)
     if vae:
         facts["latents"] = f"of {config.vae_model_name_or_path}, scaled by {vae.config.scaling_factor:g}"
-    report_start(facts, source.description, unet, order, accumulation, start_step, max_steps, objective.coupling)
+    report_start(facts, images.description, unet, order, accumulation, start_step, max_steps, objective.coupling)
     if config.plan:
         report_plan(steps, unet, accelerator, max_steps - start_step)
         return

@@ -99,6 +99,20 @@ class DataArguments:
 
 
 @dataclass
+class LatentCacheArguments:
+    """Whether latents come from disk."""
+
+    _argument_group_name = "latent cache"
+
+    cache_latents: bool = flag(
+        False,
+        "take latents, and of captions the text states, from --latent_cache_dir, which scripts/precompute_latents.py fills: training then "
+        "calls neither the VAE's encoder nor a text encoder",
+    )
+    latent_cache_dir: str | None = flag(None, "the folder of the cache")
+
+
+@dataclass
 class ModelArguments:
     """The network and the noise process it learns to reverse."""
 
@@ -294,8 +308,15 @@ class EvaluationArguments:
 
 
 @dataclass
-class UnconditionalConfig(EvaluationArguments, RunArguments, OptimizationArguments, MethodArguments, ModelArguments, DataArguments):
+class UnconditionalConfig(
+    EvaluationArguments, RunArguments, OptimizationArguments, MethodArguments, ModelArguments, LatentCacheArguments, DataArguments
+):
     """Every flag of ``train_unconditional.py``."""
+
+    @property
+    def image_interpolation_mode(self) -> str:
+        """How images are resized; a flag of diffusers' other script."""
+        return "bilinear"
 
     @property
     def free_on_resume(self) -> frozenset[str]:
@@ -328,6 +349,8 @@ class UnconditionalConfig(EvaluationArguments, RunArguments, OptimizationArgumen
             raise UserError("--label_column names a column of --dataset_name or --train_data_dir; bundled data needs none")
         if self.crop == "adm" and self.preserve_input_precision:
             raise UserError("--crop adm is defined for 8-bit images, which --preserve_input_precision avoids; leave one of them out")
+        if self.cache_latents and not self.vae_model_name_or_path:
+            raise UserError("--cache_latents needs --vae_model_name_or_path, whose latents they are")
         if self.vae_model_name_or_path and self.noise_process == "flow":
             raise UserError(
                 "--vae_model_name_or_path with --noise_process flow: diffusers has no pipeline that samples such a network; "
@@ -374,6 +397,7 @@ FREE_ON_RESUME = frozenset(
         "model_config_name_or_path",
         "model_preset",
         "vae_model_name_or_path",
+        "latent_cache_dir",
     ]
 ) | {item.name for group in (RunArguments, EvaluationArguments) for item in fields(group)}
 
@@ -427,6 +451,17 @@ def parse_config(
     return config
 
 
+def flag_value(argv: Sequence[str], name: str) -> str | None:
+    """One flag's value on a command line, or in the ``--config`` files it names, whose other flags are not looked at."""
+    parser = _Parser([], add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="+", default=[])
+    parser.add_argument(f"--{name}")
+    paths = parser.parse_known_args(argv)[0].config
+    words = [word for path in paths for word in _file_words(Path(path))]
+    value: str | None = getattr(parser.parse_known_args([*words, *argv])[0], name)
+    return value
+
+
 def given(config: Any, group: type) -> dict[str, Any]:
     """The values of one argument group, without those that are not given, for functions that have a default of their own."""
     values = {item.name: getattr(config, item.name) for item in fields(group)}
@@ -444,6 +479,16 @@ def save_config(config: Any, path: Path) -> None:
 
 def _file_arguments(path: Path, parser: _Parser) -> list[str]:
     """The file's keys as ``--key value`` words, checked by parsing them alone."""
+    words = _file_words(path)
+    try:
+        parser.parse_args(words)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    return words
+
+
+def _file_words(path: Path) -> list[str]:
+    """The file's keys as ``--key value`` words."""
     try:
         content = yaml.load(path.read_text(), Loader=_TextLoader)
     except OSError as error:
@@ -466,10 +511,6 @@ def _file_arguments(path: Path, parser: _Parser) -> list[str]:
         raise UserError(f"--config {path}: a config file cannot name further config files; give them all on the command line")
     if {"help", "h"} & content.keys():
         raise UserError(f"--config {path}: help belongs on the command line")
-    try:
-        parser.parse_args(words)
-    except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
     return words
 
 
@@ -520,6 +561,12 @@ def _validate(config: UnconditionalConfig) -> None:
                 f"--{name} is for couplings that pair the images of a batch with each other (--noise_coupling assignment or "
                 f"flipped_assignment); {config.noise_coupling} serves each image on its own"
             )
+    if config.latent_cache_dir is not None and not config.cache_latents:
+        raise UserError("--latent_cache_dir names a cache that is not used; add --cache_latents, or leave it out")
+    if config.cache_latents and config.latent_cache_dir is None:
+        raise UserError("--cache_latents needs --latent_cache_dir, the folder that scripts/precompute_latents.py filled")
+    if config.cache_latents and config.crop != "adm" and not config.center_crop:
+        raise UserError("--cache_latents needs --center_crop or --crop adm: a random crop is another one in every epoch")
     if config.validation_split is not None and config.eval_steps is None:
         raise UserError("--validation_split holds images out for evaluation: give --eval_steps too")
     if config.snr_gamma is not None and config.loss_weighting != "min_snr":

@@ -151,7 +151,7 @@ class TableImages:
         """
         if self.texts is None:
             raise ValueError("this data has no captions")
-        return self._captions(self._cells[index].as_py())
+        return self.captions_of(self._cells[index].as_py())
 
     def all_captions(self, rows: range) -> Iterator[Sequence[str] | ValueError]:
         """Those of rows that follow each other, or what is wrong with them; read in blocks, in a fraction of the time."""
@@ -159,7 +159,7 @@ class TableImages:
             ((_, values),) = self.texts[start : min(start + 10_000, rows.stop)].items()
             for value in values:
                 try:
-                    yield self._captions(value)
+                    yield self.captions_of(value)
                 except ValueError as error:
                     yield error
 
@@ -175,7 +175,8 @@ class TableImages:
         ((column, kind),) = self.texts.features.items()
         return column, getattr(kind, "names", ())
 
-    def _captions(self, value: Any) -> Sequence[str]:
+    def captions_of(self, value: Any) -> Sequence[str]:
+        """The captions in a cell of ``texts``, as `captions`."""
         column, names = self._caption_kind
         if isinstance(value, int):
             value = names[value] if 0 <= value < len(names) else None

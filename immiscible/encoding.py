@@ -76,19 +76,24 @@ class LatentEncoder:
     def __call__(self, batch: Images, draws: Draws) -> Encoded:
         """See `Encoded`: ``x0`` are latents [B, 4, H/8, W/8] for Stable Diffusion's VAE."""
         pixels = PixelEncoder(self.device, self.class_conditional)(batch, draws)
-        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
-            posterior = self.vae.encode(pixels.x0).latent_dist
-        x0 = latent_draw(posterior.mean, posterior.std, self.vae.config.scaling_factor, draws)
+        x0 = latent_draw(*self.posterior(pixels.x0), self.vae.config.scaling_factor, draws)
         return pixels._replace(x0=x0)
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents of a batch's images, each [B, 4, H/8, W/8]."""
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
+            posterior = self.vae.encode(images.to(self.device)).latent_dist
+        return posterior.mean, posterior.logvar
 
-def latent_draw(mean: Tensor, deviation: Tensor, scaling_factor: float, draws: Draws) -> Tensor:
+
+def latent_draw(mean: Tensor, log_variance: Tensor, scaling_factor: float, draws: Draws) -> Tensor:
     """A fresh latent of each image from its posterior: ``scaling_factor * (mean + deviation * normal)``, fp32.
 
     Args:
         mean: of the VAE's posterior, any floating dtype [B, C, H, W].
-        deviation: likewise; the square root of its variance.
+        log_variance: likewise; the deviation is taken from it in fp32.
         scaling_factor: of the VAE's configuration; it gives latents unit variance.
         draws: the micro-batch's random numbers, of which this takes the normal ones called "latent".
     """
-    return (mean.float() + deviation.float() * draws.normal("latent", *mean.shape)) * scaling_factor
+    deviation = (0.5 * log_variance.float()).exp()
+    return (mean.float() + deviation * draws.normal("latent", *mean.shape)) * scaling_factor

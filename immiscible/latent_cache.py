@@ -1,6 +1,6 @@
 """Latents and text states on disk, so that training calls neither the VAE nor the text encoder.
 
-A cache is a folder of
+They are of the parts of a Stable Diffusion checkpoint, or of a VAE alone, whose cache has no texts. A cache is a folder of
 
     manifest.json                what it was made of, and the size and SHA-256 of every other file
     latents-00000.safetensors    ``moments`` fp16 [n, F, 2, C, h, w]: mean and log-variance of the VAE's posterior of n images; F is 2 if
@@ -23,6 +23,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -46,17 +47,21 @@ from tqdm import tqdm
 from . import checkpoints
 from .checkpoints import PARTIAL, clean_up
 from .data import BadImage, ImageDataset, ImageSource, ImageTransform, Subset, TableImages, build_loader, check_batch
-from .encoding import PRECISIONS
-from .errors import UserError
-from .models import weights_digest
+from .encoding import PRECISIONS, LatentEncoder
+from .errors import UserError, on_every_process
+from .models import latent_downsampling, weights_digest
 from .run_folder import on_main_process
 from .shards import ShardImages
 from .stable_diffusion import StableDiffusion, TextToImageEncoder, place_frozen, text_states
+from .streaming import image_transform
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from diffusers import AutoencoderKL
 
-    from .text_config import TextToImageConfig
+    from .text_config import AnyConfig
+
+    Parts: TypeAlias = StableDiffusion | AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +69,18 @@ MANIFEST = "manifest.json"
 FORMAT = 2  # of the files; a cache of another format is refused
 INDEX = "index.safetensors"
 LOCK = ".lock"
+NAMES_THE_MODEL = ("pretrained_model_name_or_path", "vae_model_name_or_path", "revision", "variant")
 NOTES = "immiscible"  # a shard's one key of metadata: safetensors writes several in an order of its own
 
 # What must be equal for a cache to serve a run, in words that say which flag it is.
 MUST_AGREE = {
     "format": "the cache's format",
-    "vae": "the VAE's encoder of --pretrained_model_name_or_path (a hash of its weights)",
+    "vae": "the VAE's encoder (a hash of its weights; --pretrained_model_name_or_path, --vae_model_name_or_path)",
     "scaling_factor": "the VAE's scaling factor",
     "text_encoder": "the text encoder or tokenizer of --pretrained_model_name_or_path (a hash)",
     "resolution": "--resolution",
     "crop": "the crop (--crop, --center_crop)",
-    "interpolation": "--image_interpolation_mode",
+    "interpolation": "--preserve_input_precision or --image_interpolation_mode",
     "image_column": "--image_column",
     "caption_column": "--caption_column",
     "data": "the data",
@@ -112,9 +118,11 @@ class LatentCache:
         """What goes with `images` where ``transform`` goes with the source: the same flips."""
         return CachedTransform(transform.resolution, random_flip=transform.random_flip, seed=transform.seed)
 
-    def encoder(self, encoder: TextToImageEncoder) -> CachedEncoder:
+    def encoder(self, encoder: LatentEncoder | TextToImageEncoder) -> CachedLatentEncoder | CachedTextEncoder:
         """What goes with `images` where ``encoder`` goes with the source: the same draws."""
-        return CachedEncoder(encoder.parts, encoder.device, encoder.empty_prompts, encoder.pooled_labels, self)
+        if isinstance(encoder, LatentEncoder):
+            return CachedLatentEncoder(**vars(encoder))
+        return CachedTextEncoder(**vars(encoder), cache=self)
 
     def moments(self, index: int) -> np.ndarray:
         """Mean and log-variance of an image's latent, and of its mirror image's if the cache has flips: fp16 [F, 2, C, h, w].
@@ -159,7 +167,7 @@ class LatentCache:
         edited = np.flatnonzero(image_sizes(source) != self._index["sizes"])
         if len(edited):
             raise ValueError(f"{len(edited):,} of its images have been edited since, the first {source.name(int(edited[0]))}")
-        if isinstance(source, TableImages):
+        if isinstance(source, TableImages) and source.texts is not None:
             found = (captions for captions in source.all_captions(range(len(source))) if not isinstance(captions, ValueError))
             self.rows_of(list(dict.fromkeys(chain.from_iterable(found))))
 
@@ -189,13 +197,12 @@ def caption_digest(caption: str) -> int:
 
 
 def image_sizes(source: ImageSource) -> np.ndarray:
-    """Bytes of each encoded image, int64 [N]: of its file, its cell in a table, or its sample in a tar."""
+    """Bytes of each encoded image, int64 [N]: of its file, its cell in a table, or its sample in a tar; 0 of bundled images."""
     if isinstance(source, Subset):
         return image_sizes(source.source)[np.asarray(source.indices)]
     if isinstance(source, ShardImages):
         return source.extents[:, 1] - source.extents[:, 0]
-    assert isinstance(source, TableImages)
-    return source.sizes()
+    return source.sizes() if isinstance(source, TableImages) else np.zeros(len(source), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -266,20 +273,30 @@ class CachedTransform(ImageTransform):
         return pixels[int(self.flips(epoch, index))]
 
 
+class _FromMoments:
+    """An encoder of moments [B, 2, C, h, w] in the place of images."""
+
+    device: torch.device
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, as they are."""
+        mean, log_variance = images.to(self.device, non_blocking=True).unbind(1)
+        return mean, log_variance
+
+
+class CachedLatentEncoder(_FromMoments, LatentEncoder):
+    """As `LatentEncoder`, without its VAE."""
+
+
 @dataclass(frozen=True)
-class CachedEncoder(TextToImageEncoder):
-    """As `TextToImageEncoder`, from moments [B, 2, C, h, w] in the place of images, without its networks.
+class CachedTextEncoder(_FromMoments, TextToImageEncoder):
+    """As `TextToImageEncoder`, without its networks.
 
     Args:
         cache: of the text states.
     """
 
     cache: LatentCache | None = None
-
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See `TextToImageEncoder`."""
-        mean, log_variance = images.to(self.device, torch.float32, non_blocking=True).unbind(1)
-        return mean, (0.5 * log_variance).exp()
 
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `TextToImageEncoder`; in the precision that the text encoder would give."""
@@ -289,14 +306,14 @@ class CachedEncoder(TextToImageEncoder):
         return states.to(self.device, dtype, non_blocking=True), pooled.to(self.device, dtype, non_blocking=True)
 
 
-def open_cache(config: TextToImageConfig, parts: StableDiffusion, source: ImageSource) -> LatentCache:
+def open_cache(config: AnyConfig, parts: Parts, source: ImageSource) -> LatentCache:
     """The cache of ``--latent_cache_dir``.
 
     A cache of all images serves a run on some of them, one with flips a run without, one in fp32 a run in any precision.
 
     Args:
         config: the run's flags.
-        parts: of the checkpoint, as loaded: its weights are hashed.
+        parts: as loaded: their weights are hashed.
         source: the run's images, or a `Subset` of those that the cache was made of.
 
     Raises:
@@ -335,25 +352,34 @@ def open_cache(config: TextToImageConfig, parts: StableDiffusion, source: ImageS
     return cache
 
 
-def cache_settings(config: TextToImageConfig, parts: StableDiffusion, source: ImageSource) -> dict[str, Any]:
+def cache_settings(config: AnyConfig, parts: Parts, source: ImageSource) -> dict[str, Any]:
     """What the bits of a cache depend on; ``data`` is the fingerprint of ``source``. Of the VAE that is its encoder alone."""
+    vae, adm = _vae(parts), config.crop == "adm"
+    interpolation = config.image_interpolation_mode + (" at the images' precision" if config.preserve_input_precision else "")
+    return {
+        "format": FORMAT,
+        "vae": weights_digest(nn.ModuleList([vae.encoder, vae.quant_conv or nn.Identity()])),
+        "scaling_factor": vae.config.scaling_factor,
+        "text_encoder": _text_digest(parts) if isinstance(parts, StableDiffusion) else None,
+        "resolution": config.resolution,
+        "crop": "adm" if adm else "center",
+        "interpolation": None if adm else interpolation,
+        "flips": config.random_flip,
+        "image_column": config.image_column,
+        "caption_column": getattr(config, "caption_column", None),
+        "data": source.fingerprint,
+    }
+
+
+def _vae(parts: Parts) -> AutoencoderKL:
+    return parts.vae if isinstance(parts, StableDiffusion) else parts
+
+
+def _text_digest(parts: StableDiffusion) -> str:
     words = json.loads(parts.tokenizer.backend_tokenizer.to_str())
     words |= {"truncation": parts.tokenizer.model_max_length, "padding": None}  # set anew by every call
     tokenizer = hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
-    adm = config.crop == "adm"
-    return {
-        "format": FORMAT,
-        "vae": weights_digest(nn.ModuleList([parts.vae.encoder, parts.vae.quant_conv or nn.Identity()])),
-        "scaling_factor": parts.vae.config.scaling_factor,
-        "text_encoder": f"{weights_digest(parts.text_encoder)} {tokenizer}",
-        "resolution": config.resolution,
-        "crop": "adm" if adm else "center",
-        "interpolation": None if adm else config.image_interpolation_mode,
-        "flips": config.random_flip,
-        "image_column": config.image_column,
-        "caption_column": config.caption_column,
-        "data": source.fingerprint,
-    }
+    return f"{weights_digest(parts.text_encoder)} {tokenizer}"
 
 
 def _precision(mixed_precision: str | None) -> str:
@@ -403,8 +429,8 @@ class CacheSummary:
 
 
 def write_cache(
-    config: TextToImageConfig,
-    parts: StableDiffusion,
+    config: AnyConfig,
+    parts: Parts,
     source: ImageSource,
     accelerator: Accelerator,
     *,
@@ -415,7 +441,7 @@ def write_cache(
 
     Args:
         config: the flags of the runs that shall use it; with ``random_flip`` mirror images are encoded too.
-        parts: of the checkpoint, as loaded.
+        parts: as loaded.
         source: the images.
         accelerator: VAE and text encoder work on its device and in its precision.
         batch_size: images or captions encoded together.
@@ -429,22 +455,27 @@ def write_cache(
 
     folder = Path(str(config.latent_cache_dir))
     settings = cache_settings(config, parts, source)
-    place_frozen(parts, accelerator.device, PRECISIONS[accelerator.mixed_precision])
+    encoder = _encoder(parts, accelerator)
     manifest = {
         "settings": settings,
         "rows_per_shard": rows_per_shard,
-        "model": {"name": parts.name, **{name: parts.options[name] for name in ("revision", "variant")}},
+        "model": {name: getattr(config, name) for name in NAMES_THE_MODEL if hasattr(config, name)},
         "precision": _precision(accelerator.mixed_precision),
         "images": len(source),
         "files": {},
     }
-    sizes, captions = image_sizes(source), distinct_captions(source, config, accelerator)
-    row_bytes = _row_bytes(config, parts)
-    needed = len(source) * row_bytes["latents"] + len(captions) * row_bytes["texts"]
-    logger.info(
-        "%s images x %.1f KiB and %s captions x %.1f KiB: %.2f GiB in %s",
-        f"{len(source):,}", row_bytes["latents"] / 2**10, f"{len(captions):,}", row_bytes["texts"] / 2**10, needed / 2**30, folder,
-    )  # fmt: skip
+    sizes = image_sizes(source)
+    images = _ImageShards(config, _vae(parts), encoder, source, accelerator, batch_size, rows_per_shard)
+    jobs: list[tuple[str, Sequence[Any], Shards]] = [("latents", sizes.tolist(), images)]
+    needed, described = len(source) * images.row_bytes, f"{len(source):,} images x {images.row_bytes / 2**10:.1f} KiB"
+    captions: list[str] = []
+    if isinstance(parts, StableDiffusion):
+        captions = distinct_captions(source, config, accelerator)
+        texts = _TextShards(parts, captions, accelerator, batch_size, rows_per_shard)
+        jobs.append(("texts", captions, texts))
+        needed += len(captions) * texts.row_bytes
+        described += f" and {len(captions):,} captions x {texts.row_bytes / 2**10:.1f} KiB"
+    logger.info("%s: %.2f GiB in %s", described, needed / 2**30, folder)
 
     def unseal() -> None:
         _write_manifest(folder, manifest)
@@ -465,9 +496,6 @@ def write_cache(
 
     with _filling(folder, manifest, needed, accelerator):
         writer = _Writer(folder, accelerator, rows_per_shard, (_read_manifest(folder) or {})["files"])
-        images = _ImageShards(config, parts, source, accelerator, batch_size, rows_per_shard)
-        texts = _TextShards(parts, captions, accelerator, batch_size, rows_per_shard)
-        jobs: list[tuple[str, Sequence[Any], Shards]] = [("latents", sizes.tolist(), images), ("texts", captions, texts)]
         missing = [writer.missing(kind, rows) for kind, rows, _ in jobs]
         if any(map(any, gather_object([list(map(len, missing))]))):
             on_main_process(accelerator, unseal)  # from here on until the end the files are not those that a manifest has listed
@@ -481,7 +509,16 @@ def write_cache(
     return CacheSummary(len(source), len(captions), named, sum(facts["bytes"] for facts in files.values()), kept, made)
 
 
-def distinct_captions(source: ImageSource, config: TextToImageConfig, accelerator: Accelerator) -> list[str]:
+def _encoder(parts: Parts, accelerator: Accelerator) -> LatentEncoder | TextToImageEncoder:
+    """What encodes in training, on the device."""
+    precision = PRECISIONS[accelerator.mixed_precision]
+    if isinstance(parts, StableDiffusion):
+        place_frozen(parts, accelerator.device, precision)
+        return TextToImageEncoder(parts, accelerator.device)
+    return LatentEncoder(parts.to(accelerator.device), accelerator.device, precision=precision)
+
+
+def distinct_captions(source: ImageSource, config: AnyConfig, accelerator: Accelerator) -> list[str]:
     """Every caption of the data once, and the empty one, in the order of their digests. Each rank looks through a share of the images.
 
     Raises:
@@ -502,7 +539,7 @@ def distinct_captions(source: ImageSource, config: TextToImageConfig, accelerato
                 reason = f"{found}; remove it or pass --skip_bad_images"
                 raise UserError(f"cannot read a caption of {source.name(index)}: {reason}", exit_code=1)
 
-    _agree(accelerator, collect)
+    on_every_process(accelerator, collect)
     captions = sorted({""}.union(*gather_object([own])), key=caption_digest)
     for one, other in pairwise(captions):
         if caption_digest(one) == caption_digest(other):
@@ -520,13 +557,6 @@ def _captions(source: ImageSource, rows: range) -> Iterator[Sequence[str] | Exce
             yield source.captions(row)
         except Exception as error:  # as in `ImageDataset`: whatever a source raises makes that image a bad one
             yield error
-
-
-def _row_bytes(config: TextToImageConfig, parts: StableDiffusion) -> dict[str, int]:
-    side = config.resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
-    width = parts.text_encoder.config.hidden_size
-    latent = 2 * parts.vae.config.latent_channels * side**2  # mean and log-variance
-    return {"latents": 2 * latent * (1 + config.random_flip), "texts": 2 * width * (parts.tokenizer.model_max_length + 1)}
 
 
 @contextmanager
@@ -602,22 +632,6 @@ def _facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _agree(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Every rank does ``work``; a user's mistake that one meets is raised on all, so that none waits for it in vain."""
-    from accelerate.utils import gather_object
-
-    failure: tuple[str, int] | None = None
-    try:
-        work()
-    except UserError as error:
-        failure = (str(error), error.exit_code)
-    except OSError as error:
-        failure = (f"cannot write {error.filename or 'the latent cache'}: {error.strerror or error}", 1)
-    met = [each for each in gather_object([failure]) if each]
-    if met:
-        raise UserError(met[0][0], exit_code=met[0][1])
-
-
 Shard = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and the index and reason of each image that could not be read
 Shards = Callable[[Sequence[int]], Iterator[Shard]]  # of the shards with these numbers
 
@@ -650,7 +664,7 @@ class _Writer:
 
         with tqdm(total=sum(left), desc=kind, unit="shard", disable=self._show) as bar:
             for turn in range(max(left)):
-                _agree(self._accelerator, partial(make, turn))
+                on_every_process(self._accelerator, partial(make, turn))
                 bar.update(sum(turn < each for each in left))
 
     @property
@@ -700,16 +714,28 @@ class _ByNumber(Subset):
 
 @dataclass(frozen=True)
 class _ImageShards:
-    config: TextToImageConfig
-    parts: StableDiffusion
+    config: AnyConfig
+    vae: AutoencoderKL
+    encoder: LatentEncoder | TextToImageEncoder
     source: ImageSource
     accelerator: Accelerator
     batch_size: int
     rows_per_shard: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[F, 2, C, h, w]: of the image and its mirror image, mean and log-variance."""
+        side = self.config.resolution // latent_downsampling(self.vae)
+        return 1 + self.config.random_flip, 2, self.vae.config.latent_channels, side, side
+
+    @property
+    def row_bytes(self) -> int:
+        """Of an image."""
+        return 2 * math.prod(self.shape)
+
     def __call__(self, numbers: Sequence[int]) -> Iterator[Shard]:
         config = self.config
-        transform = ImageTransform(config.resolution, 3, center_crop=True, interpolation=config.image_interpolation_mode, crop=config.crop)
+        transform = replace(image_transform(config, self.vae.config.in_channels, seed=0), random_flip=False)
         shards = [_batches(number, len(self.source), self.rows_per_shard, self.batch_size) for number in numbers]
         keys = ([(0, index) for index in rows] for batches in shards for rows in batches)
         dataset = ImageDataset(_ByNumber(self.source, range(len(self.source))), transform)
@@ -731,14 +757,11 @@ class _ImageShards:
     @torch.no_grad()
     def _moments(self, pixels: Tensor, good: Tensor) -> Tensor:
         """fp16 [n, F, 2, C, h, w] on the CPU; zeros where ``good`` [n] is not set, which has as many ones as ``pixels`` has rows."""
-        vae = self.parts.vae
-        side = self.config.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-        moments = torch.zeros(len(good), 1 + self.config.random_flip, 2, vae.config.latent_channels, side, side, dtype=torch.float16)
+        moments = torch.zeros(len(good), *self.shape, dtype=torch.float16)
         if good.any():
-            pixels = pixels.to(self.accelerator.device, vae.dtype)
             for flip in range(moments.shape[1]):
-                posterior = vae.encode(pixels.flip(-1) if flip else pixels).latent_dist
-                moments[good, flip] = torch.stack([posterior.mean, posterior.logvar], 1).to("cpu", torch.float16)
+                found = torch.stack(self.encoder.posterior(pixels.flip(-1) if flip else pixels), 1)
+                moments[good, flip] = found.to("cpu", torch.float16)
         return moments
 
 
@@ -749,6 +772,11 @@ class _TextShards:
     accelerator: Accelerator
     batch_size: int
     rows_per_shard: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a caption: its states and their pooled one."""
+        return 2 * self.parts.text_encoder.config.hidden_size * (self.parts.tokenizer.model_max_length + 1)
 
     @torch.no_grad()
     def __call__(self, numbers: Sequence[int]) -> Iterator[Shard]:

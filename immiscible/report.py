@@ -34,7 +34,7 @@ Curve = Sequence[tuple[float, float]]  # (time, distance), times rising; time is
 # What may differ between two runs of one arm: the seed, and what says where a run goes and not what it learns.
 NOT_THE_METHOD = {item.name for group in (RunArguments, TextRunArguments) for item in fields(group)}
 NOT_THE_METHOD -= {"sampling_scheduler", "timestep_spacing"}
-NOT_THE_METHOD |= {"seed", "cache_dir", "latent_cache_dir", "dataloader_num_workers", "local_rank"}
+NOT_THE_METHOD |= {"seed", "cache_dir", "cache_latents", "latent_cache_dir", "dataloader_num_workers", "local_rank"}
 # Dimensions of features whose evaluations do not say it themselves (`num_features` in evaluation.jsonl).
 KNOWN_FEATURES = {"FD-digits": 64, "FID": 2048}
 LEAST_DISTANCE = 1e-12  # a Frechet distance of identical sets may come out as zero or a little below; its logarithm must exist

@@ -265,10 +265,10 @@ class TextToImageEncoder:
         return Encoded(x0, labels, {"encoder_hidden_states": states})
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latents of a batch's images, each [B, 4, H/8, W/8]."""
+        """Mean and log-variance of the latents of a batch's images, each [B, 4, H/8, W/8]."""
         vae = self.parts.vae
         posterior = vae.encode(images.to(self.device, vae.dtype, non_blocking=True)).latent_dist
-        return posterior.mean, posterior.std
+        return posterior.mean, posterior.logvar
 
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The states [B, L, E] and pooled states [B, E] of captions."""

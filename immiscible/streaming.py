@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,12 +35,14 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from .config import DataArguments, UnconditionalConfig, given
 from .data import (
     GlobalBatchOrder,
     ImageDataset,
     ImageSource,
     ImageTransform,
     TableImages,
+    load_images,
     only_images,
     only_labels,
     only_texts,
@@ -126,7 +129,8 @@ class TableSample:
 
     def captions(self) -> Sequence[str]:
         """See `ImageSource`."""
-        return self.row.captions(0)
+        ((_, value),) = self.row.texts[0].items()
+        return self.row.captions_of(value)
 
 
 @dataclass(frozen=True)
@@ -532,6 +536,32 @@ class StreamDataset(Dataset[dict[str, Any]]):
         """What a loader asks for: the items of a batch."""
         images = ImageDataset(_BatchImages(self._stream, [*(key.sample for key in keys), *keys[-1].spare]), *self._options)
         return [images[key.number, row] for row, key in enumerate(keys)]
+
+
+def load_training_images(config: UnconditionalConfig) -> ImageSource | Stream:
+    """The images that the flags of ``train_unconditional.py`` name, with their classes if a flag needs them.
+
+    Raises:
+        UserError: as `load_images` or, with ``--streaming``, `load_stream`.
+    """
+    load = load_stream if config.streaming else load_images
+    data = given(config, DataArguments)
+    chosen: dict[str, Any] = {name: data[name] for name in signature(load).parameters if name in data}
+    return load(**chosen, labels_for=config.labels_for)
+
+
+def image_transform(config: AnyConfig, channels: int, seed: int) -> ImageTransform:
+    """What makes pixels of the images, as the flags say."""
+    return ImageTransform(
+        config.resolution,
+        channels,
+        config.center_crop,
+        config.random_flip,
+        config.preserve_input_precision,
+        seed,
+        config.image_interpolation_mode,
+        config.crop,
+    )
 
 
 def batch_order(

@@ -13,6 +13,7 @@ from .config import (
     FREE_ON_RESUME,
     LR_SCHEDULERS,
     EvaluationArguments,
+    LatentCacheArguments,
     MethodArguments,
     UnconditionalConfig,
     flag,
@@ -62,12 +63,6 @@ class TextDataArguments:
     )
     shuffle_buffer: int = flag(1000, "with --streaming: images of one shard that are shuffled together")
     dataloader_num_workers: int = flag(0, "processes that decode images; 0 decodes in the training process")
-    cache_latents: bool = flag(
-        False,
-        "take latents and text states from --latent_cache_dir, which scripts/precompute_latents.py fills: training then calls neither VAE "
-        "nor text encoder",
-    )
-    latent_cache_dir: str | None = flag(None, "the folder of the latent and text cache")
 
 
 @dataclass
@@ -163,7 +158,13 @@ class TextRunArguments:
 
 @dataclass
 class TextToImageConfig(
-    EvaluationArguments, TextRunArguments, TextOptimizationArguments, MethodArguments, TextModelArguments, TextDataArguments
+    EvaluationArguments,
+    TextRunArguments,
+    TextOptimizationArguments,
+    MethodArguments,
+    TextModelArguments,
+    LatentCacheArguments,
+    TextDataArguments,
 ):
     """Every flag of ``train_text_to_image.py`` and ``finetune_sd.py``."""
 
@@ -189,6 +190,11 @@ class TextToImageConfig(
         return self.num_train_epochs
 
     @property
+    def preserve_input_precision(self) -> bool:
+        """Images are 8-bit here; the flag is of diffusers' other script."""
+        return False
+
+    @property
     def labels_for(self) -> str | None:
         """The flag that needs the images' classes as numbers, if any does."""
         if self.log_class_leak:
@@ -209,12 +215,6 @@ class TextToImageConfig(
             raise UserError(f"--proportion_empty_prompts must be from 0 to 1, not {self.proportion_empty_prompts}")
         if self.eval_steps and min(self.eval_inference_steps) < 1:
             raise UserError(f"--eval_inference_steps {self.eval_inference_steps}: each must be at least 1")
-        if self.latent_cache_dir is not None and not self.cache_latents:
-            raise UserError("--latent_cache_dir names a cache that is not used; add --cache_latents, or leave it out")
-        if self.cache_latents and self.latent_cache_dir is None:
-            raise UserError("--cache_latents needs --latent_cache_dir, the folder that scripts/precompute_latents.py filled")
-        if self.cache_latents and self.crop != "adm" and not self.center_crop:
-            raise UserError("--cache_latents needs --center_crop or --crop adm: a random crop is another one in every epoch")
         if self.validation_prompt is not None and self.validation_prompts is not None:
             raise UserError("--validation_prompt and --validation_prompts are given together; choose one")
         if self.use_lora and self.use_ema:
@@ -240,7 +240,7 @@ class TextToImageConfig(
 TEXT_FREE_ON_RESUME = (
     FREE_ON_RESUME
     | {"num_train_epochs", "pretrained_model_name_or_path", "revision", "variant", "non_ema_revision"}
-    | {"offload_ema", "foreach_ema", "latent_cache_dir"}
+    | {"offload_ema", "foreach_ema"}
     | {item.name for item in fields(TextRunArguments)}
 )
 

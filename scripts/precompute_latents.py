@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Encodes the images and captions of a run once, for --cache_latents of train_text_to_image.py and finetune_sd.py.
+"""Encodes the images and captions of a run once, for --cache_latents of train_text_to_image.py, finetune_sd.py and train_unconditional.py.
 
 Takes the flags of the training command and a folder; can be stopped and started again, on any number of processes:
 
     accelerate launch scripts/precompute_latents.py --config configs/tasks/TASK.yaml --latent_cache_dir CACHE
     accelerate launch finetune_sd.py --config configs/tasks/TASK.yaml --cache_latents --latent_cache_dir CACHE
 
-With --random_flip the mirrored images are encoded too. Called on a finished cache it checks the hash of every file.
+With --vae_model_name_or_path these are the flags of train_unconditional.py, and images alone are encoded. With --random_flip the mirrored
+images are encoded too. Called on a finished cache it checks the hash of every file.
 """
 
 from __future__ import annotations
@@ -18,36 +19,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from immiscible.config import flag, parse_config
+from immiscible.config import UnconditionalConfig, flag, flag_value, parse_config
 from immiscible.errors import UserError, run_script
 from immiscible.latent_cache import write_cache
+from immiscible.models import load_vae
 from immiscible.run import session
 from immiscible.stable_diffusion import load_captioned_images, load_stable_diffusion
+from immiscible.streaming import load_training_images
 from immiscible.text_config import TextToImageConfig
 
 
 @dataclass
 class CacheArguments:
-    """How the cache is made."""
+    """How the cache is made; stands before the configuration of a training script."""
 
     _argument_group_name = "cache"
 
     encode_batch_size: int = flag(16, "images or captions encoded together")
     rows_per_shard: int = flag(2048, "images or captions in a file; a stopped call loses at most one file per process")
 
-
-@dataclass
-class PrecomputeConfig(CacheArguments, TextToImageConfig):
-    """The flags of the training scripts and this one's."""
-
-    @staticmethod
-    def settle(values: dict[str, Any]) -> None:
+    @classmethod
+    def settle(cls, values: dict[str, Any]) -> None:
         """A cache is wanted by whoever calls this.
 
         Raises:
             UserError: a flag of the training command does not go with one, or the folder is not named.
         """
-        TextToImageConfig.settle(values)
+        super().settle(values)
         if values["streaming"]:
             raise UserError("--streaming reads data in passing, and a cache needs all of it at hand (images, parquet, .tar); leave it out")
         if values["latent_cache_dir"] is None:
@@ -55,10 +53,10 @@ class PrecomputeConfig(CacheArguments, TextToImageConfig):
         values["cache_latents"] = True
 
     def check(self) -> None:
-        """As for the training scripts, and this script's own flags.
+        """As for the training script, and this script's own flags.
 
         Raises:
-            UserError: a number is below 1, or as `TextToImageConfig.check`.
+            UserError: a number is below 1, or as the training script's.
         """
         super().check()
         for name in ("encode_batch_size", "rows_per_shard"):
@@ -66,18 +64,34 @@ class PrecomputeConfig(CacheArguments, TextToImageConfig):
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
 
 
+@dataclass
+class TextCacheConfig(CacheArguments, TextToImageConfig):
+    """The flags of train_text_to_image.py and finetune_sd.py, and this script's."""
+
+
+@dataclass
+class ImageCacheConfig(CacheArguments, UnconditionalConfig):
+    """The flags of train_unconditional.py, and this script's."""
+
+
 def main(argv: Sequence[str]) -> None:
-    config = parse_config(PrecomputeConfig, argv, program=Path(__file__).name, description=__doc__)
+    kind = ImageCacheConfig if flag_value(argv, "vae_model_name_or_path") else TextCacheConfig
+    config = parse_config(kind, argv, program=Path(__file__).name, description=__doc__)
     with session(config) as accelerator:
         started = time.monotonic()
-        source = load_captioned_images(config)
-        parts = load_stable_diffusion(config, from_scratch=True)
-        parts.unet.to("meta")  # gigabytes that nobody needs here
+        if isinstance(config, UnconditionalConfig):
+            source = load_training_images(config)
+            parts = load_vae(config.vae_model_name_or_path, resolution=config.resolution, cache_dir=config.cache_dir)
+        else:
+            source = load_captioned_images(config)
+            parts = load_stable_diffusion(config, from_scratch=True)
+            parts.unet.to("meta")  # gigabytes that nobody needs here
         sizes = {"batch_size": config.encode_batch_size, "rows_per_shard": config.rows_per_shard}
         made = write_cache(config, parts, source, accelerator, **sizes)
+        captions = f" and {made.captions:,} captions" if made.captions else ""
         bad = "".join(f"\n  skipped {each.name}: {each.reason}" for each in made.bad)
         accelerator.print(
-            f"{made.images:,} images ({len(made.bad)} of them unreadable) and {made.captions:,} captions, {made.bytes / 2**30:.3f} GiB in "
+            f"{made.images:,} images ({len(made.bad)} of them unreadable){captions}, {made.bytes / 2**30:.3f} GiB in "
             f"{config.latent_cache_dir}: {made.made} files made, {made.kept} there already, {time.monotonic() - started:.1f} s{bad}\n"
             f"train with --cache_latents --latent_cache_dir {config.latent_cache_dir}"
         )

@@ -13,7 +13,7 @@ import torch
 import yaml
 from launch import ENVIRONMENT, ROOT
 
-from immiscible.config import MethodArguments, UnconditionalConfig, given, parse_config, save_config
+from immiscible.config import MethodArguments, UnconditionalConfig, flag_value, given, parse_config, save_config
 from immiscible.coupling import build_coupling
 from immiscible.errors import UserError
 from immiscible.models import build_unet, unet_config
@@ -138,6 +138,16 @@ def test_values_that_begin_with_a_dash(tmp_path):
     assert parse_file(tmp_path, "logit_mean: -0.5\n").logit_mean == -0.5
     assert parse_file(tmp_path, "logit_mean: -1e-3\n").logit_mean == -1e-3
     assert parse_file(tmp_path, "output_dir: -odd\n").output_dir == "-odd"
+
+
+def test_one_flag_is_found_whatever_the_others_are(tmp_path):
+    (tmp_path / "a.yaml").write_text("dropout: 0.1\nsurplus: 1\n")
+    (tmp_path / "b.yaml").write_text("dropout:\nresolution: 8\n")
+    words = ["--strange", "1", "--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "--help"]
+    assert flag_value(words, "dropout") == "0.1" and flag_value([*words, "--dropout=0.2"], "dropout") == "0.2"
+    assert flag_value(words, "seed") is None
+    with pytest.raises(UserError, match=r"none\.yaml"):
+        flag_value(["--config", "none.yaml"], "dropout")
 
 
 def test_empty_files_and_lists(tmp_path):

@@ -1,6 +1,7 @@
 """``train_unconditional.py --vae_model_name_or_path``: latents are diffused and pixels come out; and the share of images that is used."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -8,20 +9,23 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from launch import flags, run_command, tiny
+from launch import ROOT, flags, run_command, tiny
 from PIL import Image
 from test_kill_resume import final_hashes
+from test_latent_cache import PRECOMPUTE, close, hashes, module, precompute
 from test_train_unconditional import metrics
-from tiny_text import model_folder, tiny_text
+from tiny_text import data_folder, model_folder, tiny_text
 
-from immiscible.data import Images, load_images
-from immiscible.encoding import LatentEncoder, PixelEncoder, latent_draw
+from immiscible.config import UnconditionalConfig, parse_config
+from immiscible.data import GlobalBatchOrder, Images, build_loader, images_of, load_images
+from immiscible.encoding import PRECISIONS, LatentEncoder, PixelEncoder, latent_draw
 from immiscible.errors import UserError
 from immiscible.evaluation import build_pipeline, sample_images
 from immiscible.models import build_unet, latent_downsampling, load_vae, unet_config, vae_identity
 from immiscible.process import build_scheduler
 from immiscible.randomness import Draws, seeded_generator
 from immiscible.sampling import take_scheduler
+from immiscible.streaming import image_transform, load_training_images, training_images
 
 CPU = torch.device("cpu")
 DRAWS = Draws(0, 0, 0, CPU)
@@ -75,9 +79,9 @@ def test_latents_are_draws_from_the_posterior(vae):
 
 
 def test_a_latent_does_not_depend_on_how_the_batch_is_split():
-    mean, deviation = torch.zeros(16, 4, 2, 2), torch.ones(16, 4, 2, 2)
-    whole = latent_draw(mean, deviation, 0.5, DRAWS)
-    second = latent_draw(mean[8:].half(), deviation[8:].half(), 0.5, Draws(0, 0, 8, CPU))
+    mean, log_variance = torch.zeros(2, 16, 4, 2, 2)
+    whole = latent_draw(mean, log_variance, 0.5, DRAWS)
+    second = latent_draw(mean[8:].half(), log_variance[8:].half(), 0.5, Draws(0, 0, 8, CPU))
     assert second.dtype == torch.float32 and torch.equal(whole[8:], second) and float(whole.std()) == pytest.approx(0.5, rel=0.1)
 
 
@@ -167,8 +171,12 @@ def test_the_grid_is_of_the_saved_pipeline(run):
 # Runs
 
 
-def test_a_cut_run_of_latents_goes_on_as_it_was(script, tmp_path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_cut_run_of_latents_goes_on_as_it_was(script, tmp_path, cached):
     common = {"use_ema": True, "noise_coupling": "assignment", "timestep_sampling": "asymmetric", "random_flip": True, "dropout": 0.1}
+    if cached:
+        common |= {"center_crop": True, "cache_latents": True, "latent_cache_dir": tmp_path / "cache"}
+        precompute(latent(tmp_path, **common))
     assert script(latent(tmp_path / "whole", max_train_steps=5, **common)).code == 0
     assert script(latent(tmp_path / "cut", max_train_steps=2, **common)).code == 0
     result = script(latent(tmp_path / "cut", max_train_steps=5, resume_from_checkpoint="latest", **common))
@@ -176,7 +184,7 @@ def test_a_cut_run_of_latents_goes_on_as_it_was(script, tmp_path):
     assert final_hashes(tmp_path / "cut", 5) == final_hashes(tmp_path / "whole", 5)
     other = latent(tmp_path / "cut", max_train_steps=6, resume_from_checkpoint="latest", **common, vae_model_name_or_path=model_folder(2))
     result = script(other)
-    assert result.code == 2 and "network was" in result.error and "belongs to another run" in result.error
+    assert result.code == 2 and ("the VAE's encoder" if cached else "belongs to another run: network was") in result.error
 
 
 def test_classes_and_half_precision(script, tmp_path):
@@ -229,6 +237,164 @@ def test_a_vae_without_weights_of_shifted_latents_and_a_network_of_pixels(vae, t
     assert unet_config(**options, channels=4, downsampling=8)["sample_size"] == 4
     with pytest.raises(UserError, match="has 4 channels, and the VAE's latents have 8"):
         unet_config(**options, channels=8, downsampling=8)
+
+
+# From a cache
+
+
+def from_cache(root: Path, output_dir: Path | None = None, **changes) -> list[str]:
+    """A run on what `cached` has made."""
+    common = {"bundled_data": None, "train_subset_fraction": None, "train_data_dir": root / "images", "cache_dir": root / "tables"}
+    common |= {"train_batch_size": 4, "center_crop": True, "random_flip": True, "class_conditional": True}
+    return latent(output_dir or root / "run", **{**common, "cache_latents": True, "latent_cache_dir": root / "cache", **changes})
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory) -> Path:
+    """Twelve images of two classes, and their cache."""
+    root = tmp_path_factory.mktemp("cached")
+    draw = numpy.random.default_rng(0)
+    for number in range(12):
+        path = root / "images" / ("cat", "dog")[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (48, 40, 3), dtype=numpy.uint8)).save(path)
+    precompute(from_cache(root))
+    return root
+
+
+def opened(words: list[str]):
+    """A run's flags, images and opened cache."""
+    from immiscible.latent_cache import open_cache
+
+    config = parse_config(UnconditionalConfig, words, program="x", description="")
+    source = load_training_images(config)
+    return config, source, open_cache(config, load_vae(str(config.vae_model_name_or_path), resolution=config.resolution), source)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_latents_from_a_cache_are_those_of_the_vae(script, vae, cached, tmp_path, precision):
+    changes = {"mixed_precision": precision, "latent_cache_dir": tmp_path / "cache"}
+    result = script(from_cache(cached, **changes), program=PRECOMPUTE)
+    assert result.code == 0, result.stderr
+    config, source, cache = opened(from_cache(cached, **changes))
+    assert cache.manifest["captions"] == 0 and not list(cache.folder.glob("texts-*")) and "text" not in str(cache.manifest["files"])
+    transform, order = image_transform(config, 3, seed=3), GlobalBatchOrder(12, 4, seed=3, stop=6)  # two epochs
+    plain = LatentEncoder(vae, CPU, class_conditional=True, precision=PRECISIONS[precision])
+    runs = []
+    for images, augment, encode in ((source, transform, plain), (cache.images(source), cache.transform(transform), cache.encoder(plain))):
+        batches = images_of(build_loader(training_images(images, augment, config), order, 0, CPU), skip_bad_images=False)
+        runs.append([encode(batch, Draws(3, step, 0, CPU)) for step, batch in enumerate(batches)])
+    for wanted, found in zip(*runs, strict=True):
+        assert close(found.x0, wanted.x0) and found.x0.dtype == torch.float32 and found.x0.shape == (4, 4, 4, 4)
+        assert torch.equal(found.labels, wanted.labels) and torch.equal(found.condition["class_labels"], wanted.labels)
+    assert len(runs[0]) == 6 and not close(runs[1][0].x0, runs[1][3].x0)
+
+
+def test_training_from_a_cache_does_not_encode(cached, tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    def encode(*args, **kwargs):
+        raise AssertionError("the VAE was called")
+
+    monkeypatch.setattr(AutoencoderKL, "encode", encode)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    train = module("train_unconditional.py").main
+    train(from_cache(cached, tmp_path / "cached", noise_coupling="assignment"))
+    assert (tmp_path / "cached" / "model_index.json").exists()
+    with pytest.raises(AssertionError, match="the VAE was called"):
+        train(from_cache(cached, tmp_path / "plain", cache_latents=None, latent_cache_dir=None))
+
+
+def test_losses_from_a_cache_are_those_of_the_uncached_run(script, cached, tmp_path):
+    """Also with a cache of all images for a run on some of them, and with held-out images, which are encoded."""
+    more = {"max_train_samples": 10, "validation_split": 0.2, "eval_steps": 4, "eval_samples": 4, "eval_inference_steps": 2}
+    plain = {"cache_latents": None, "latent_cache_dir": None}
+    for folder, options in ((tmp_path / "cached", {}), (tmp_path / "plain", plain)):
+        result = script(from_cache(cached, folder, **more, **options))
+        assert result.code == 0, result.stderr
+    found, wanted = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("cached", "plain"))
+    assert len(found) == 4 and found == pytest.approx(wanted, rel=1e-3)
+    evaluations = [json.loads((tmp_path / name / "evaluation.jsonl").read_text()) for name in ("cached", "plain")]
+    assert evaluations[0]["validation_loss"] == pytest.approx(evaluations[1]["validation_loss"], rel=1e-2)
+    more |= plain | {"resume_from_checkpoint": "latest", "max_train_steps": 5}
+    result = script(from_cache(cached, tmp_path / "cached", **more))
+    assert result.code == 2 and "--cache_latents was True, is now False" in result.error
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"resolution": 64}, "--resolution was 32 in the cache and is 64 here"),
+        ({"crop": "adm"}, "the crop (--crop, --center_crop) was center in the cache and is adm here"),
+        ({"preserve_input_precision": True}, "was bilinear in the cache and is bilinear at the images' precision here"),
+        ({"vae_model_name_or_path": model_folder(2)}, "the VAE's encoder "),
+        ({"bundled_data": "digits", "train_data_dir": None}, "the data was a folder of 12 images"),
+        ({"center_crop": False}, "--cache_latents needs --center_crop or --crop adm"),
+        ({"vae_model_name_or_path": None}, "--cache_latents needs --vae_model_name_or_path"),
+        ({"latent_cache_dir": None}, "--cache_latents needs --latent_cache_dir"),
+        ({"cache_latents": False}, "add --cache_latents"),
+        ({"streaming": True}, "--streaming"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(cached, changes, reason):
+    with pytest.raises(UserError) as caught:
+        opened(from_cache(cached, **changes))
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_caches_with_and_without_texts_flips_and_precision(script, tmp_path):
+    root = tmp_path
+    shutil.copytree(data_folder(), root / "images")
+    text = tiny_text(root / "run", train_data_dir=root / "images", latent_cache_dir=root / "texts", center_crop=True)
+    common = {"class_conditional": False, "random_flip": False}
+    images = from_cache(root, **common, mixed_precision="bf16")
+    assert [script(words, program=PRECOMPUTE).code for words in (text, images)] == [0, 0]
+    for words, reason in (
+        (from_cache(root, **common, latent_cache_dir=root / "texts"), "is None here"),
+        (from_cache(root, class_conditional=False), "--random_flip is off in the cache and on here"),
+        (from_cache(root, **common), "encoded in bfloat16 and this run would encode in float32"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            opened(words)
+    opened(images)
+    for words, folder in ((text, root / "cache"), (images, root / "texts")):
+        result = script([*words, "--latent_cache_dir", folder], program=PRECOMPUTE)
+        assert result.code == 2 and re.search("holds another cache: .*the text encoder", result.error)
+    result = script([*text, "--cache_latents", "--latent_cache_dir", root / "cache"], program="finetune_sd.py")
+    assert result.code == 2 and re.search("not made for this run: .*the text encoder or tokenizer .* was None in the cache", result.error)
+
+
+def test_an_edited_image_is_noticed_and_encoded_anew(cached, tmp_path, capsys):
+    root = Path(shutil.copytree(cached, tmp_path / "root"))
+    path = root / "images" / "dog" / "07.png"
+    Image.open(path).rotate(90).save(path)
+    with pytest.raises(UserError, match=r"1 of its images have been edited since, the first .*07\.png.*to mend it"):
+        opened(from_cache(root))
+    precompute(from_cache(root))
+    assert "12 images (0 of them unreadable), " in (said := capsys.readouterr().out) and "1 files made, 2 there already" in said
+    opened(from_cache(root))
+
+
+def test_two_processes_fill_a_cache_with_the_same_bytes(script, cached, tmp_path):
+    words = [*from_cache(cached, latent_cache_dir=tmp_path / "cache"), "--rows_per_shard", "5", "--encode_batch_size", "4"]
+    results = [run.wait() for run in script.start_ranks(words, program=PRECOMPUTE)]
+    assert [result.code for result in results] == [0, 0], results
+    assert hashes(tmp_path / "cache") == hashes(cached / "cache")
+
+
+def test_the_recipe_is_cached_by_its_file(script, cached, tmp_path):
+    """With small things in place of its own; what says that it is about images alone is in the file."""
+    small = {"dataset_name": cached / "images", "train_subset_fraction": 0.5, "resolution": 32, "model_preset": "unet-tiny"}
+    small |= {"train_batch_size": 4, "mixed_precision": "no", "dataloader_num_workers": 0, "max_train_steps": 1, "logger": "none"}
+    small |= {"ddpm_num_inference_steps": 2, "eval_batch_size": 2, "latent_cache_dir": tmp_path / "cache"}
+    path = tmp_path / "recipe.yaml"
+    text = (ROOT / "configs/tasks/sd_unconditional_imagenet10.yaml").read_text()
+    path.write_text(text.replace("CompVis/stable-diffusion-v1-4", str(model_folder())))
+    words = ["--config", str(path), *flags(small)]
+    precompute(words)
+    result = script([*words, "--cache_latents", "--output_dir", tmp_path / "run"])
+    assert result.code == 0, result.stderr
+    assert f"latents from {tmp_path / 'cache'}" in result.stderr
 
 
 # The share of the images
