@@ -9,6 +9,7 @@ SD_DEMO_DIR := runs/demo-sd
 .PHONY: demo demo-sd test test-slow results clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "Installing pinned packages into $(VENV): a minute or more, most of it for torch"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -23,12 +24,15 @@ demo: $(VENV)/installed
 # Stable Diffusion end to end, tiny: a checkpoint and data made from installed photographs, latents cached, baseline and assignment with two
 # seeds from random weights, and then fine-tuning of what the first baseline became. Two reports, five minutes on two idle cores.
 demo-sd: $(TINY_SD_DIR)/classes
+	@echo "Latents to disk, four runs from random weights, a report; latents to disk, four runs of fine-tuning, a report: some five minutes"
 	$(BIN)/python scripts/precompute_latents.py --config configs/tasks/sd_tiny.yaml
 	$(BIN)/python scripts/compare.py --script train_text_to_image.py --task sd_tiny --methods baseline immiscible --seeds 0 1 --jobs 2 --open \
 	  --output_dir $(SD_DEMO_DIR)/scratch
 	$(BIN)/python scripts/precompute_latents.py --config configs/tasks/sd_tiny_finetune.yaml
 	$(BIN)/python scripts/compare.py --script finetune_sd.py --task sd_tiny_finetune --methods baseline immiscible --seeds 0 1 --jobs 2 --open \
 	  --output_dir $(SD_DEMO_DIR)/finetune
+	@echo "A demonstration that the parts work, not a result (docs/RESULTS.md has those). Reports: $(SD_DEMO_DIR)/scratch/report.html"
+	@echo "and $(SD_DEMO_DIR)/finetune/report.html. For commands of your own: source $(VENV)/bin/activate"
 
 $(TINY_SD_DIR)/classes: | $(VENV)/installed
 	$(BIN)/python scripts/make_tiny_sd.py $(TINY_SD_DIR)
@@ -47,5 +51,6 @@ test-slow: $(VENV)/installed
 results: $(VENV)/installed
 	PYTHON=$(BIN)/python bash scripts/results.sh
 
+# What these commands made; other runs under runs/ stay.
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(DEMO_DIR) $(TINY_SD_DIR) $(SD_DEMO_DIR) .mypy_cache .ruff_cache .pytest_cache

@@ -50,6 +50,7 @@ from immiscible.stable_diffusion import (
     build_text_ema,
     build_text_optimizer,
     build_text_pipeline,
+    initial_weights,
     load_captioned_images,
     load_stable_diffusion,
     place,
@@ -139,7 +140,10 @@ def train_text_to_image(config: TextToImageConfig, accelerator: Accelerator, *, 
         watch=leak and (lambda pairs: leak.add(pairs.noise, pairs.labels, pairs.x0)),
     )
     schedule = str(parts.scheduler.config.beta_schedule)
-    facts = method_facts(config, objective, schedule=schedule, inference_steps=config.validation_inference_steps)
+    facts = {
+        "initial_weights": initial_weights(config, from_scratch),
+        **method_facts(config, objective, schedule=schedule, inference_steps=config.validation_inference_steps),
+    }
     classes = prompt_classes(source, config.caption_column)
     report_start(
         facts,

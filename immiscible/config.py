@@ -7,6 +7,7 @@ first: a misspelt key, a wrong choice or a wrong type is an error that names the
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -412,6 +413,10 @@ _TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|nu
 _TextLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: "")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, and the script's own lines as they are."""
+
+
 class _Parser(HfArgumentParser):
     """argparse that raises, so that the caller can say which file an error is in."""
 
@@ -435,7 +440,11 @@ def parse_config(
         UserError: anything wrong with a flag or a file.
     """
     groups = [base for base in reversed(config_class.__mro__) if base.__name__.endswith("Arguments")]
-    parser = _Parser(groups, prog=program, description=description, allow_abbrev=False)
+    usage = f"{program} [--config FILE ...] [--flag value ...]"
+    parser = _Parser(groups, prog=program, usage=usage, description=description, allow_abbrev=False, formatter_class=_Help)
+    for action in parser._actions:
+        if action.option_strings and action.option_strings[0].startswith("--no_"):
+            action.help = f"switches --{action.dest} off"
     parser.add_argument(
         "--config", nargs="+", default=[], metavar="FILE", help="YAML files of flags, applied left to right before the command line"
     )

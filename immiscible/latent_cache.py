@@ -135,11 +135,9 @@ class LatentCache:
             raise ValueError(reason)
         return self._row("latents", "moments", index)
 
-    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The states [B, L, E] and pooled states [B, E] of captions, fp16; raises as `rows_of`."""
-        rows = self.rows_of(captions)
-        states, pooled = (np.stack([self._row("texts", name, row) for row in rows]) for name in ("states", "pooled"))
-        return torch.from_numpy(states), torch.from_numpy(pooled)
+    def texts(self, captions: Sequence[str], name: str) -> Tensor:
+        """The ``states`` [B, L, E] or ``pooled`` states [B, E] of captions, fp16; raises as `rows_of`."""
+        return torch.from_numpy(np.stack([self._row("texts", name, row) for row in self.rows_of(captions)]))
 
     def rows_of(self, captions: Sequence[str]) -> list[int]:
         """Where the captions' texts are.
@@ -255,7 +253,8 @@ class CachedImages:
     def captions(self, index: int) -> Sequence[str]:
         """Those of the source, all of which are in the cache; others make it a `BadImage`, as a missing caption does."""
         captions = self.source.captions(index)
-        self.cache.rows_of(captions)
+        if not isinstance(self.source, TableImages):  # whose captions the start has looked up
+            self.cache.rows_of(captions)
         return captions
 
 
@@ -298,12 +297,13 @@ class CachedTextEncoder(_FromMoments, TextToImageEncoder):
 
     cache: LatentCache | None = None
 
-    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See `TextToImageEncoder`; in the precision that the text encoder would give."""
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """See `TextToImageEncoder`; in the precision that the text encoder would give, pooled states where labels are made of them."""
         assert self.cache is not None
-        states, pooled = self.cache.texts(captions)
+        names = ("states", "pooled") if self.pooled_labels else ("states",)
         dtype = self.parts.text_encoder.dtype
-        return states.to(self.device, dtype, non_blocking=True), pooled.to(self.device, dtype, non_blocking=True)
+        found = [self.cache.texts(captions, name).to(self.device, dtype, non_blocking=True) for name in names]
+        return found[0], found[1] if self.pooled_labels else None
 
 
 def open_cache(config: AnyConfig, parts: Parts, source: ImageSource) -> LatentCache:
@@ -321,7 +321,8 @@ def open_cache(config: AnyConfig, parts: Parts, source: ImageSource) -> LatentCa
     """
     folder = Path(str(config.latent_cache_dir))
     manifest = _read_manifest(folder)
-    again = f"run scripts/precompute_latents.py with this run's flags and --latent_cache_dir {folder}"
+    make = "run scripts/precompute_latents.py with this run's flags and"
+    again = f"{make} --latent_cache_dir {folder}"
     if manifest is None:
         raise UserError(f"--latent_cache_dir {folder} holds no latent cache; {again}")
     wanted = cache_settings(config, parts, source)
@@ -336,7 +337,9 @@ def open_cache(config: AnyConfig, parts: Parts, source: ImageSource) -> LatentCa
     if manifest["precision"] not in ("float32", precision):
         differences.append(f"it was encoded in {manifest['precision']} and this run would encode in {precision} (--mixed_precision)")
     if differences:
-        raise UserError(f"--latent_cache_dir {folder} was not made for this run: {'; '.join(differences)}; {again} in another folder")
+        raise UserError(
+            f"--latent_cache_dir {folder} was not made for this run: {'; '.join(differences)}; {make} another --latent_cache_dir"
+        )
     if not manifest["files"]:
         raise UserError(f"--latent_cache_dir {folder} is not finished; {again} to go on")
     for name, facts in manifest["files"].items():
@@ -475,7 +478,7 @@ def write_cache(
         jobs.append(("texts", captions, texts))
         needed += len(captions) * texts.row_bytes
         described += f" and {len(captions):,} captions x {texts.row_bytes / 2**10:.1f} KiB"
-    logger.info("%s: %.2f GiB in %s", described, needed / 2**30, folder)
+    logger.info("%s: %s MiB in %s", described, f"{needed / 2**20:,.1f}", folder)
 
     def unseal() -> None:
         _write_manifest(folder, manifest)
@@ -633,7 +636,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 Shard = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and the index and reason of each image that could not be read
-Shards = Callable[[Sequence[int]], Iterator[Shard]]  # of the shards with these numbers
+Shards = Callable[[Sequence[int], Callable[[int], object]], Iterator[Shard]]  # of the shards with these numbers; tells the rows done
 
 
 class _Writer:
@@ -655,17 +658,19 @@ class _Writer:
         """Makes what is missing."""
         from accelerate.utils import gather_object
 
-        made = shards(missing)
-        left = gather_object([len(missing)])
+        turns = max(gather_object([len(missing)]))
+        own = sum(min(self._rows, len(rows) - number * self._rows) for number in missing)
+        processes = self._accelerator.num_processes
+        of = f" (the first of {processes} processes)" if processes > 1 else ""
+        with tqdm(total=own, desc=f"{kind}{of}", disable=self._show) as bar:
+            made = shards(missing, bar.update)
 
-        def make(turn: int) -> None:
-            if turn < len(missing):
-                self._make(shard_name(kind, missing[turn]), next(made), self._digest(rows, missing[turn]))
+            def make(turn: int) -> None:
+                if turn < len(missing):
+                    self._make(shard_name(kind, missing[turn]), next(made), self._digest(rows, missing[turn]))
 
-        with tqdm(total=sum(left), desc=kind, unit="shard", disable=self._show) as bar:
-            for turn in range(max(left)):
+            for turn in range(turns):
                 on_every_process(self._accelerator, partial(make, turn))
-                bar.update(sum(turn < each for each in left))
 
     @property
     def _show(self) -> bool | None:
@@ -733,7 +738,7 @@ class _ImageShards:
         """Of an image."""
         return 2 * math.prod(self.shape)
 
-    def __call__(self, numbers: Sequence[int]) -> Iterator[Shard]:
+    def __call__(self, numbers: Sequence[int], done: Callable[[int], object]) -> Iterator[Shard]:
         config = self.config
         transform = replace(image_transform(config, self.vae.config.in_channels, seed=0), random_flip=False)
         shards = [_batches(number, len(self.source), self.rows_per_shard, self.batch_size) for number in numbers]
@@ -752,6 +757,7 @@ class _ImageShards:
                 bad |= found
                 good = torch.tensor([str(index) not in found for index in rows])
                 moments.append(self._moments(batch["pixel_values"], good))
+                done(len(rows))
             yield {"moments": torch.cat(moments)}, bad
 
     @torch.no_grad()
@@ -779,12 +785,13 @@ class _TextShards:
         return 2 * self.parts.text_encoder.config.hidden_size * (self.parts.tokenizer.model_max_length + 1)
 
     @torch.no_grad()
-    def __call__(self, numbers: Sequence[int]) -> Iterator[Shard]:
+    def __call__(self, numbers: Sequence[int], done: Callable[[int], object]) -> Iterator[Shard]:
         for number in numbers:
             parts = []
             for rows in _batches(number, len(self.captions), self.rows_per_shard, self.batch_size):
                 encoded = text_states(self.parts, self.captions[rows.start : rows.stop], self.accelerator.device)
                 parts.append([tensor.to("cpu", torch.float16) for tensor in encoded])
+                done(len(rows))
             states, pooled = (torch.cat(column) for column in zip(*parts, strict=True))
             yield {"states": states, "pooled": pooled}, {}
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, median_low
 from typing import Any
 
 import yaml
@@ -114,9 +114,13 @@ def seed_ratio(baseline: Curve, curve: Curve, threshold: float) -> Interval:
 
 
 def middle(values: Iterable[Interval]) -> Interval:
-    """The median of numbers that may be known as intervals only: the medians of their lower and of their upper ends."""
+    """The median of numbers that may be known as intervals only: the medians of their lower and of their upper ends.
+
+    Half of what is not known from below is not known from below either.
+    """
     values = list(values)
-    return Interval(median(value.low for value in values), median(value.high for value in values))
+    lows = [value.low for value in values]
+    return Interval(median(lows) if median_low(lows) > 0 else 0.0, median(value.high for value in values))
 
 
 def verdict(ratios: Sequence[Interval]) -> str:

@@ -38,6 +38,7 @@ from .report_figures import arm_figure, crowded, curve_figure, inference_figure,
 if TYPE_CHECKING:
     from PIL import Image
 
+FEW_SEEDS = 3  # with two, an arm without effect has a verdict in half of all comparisons
 RATIOS_LEGEND = "A mark is one seed. An open arrow to the left: its ratio is below the mark; to the right: above it."
 MEDIANS_LEGEND = "Lower is better. Medians over seeds; every seed is drawn below."
 SEEDS_LEGEND = (
@@ -116,9 +117,8 @@ def headline(comparison: Comparison) -> list[str]:
         best = max(gaining, key=merit)
         seeds = len(comparison.arms[best].runs)
         gains = at(best, GAIN, lambda steps: saving(best, steps))
-        basis = f"medians of {seeds} seeds" if seeds > 1 else "one seed only, so this may be chance"
-        sentences.append(f"Best arm: {best} reached {quality} in {gains} ({basis}).")
-    else:
+        sentences.append(f"Best arm: {best} reached {quality} in {gains} ({_basis(seeds)}).")
+    elif set(words.values()) != {UNKNOWN}:
         sentences.append(f"Nothing helped: no arm reached {quality} sooner with every seed.")
     harmed = [
         f"{name} at {at(name, HARM, str)} inference steps"
@@ -126,7 +126,9 @@ def headline(comparison: Comparison) -> list[str]:
         if HARM in {words[name, s] for s in comparison.inference_steps}
     ]
     if harmed:
-        sentences.append(f"Harm, slower than {comparison.baseline} with every seed: {', '.join(harmed)}.")
+        seeds = len(comparison.arms[comparison.baseline].runs)
+        chance = f" ({_basis(seeds)})" if seeds < FEW_SEEDS else ""
+        sentences.append(f"Harm, slower than {comparison.baseline} with every seed: {', '.join(harmed)}{chance}.")
     for title, verdicts in (("No clear effect", (UNCLEAR, NO_EFFECT)), ("Not known, for want of earlier evaluations", (UNKNOWN,))):
         places = {
             name: " and ".join(str(steps) for steps in comparison.inference_steps if words[name, steps] in verdicts) for name in others
@@ -138,6 +140,13 @@ def headline(comparison: Comparison) -> list[str]:
     if failures:
         sentences.append(f"Not counted: {failures} {'run' if failures == 1 else 'runs'}, named below.")
     return sentences
+
+
+def _basis(seeds: int) -> str:
+    """On how much a verdict rests; see `reading_guide` for how often an arm without effect would have it."""
+    if seeds < FEW_SEEDS:
+        return "one seed only, so this may be chance" if seeds == 1 else f"{seeds} seeds only, so this may be chance"
+    return f"medians of {seeds} seeds"
 
 
 def summary_table(comparison: Comparison, inference_steps: int) -> Table:

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PLAN_SECONDS = 60  # of steps after which --plan takes no further one
+
 
 @contextmanager
 def session(config: AnyConfig) -> Iterator[Accelerator]:
@@ -552,10 +554,12 @@ def report_plan(steps: Iterator[StepStats], unet: UNet2DModel, accelerator: Acce
     if remaining <= 0:
         accelerator.print("Plan: nothing is left to train; the checkpoint is at the last step already. Nothing was written.")
         return
-    seconds = [
-        stats.metrics["step_seconds"]
-        for stats in tqdm(islice(steps, timed + 1), total=min(timed + 1, remaining), desc="timing", leave=False)
-    ]
+    seconds: list[float] = []
+    for stats in tqdm(islice(steps, timed + 1), total=min(timed + 1, remaining), desc="timing", leave=False):
+        seconds.append(stats.metrics["step_seconds"])
+        spent = accelerator.reduce(torch.tensor(sum(seconds), device=accelerator.device), reduction="mean")
+        if len(seconds) > 1 and spent > PLAN_SECONDS:
+            break
     typical = median(seconds[1:] or seconds)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters()) / 2**20
     if accelerator.device.type == "cuda":

@@ -260,7 +260,7 @@ class TextToImageEncoder:
             captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
         states, pooled = self.texts(captions)
         labels = None if batch.labels is None else batch.labels.to(self.device)
-        if labels is None and self.pooled_labels:
+        if labels is None and self.pooled_labels and pooled is not None:
             labels = pooled.float()
         return Encoded(x0, labels, {"encoder_hidden_states": states})
 
@@ -270,7 +270,7 @@ class TextToImageEncoder:
         posterior = vae.encode(images.to(self.device, vae.dtype, non_blocking=True)).latent_dist
         return posterior.mean, posterior.logvar
 
-    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """The states [B, L, E] and pooled states [B, E] of captions."""
         return text_states(self.parts, captions, self.device)
 
@@ -306,6 +306,14 @@ def place_frozen(parts: StableDiffusion, device: torch.device, dtype: torch.dtyp
     """Moves VAE and text encoder to ``device``, in ``dtype``."""
     for part in (parts.vae, parts.text_encoder):
         nn.Module.to(part, device=device, dtype=dtype)  # diffusers' own `to` warns of every cast, naming an empty list of modules
+
+
+def initial_weights(config: TextToImageConfig, from_scratch: bool) -> str:
+    """With which weights the U-Net begins, for the start of the run and the model card."""
+    name = config.pretrained_model_name_or_path
+    if from_scratch:
+        return f"random, not those of {name}, with which finetune_sd.py begins"
+    return f"those of {name}" + (f", frozen, with adapters of rank {config.rank}" if config.use_lora else "")
 
 
 def build_text_optimizer(unet: nn.Module, config: TextToImageConfig, accelerator: Accelerator) -> torch.optim.Optimizer:

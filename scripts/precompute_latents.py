@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
         captions = f" and {made.captions:,} captions" if made.captions else ""
         bad = "".join(f"\n  skipped {each.name}: {each.reason}" for each in made.bad)
         accelerator.print(
-            f"{made.images:,} images ({len(made.bad)} of them unreadable){captions}, {made.bytes / 2**30:.3f} GiB in "
+            f"{made.images:,} images ({len(made.bad)} of them unreadable){captions}, {made.bytes / 2**20:,.1f} MiB in "
             f"{config.latent_cache_dir}: {made.made} files made, {made.kept} there already, {time.monotonic() - started:.1f} s{bad}\n"
             f"train with --cache_latents --latent_cache_dir {config.latent_cache_dir}"
         )

@@ -146,10 +146,12 @@ def test_every_caption_and_the_empty_one_are_there_once(tiny_sd):
     captions = sorted(wanted)
     with torch.no_grad():
         expected = text_states(parts, captions, CPU)
-    assert all(close(found, each) for found, each in zip(cache.texts(captions), expected, strict=True))
+    assert all(
+        close(found, each) for found, each in zip([cache.texts(captions, name) for name in ("states", "pooled")], expected, strict=True)
+    )
     assert len(set(cache.rows_of(captions))) == len(wanted)
     with pytest.raises(ValueError, match="'unheard of' is not in the latent cache"):
-        cache.texts(["picture 1", "unheard of"])
+        cache.texts(["picture 1", "unheard of"], "states")
 
 
 def test_class_names_are_captions_too(tiny_sd, tmp_path):

@@ -229,6 +229,20 @@ def test_comparison_of_three_seeds(arms):
     assert "No clear effect: copy at 5 and 20 inference steps." in sentences
 
 
+def test_two_seeds_say_that_it_may_be_chance(arms):
+    sentences = headline(compare({name: folders[:2] for name, folders in arms.items()}))
+    assert sentences[0].endswith("at 5 inference steps (2 seeds only, so this may be chance).")
+    assert (
+        sentences[1] == "Harm, slower than baseline with every seed: coupled at 20 inference steps (2 seeds only, so this may be chance)."
+    )
+
+
+def test_half_of_what_is_not_known_is_not_known():
+    assert middle([Interval(0.0, 0.83), exactly(0.91)]).show(2) == "< 0.87"
+    assert middle([Interval(0.0, 0.83), exactly(0.9), exactly(1.0)]) == exactly(0.9)
+    assert middle([Interval(500.0, INF), exactly(400.0)]).show() == "> 450"
+
+
 @pytest.mark.parametrize("c", [0.75, 1.25, 3.0])
 def test_arms_compressed_in_time_have_that_ratio_with_every_seed(tmp_path, c):
     generator = random.Random(int(10 * c))
