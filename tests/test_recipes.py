@@ -239,9 +239,9 @@ def test_the_page_on_stable_diffusion_names_what_exists():
     tests = set(re.findall(r"`(test_\w+)`", page))
     assert len(tests) > 10 and [name for name in sorted(tests) if f"def {name}(" not in sources] == []
     known = {item.name for config in CONFIGS.values() for item in fields(config)} | {"config", "help"}
-    sampling = (ROOT / "scripts/sample.py").read_text()
+    scripts = "".join(path.read_text() for path in ROOT.glob("scripts/*.py"))
     named = {flag.removeprefix("--") for flag in re.findall(r"(?<![\w-])--[a-z_0-9]+", page)}
-    assert len(named) > 40 and [name for name in sorted(named - known) if f'"--{name}"' not in sampling] == []
+    assert len(named) > 40 and [name for name in sorted(named - known) if f'"--{name}"' not in scripts] == []
 
 
 def test_the_commands_of_the_page_on_stable_diffusion_parse():
