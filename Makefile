@@ -22,9 +22,9 @@ demo: $(VENV)/installed
 	  --methods baseline immiscible speed immiscible_speed best_stack=window_speed_sampling -- --eval_steps 100 --eval_samples 400
 
 # Stable Diffusion end to end, tiny: a checkpoint and data made from installed photographs, latents cached, baseline and assignment with two
-# seeds from random weights, and then fine-tuning of what the first baseline became. Two reports, five minutes on two idle cores.
+# seeds from random weights, and then fine-tuning of what the first baseline became. Two reports, six minutes on two idle cores.
 demo-sd: $(TINY_SD_DIR)/classes
-	@echo "Latents to disk, four runs from random weights, a report; latents to disk, four runs of fine-tuning, a report: some five minutes"
+	@echo "Latents to disk, four runs from random weights, a report; latents to disk, four runs of fine-tuning, a report: some six minutes"
 	$(BIN)/python scripts/precompute_latents.py --config configs/tasks/sd_tiny.yaml
 	$(BIN)/python scripts/compare.py --script train_text_to_image.py --task sd_tiny --methods baseline immiscible --seeds 0 1 --jobs 2 --open \
 	  --output_dir $(SD_DEMO_DIR)/scratch
