@@ -22,7 +22,7 @@ from immiscible.checkpoints import check_identity, load_checkpoint, save_checkpo
 from immiscible.conditions import ClassLeak
 from immiscible.config import parse_config
 from immiscible.coupling import coupling_state, restore_coupling
-from immiscible.data import build_loader, images_of
+from immiscible.data import build_loader, image_transform, images_of
 from immiscible.errors import UserError, run_script
 from immiscible.latent_cache import open_cache
 from immiscible.metrics import split_source
@@ -59,7 +59,7 @@ from immiscible.stable_diffusion import (
     save_text_pipeline,
     text_learning_rate,
 )
-from immiscible.streaming import batch_order, image_transform, training_images
+from immiscible.streaming import batch_order, training_images
 from immiscible.text_config import TextToImageConfig
 from immiscible.training import StopRequest, train, whole_windows
 

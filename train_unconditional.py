@@ -22,7 +22,7 @@ from immiscible.checkpoints import check_identity, load_checkpoint, save_checkpo
 from immiscible.conditions import ClassLeak
 from immiscible.config import UnconditionalConfig, parse_config
 from immiscible.coupling import coupling_state, restore_coupling
-from immiscible.data import build_loader, images_of
+from immiscible.data import build_loader, image_transform, images_of
 from immiscible.encoding import PRECISIONS, Encoder, LatentEncoder, PixelEncoder
 from immiscible.errors import run_script
 from immiscible.evaluation import build_pipeline
@@ -59,7 +59,7 @@ from immiscible.run import (
     training_scheduler,
 )
 from immiscible.run_folder import check_folder, on_main_process, prepare_folder, run_identity
-from immiscible.streaming import batch_order, image_transform, load_training_images, training_images
+from immiscible.streaming import batch_order, load_training_images, training_images
 from immiscible.training import StopRequest, train, whole_windows
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .choices import build_choice
 from .errors import UserError
 from .randomness import derive_seed, seeded_generator
+
+if TYPE_CHECKING:
+    from .text_config import AnyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -730,6 +733,20 @@ class ImageTransform:
         if self.center_crop:
             return round(extra / 2)  # torchvision's rule: halves go to the even neighbour
         return derive_seed(self.seed, "crop", side, epoch, index) % (extra + 1)
+
+
+def image_transform(config: AnyConfig, channels: int, seed: int) -> ImageTransform:
+    """What makes pixels of the images, as the flags say."""
+    return ImageTransform(
+        config.resolution,
+        channels,
+        config.center_crop,
+        config.random_flip,
+        config.preserve_input_precision,
+        seed,
+        config.image_interpolation_mode,
+        config.crop,
+    )
 
 
 def _halved(image: Image.Image, resolution: int) -> Image.Image:

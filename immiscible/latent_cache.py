@@ -46,14 +46,13 @@ from tqdm import tqdm
 
 from . import checkpoints
 from .checkpoints import PARTIAL, clean_up
-from .data import BadImage, ImageDataset, ImageSource, ImageTransform, Subset, TableImages, build_loader, check_batch
+from .data import BadImage, ImageDataset, ImageSource, ImageTransform, Subset, TableImages, build_loader, check_batch, image_transform
 from .encoding import PRECISIONS, LatentEncoder
 from .errors import UserError, on_every_process
 from .models import latent_downsampling, weights_digest
 from .run_folder import on_main_process
 from .shards import ShardImages
 from .stable_diffusion import StableDiffusion, TextToImageEncoder, place_frozen, text_states
-from .streaming import image_transform
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

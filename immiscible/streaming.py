@@ -550,20 +550,6 @@ def load_training_images(config: UnconditionalConfig) -> ImageSource | Stream:
     return load(**chosen, labels_for=config.labels_for)
 
 
-def image_transform(config: AnyConfig, channels: int, seed: int) -> ImageTransform:
-    """What makes pixels of the images, as the flags say."""
-    return ImageTransform(
-        config.resolution,
-        channels,
-        config.center_crop,
-        config.random_flip,
-        config.preserve_input_precision,
-        seed,
-        config.image_interpolation_mode,
-        config.crop,
-    )
-
-
 def batch_order(
     source: ImageSource | Stream, config: AnyConfig, seed: int, rank: int, num_processes: int
 ) -> GlobalBatchOrder | StreamOrder:

@@ -514,6 +514,7 @@ def test_batches_of_fine_tuning_load_no_compiler():
         "import sys, torch, immiscible; from immiscible.assignment import EXACT_BELOW\n"
         "images = torch.randn(EXACT_BELOW - 1, 4, 8, 8)\n"
         "assert immiscible.AssignmentCoupling()(images).shape == images.shape\n"
-        "assert 'numba' not in sys.modules"
+        "print('numba' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", work], check=True)
+    result = subprocess.run([sys.executable, "-c", work], check=True, capture_output=True, text=True)
+    assert result.stdout == "False\n"

@@ -17,7 +17,7 @@ from test_train_unconditional import metrics
 from tiny_text import data_folder, model_folder, tiny_text
 
 from immiscible.config import UnconditionalConfig, parse_config
-from immiscible.data import GlobalBatchOrder, Images, build_loader, images_of, load_images
+from immiscible.data import GlobalBatchOrder, Images, build_loader, image_transform, images_of, load_images
 from immiscible.encoding import PRECISIONS, LatentEncoder, PixelEncoder, latent_draw
 from immiscible.errors import UserError
 from immiscible.evaluation import build_pipeline, sample_images
@@ -25,7 +25,7 @@ from immiscible.models import build_unet, latent_downsampling, load_vae, unet_co
 from immiscible.process import build_scheduler
 from immiscible.randomness import Draws, seeded_generator
 from immiscible.sampling import take_scheduler
-from immiscible.streaming import image_transform, load_training_images, training_images
+from immiscible.streaming import load_training_images, training_images
 
 CPU = torch.device("cpu")
 DRAWS = Draws(0, 0, 0, CPU)
