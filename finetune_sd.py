@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from immiscible.config import parse_config
+from immiscible.configs import TextToImageConfig
 from immiscible.errors import run_script
-from immiscible.run import session
-from immiscible.text_config import TextToImageConfig
+from immiscible.flags import parse_config
+from immiscible.training.run import session
 from train_text_to_image import train_text_to_image
 
 

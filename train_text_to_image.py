@@ -18,17 +18,35 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from immiscible.checkpoints import check_identity, load_checkpoint, save_checkpoint
-from immiscible.conditions import ClassLeak
-from immiscible.config import parse_config
+from immiscible.assignment.conditions import ClassLeak
+from immiscible.configs import TextToImageConfig
 from immiscible.coupling import coupling_state, restore_coupling
-from immiscible.data import build_loader, image_transform, images_of
+from immiscible.data.sources import build_loader, image_transform, images_of
+from immiscible.data.streaming import batch_order, training_images
+from immiscible.encoding.cache import open_cache
 from immiscible.errors import UserError, run_script
-from immiscible.latent_cache import open_cache
-from immiscible.metrics import split_source
-from immiscible.models import tuned
+from immiscible.evaluation.metrics import split_source
+from immiscible.flags import parse_config
+from immiscible.networks.stable_diffusion import (
+    TextToImageEncoder,
+    build_text_ema,
+    build_text_optimizer,
+    build_text_pipeline,
+    initial_weights,
+    load_captioned_images,
+    load_stable_diffusion,
+    place,
+    prompt_classes,
+    save_prompt_grid,
+    save_text_pipeline,
+    text_learning_rate,
+)
+from immiscible.networks.unet import tuned
 from immiscible.randomness import reseed_globally
-from immiscible.run import (
+from immiscible.training.checkpoints import check_identity, load_checkpoint, save_checkpoint
+from immiscible.training.folder import check_folder, on_main_process, prepare_folder, run_identity
+from immiscible.training.loop import StopRequest, train, whole_windows
+from immiscible.training.run import (
     RunEvaluation,
     RunLog,
     build_objective,
@@ -44,24 +62,6 @@ from immiscible.run import (
     session,
     settle_seed,
 )
-from immiscible.run_folder import check_folder, on_main_process, prepare_folder, run_identity
-from immiscible.stable_diffusion import (
-    TextToImageEncoder,
-    build_text_ema,
-    build_text_optimizer,
-    build_text_pipeline,
-    initial_weights,
-    load_captioned_images,
-    load_stable_diffusion,
-    place,
-    prompt_classes,
-    save_prompt_grid,
-    save_text_pipeline,
-    text_learning_rate,
-)
-from immiscible.streaming import batch_order, training_images
-from immiscible.text_config import TextToImageConfig
-from immiscible.training import StopRequest, train, whole_windows
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

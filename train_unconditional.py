@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from immiscible.checkpoints import check_identity, load_checkpoint, save_checkpoint
-from immiscible.conditions import ClassLeak
-from immiscible.config import UnconditionalConfig, parse_config
+from immiscible.assignment.conditions import ClassLeak
 from immiscible.coupling import coupling_state, restore_coupling
-from immiscible.data import build_loader, image_transform, images_of
-from immiscible.encoding import PRECISIONS, Encoder, LatentEncoder, PixelEncoder
+from immiscible.data.sources import build_loader, image_transform, images_of
+from immiscible.data.streaming import batch_order, load_training_images, training_images
+from immiscible.encoding.encoders import PRECISIONS, Encoder, LatentEncoder, PixelEncoder
 from immiscible.errors import run_script
-from immiscible.evaluation import build_pipeline
-from immiscible.metrics import split_source
-from immiscible.models import (
+from immiscible.evaluation.metrics import split_source
+from immiscible.flags import UnconditionalConfig, parse_config
+from immiscible.networks.unet import (
     build_ema,
     build_optimizer,
     build_unet,
@@ -39,7 +38,11 @@ from immiscible.models import (
     vae_identity,
 )
 from immiscible.randomness import reseed_globally
-from immiscible.run import (
+from immiscible.sampling.pipelines import build_pipeline
+from immiscible.training.checkpoints import check_identity, load_checkpoint, save_checkpoint
+from immiscible.training.folder import check_folder, on_main_process, prepare_folder, run_identity
+from immiscible.training.loop import StopRequest, train, whole_windows
+from immiscible.training.run import (
     RunEvaluation,
     RunLog,
     build_objective,
@@ -58,9 +61,6 @@ from immiscible.run import (
     settle_seed,
     training_scheduler,
 )
-from immiscible.run_folder import check_folder, on_main_process, prepare_folder, run_identity
-from immiscible.streaming import batch_order, load_training_images, training_images
-from immiscible.training import StopRequest, train, whole_windows
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,7 +89,7 @@ def train_unconditional(config: UnconditionalConfig, accelerator: Accelerator) -
     if config.vae_model_name_or_path:
         vae = load_vae(config.vae_model_name_or_path, resolution=config.resolution, cache_dir=config.cache_dir)
     if vae and config.cache_latents:
-        from immiscible.latent_cache import open_cache
+        from immiscible.encoding.cache import open_cache
 
         cache = open_cache(config, vae, source)
     if vae and (cache is None or held_out):

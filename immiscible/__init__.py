@@ -7,9 +7,9 @@
 What is listed in ``__all__`` is the public interface and stays stable.
 """
 
-from .assignment import Assignment, assign, certified_assignment, cost_matrix
-from .conditions import ClassLeak, class_leak
-from .coupling import (
+from immiscible.assignment.conditions import ClassLeak, class_leak
+from immiscible.assignment.solve import Assignment, assign, certified_assignment, cost_matrix
+from immiscible.coupling import (
     COUPLINGS,
     AboveTimestep,
     AssignmentCoupling,
@@ -20,10 +20,10 @@ from .coupling import (
     build_coupling,
     coupling_statistics,
 )
-from .errors import UserError
-from .process import NoiseProcess
-from .timesteps import TIMESTEP_SAMPLINGS, TimestepSampler, timestep_sampler
-from .weighting import LOSS_WEIGHTINGS, loss_weights
+from immiscible.errors import UserError
+from immiscible.process import NoiseProcess
+from immiscible.timesteps import TIMESTEP_SAMPLINGS, TimestepSampler, timestep_sampler
+from immiscible.weighting import LOSS_WEIGHTINGS, loss_weights
 
 __version__ = "0.1.0"
 

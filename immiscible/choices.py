@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from .errors import UserError
+from immiscible.errors import UserError
 
 Built = TypeVar("Built")
 

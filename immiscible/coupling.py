@@ -17,11 +17,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .assignment import COST_DTYPES, EXACT_BELOW, LARGEST_BLOCK, METRICS, SOLVERS, assign, cost_matrix
-from .choices import build_choice
-from .conditions import CONDITIONS, centered, check_labels, conditioned_index, toy_leak
-from .errors import UserError
-from .reservoir import ReservoirCoupling
+from immiscible.assignment.conditions import CONDITIONS, centered, check_labels, conditioned_index, toy_leak
+from immiscible.assignment.reservoir import ReservoirCoupling
+from immiscible.assignment.solve import COST_DTYPES, EXACT_BELOW, LARGEST_BLOCK, METRICS, SOLVERS, assign, cost_matrix
+from immiscible.choices import build_choice
+from immiscible.errors import UserError
 
 SCORES = ("l2", "dot")
 TYPICAL_LENGTH = 0.55  # |x0| / sqrt(D) that `bias_notice` assumes: photographs scaled to [-1, 1] have about this
@@ -85,7 +85,7 @@ class AssignmentCoupling:
             ``auto``.
         solver: ``exact``, ``auction`` or ``auto``; see `assign`.
         condition: what is done about the labels, so that the noise does not tell them: ``none``, ``within``, ``centered`` (experimental) or
-            ``penalty``; see `immiscible.conditions`.
+            ``penalty``; see `immiscible.assignment.conditions`.
         condition_ratio: of ``penalty``, 0 to 1; see `penalty_weight`.
         state: what ``centered`` has learned of the conditions' means, empty otherwise. A call that changes it replaces it by a new mapping
             of new tensors, so one taken earlier stays as it was; assigning one restores it.

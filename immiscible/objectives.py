@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .assignment import Assignment, recorded_solutions
-from .coupling import Coupling, coupling_statistics, paired_together, pairs_batch
-from .process import NoiseProcess
-from .randomness import Draws, PoolDraws
-from .timesteps import TimestepSampler
+from immiscible.assignment.solve import Assignment, recorded_solutions
+from immiscible.coupling import Coupling, coupling_statistics, paired_together, pairs_batch
+from immiscible.process import NoiseProcess
+from immiscible.randomness import Draws, PoolDraws
+from immiscible.timesteps import TimestepSampler
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from immiscible.errors import UserError
 
 PREDICTION_TYPES: dict[str, tuple[str, ...]] = {"ddpm": ("epsilon", "sample", "v_prediction"), "flow": ("flow_prediction",)}
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")

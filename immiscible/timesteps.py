@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .choices import build_choice
-from .errors import UserError
-from .process import NoiseProcess, as_process
+from immiscible.choices import build_choice
+from immiscible.errors import UserError
+from immiscible.process import NoiseProcess, as_process
 
 DEFAULT_R = 143.55  # the r at which the linear schedule gives the released code's tau; the paper names none
 RELEASED_TAU = 700

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .choices import build_choice
-from .errors import UserError
-from .process import NoiseProcess, as_process, check_prediction_type
-from .timesteps import released_threshold
+from immiscible.choices import build_choice
+from immiscible.errors import UserError
+from immiscible.process import NoiseProcess, as_process, check_prediction_type
+from immiscible.timesteps import released_threshold
 
 
 def from_epsilon(weights: Tensor, process: NoiseProcess, prediction_type: str) -> Tensor:

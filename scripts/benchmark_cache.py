@@ -28,12 +28,12 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from immiscible.config import parse_config
-from immiscible.data import GlobalBatchOrder, ImageDataset, ImageTransform, build_loader, images_of
+from immiscible.configs import TextToImageConfig
+from immiscible.data.sources import GlobalBatchOrder, ImageDataset, ImageTransform, build_loader, images_of
+from immiscible.encoding.cache import MANIFEST, LatentCache, write_cache
 from immiscible.errors import run_script
-from immiscible.latent_cache import MANIFEST, LatentCache, write_cache
-from immiscible.run import build_objective, session
-from immiscible.stable_diffusion import (
+from immiscible.flags import parse_config
+from immiscible.networks.stable_diffusion import (
     StableDiffusion,
     TextToImageEncoder,
     load_captioned_images,
@@ -41,8 +41,8 @@ from immiscible.stable_diffusion import (
     place_frozen,
     text_states,
 )
-from immiscible.text_config import TextToImageConfig
-from immiscible.training import StopRequest, train
+from immiscible.training.loop import StopRequest, train
+from immiscible.training.run import build_objective, session
 
 SD_V1_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest is UNet2DConditionModel's default
 SD_V1_VAE = {

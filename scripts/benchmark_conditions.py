@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from immiscible.conditions import ClassLeak, bright_and_dark
+from immiscible.assignment.conditions import ClassLeak, bright_and_dark
 from immiscible.coupling import Coupling, build_coupling
-from immiscible.data import ImageTransform, load_digits
+from immiscible.data.sources import ImageTransform, load_digits
 from immiscible.errors import UserError, run_script
 from immiscible.randomness import seeded_generator
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from immiscible.assignment import METRICS, assign
-from immiscible.data import ImageTransform, PhotoCrops, load_digits
+from immiscible.assignment.solve import METRICS, assign
+from immiscible.data.sources import ImageTransform, PhotoCrops, load_digits
 from immiscible.errors import UserError, run_script
 from immiscible.randomness import seeded_generator
 

@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from immiscible.coupling import AssignmentCoupling, Coupling, IndependentCoupling
-from immiscible.data import Images
-from immiscible.encoding import PixelEncoder
+from immiscible.data.sources import Images
+from immiscible.encoding.encoders import PixelEncoder
 from immiscible.errors import run_script
 from immiscible.objectives import DenoisingObjective
 from immiscible.process import NoiseProcess, build_scheduler
 from immiscible.randomness import seeded_generator
 from immiscible.timesteps import timestep_sampler
-from immiscible.training import StopRequest, _look_ahead, train
+from immiscible.training.loop import StopRequest, _look_ahead, train
 from immiscible.weighting import loss_weights
 
 SEEDS = (0, 1, 2, 3, 4)  # declared here; the worst of them must meet the target

@@ -22,12 +22,12 @@ import torch
 from tqdm import tqdm
 
 from immiscible.coupling import AssignmentCoupling, IndependentCoupling
-from immiscible.data import Images
+from immiscible.data.sources import Images
 from immiscible.errors import run_script
 from immiscible.objectives import DenoisingObjective
 from immiscible.process import NoiseProcess
 from immiscible.timesteps import timestep_sampler
-from immiscible.training import StopRequest, train
+from immiscible.training.loop import StopRequest, train
 from immiscible.weighting import loss_weights
 
 RATE = 1e-4
@@ -37,8 +37,8 @@ def parts(arguments: argparse.Namespace) -> tuple:
     from accelerate import Accelerator
     from diffusers import UNet2DConditionModel
 
-    from immiscible.stable_diffusion import build_text_ema, build_text_optimizer, load_stable_diffusion, place
-    from immiscible.text_config import TextToImageConfig
+    from immiscible.configs import TextToImageConfig
+    from immiscible.networks.stable_diffusion import build_text_ema, build_text_optimizer, load_stable_diffusion, place
 
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
@@ -70,7 +70,7 @@ def batches(arguments: argparse.Namespace) -> Iterator[Images]:
 
 def our_steps(arguments: argparse.Namespace, assignment: bool) -> Iterator[float]:
     """One step per item: the seconds that the coupling took."""
-    from immiscible.stable_diffusion import TextToImageEncoder
+    from immiscible.networks.stable_diffusion import TextToImageEncoder
 
     accelerator, found, model, optimizer, ema = parts(arguments)
     process, prediction_type = NoiseProcess.from_scheduler(found.scheduler), found.scheduler.config.prediction_type

@@ -21,14 +21,14 @@ import torch
 from tqdm import tqdm
 
 from immiscible.coupling import AssignmentCoupling, IndependentCoupling
-from immiscible.data import Images
-from immiscible.encoding import PixelEncoder
+from immiscible.data.sources import Images
+from immiscible.encoding.encoders import PixelEncoder
 from immiscible.errors import run_script
-from immiscible.models import build_unet, unet_config
+from immiscible.networks.unet import build_unet, unet_config
 from immiscible.objectives import DenoisingObjective
 from immiscible.process import NoiseProcess, build_scheduler
 from immiscible.timesteps import timestep_sampler
-from immiscible.training import StopRequest, train
+from immiscible.training.loop import StopRequest, train
 from immiscible.weighting import loss_weights
 
 RATE = 1e-4

@@ -35,8 +35,8 @@ import yaml
 from tqdm import tqdm
 
 from immiscible.errors import UserError, run_script
-from immiscible.report import Comparison, compare, group_runs
-from immiscible.report_page import summary, write_report
+from immiscible.reports.comparison import Comparison, compare, group_runs
+from immiscible.reports.page import summary, write_report
 
 HERE = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.3

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from immiscible.coupling import COUPLINGS, build_coupling
-from immiscible.data import ImageTransform, load_digits
+from immiscible.data.sources import ImageTransform, load_digits
 from immiscible.errors import UserError, run_script
 from immiscible.randomness import seeded_generator
 

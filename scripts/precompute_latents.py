@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from immiscible.config import UnconditionalConfig, flag, flag_value, parse_config
+from immiscible.configs import TextToImageConfig
+from immiscible.data.streaming import load_training_images
+from immiscible.encoding.cache import write_cache
 from immiscible.errors import UserError, run_script
-from immiscible.latent_cache import write_cache
-from immiscible.models import load_vae
-from immiscible.run import session
-from immiscible.stable_diffusion import load_captioned_images, load_stable_diffusion
-from immiscible.streaming import load_training_images
-from immiscible.text_config import TextToImageConfig
+from immiscible.flags import UnconditionalConfig, flag, flag_value, parse_config
+from immiscible.networks.stable_diffusion import load_captioned_images, load_stable_diffusion
+from immiscible.networks.unet import load_vae
+from immiscible.training.run import session
 
 
 @dataclass

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tqdm import tqdm
 
 from immiscible.errors import UserError, run_script
-from immiscible.run_folder import on_main_process
-from immiscible.sampling import (
+from immiscible.sampling.folder import (
     SCHEDULERS,
     Loaded,
     Request,
@@ -39,6 +38,7 @@ from immiscible.sampling import (
     read_lines,
     take_scheduler,
 )
+from immiscible.training.folder import on_main_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -15,10 +15,10 @@ import torch
 from launch import ROOT, flags
 from tiny_text import Reached, data_folder, model_folder, reach, tiny_text
 
-from immiscible.config import parse_config
+from immiscible.configs import TextToImageConfig
 from immiscible.errors import UserError
-from immiscible.run import RunLog
-from immiscible.text_config import TextToImageConfig
+from immiscible.flags import parse_config
+from immiscible.training.run import RunLog
 
 THEIRS = json.loads((ROOT / "tests/diffusers_text_flags.json").read_text())
 SCRIPTS = {"train_text_to_image.py": [], "train_text_to_image_lora.py": ["--use_lora"]}
@@ -317,7 +317,7 @@ def test_loader_processes(monkeypatch, tmp_path):
 def test_session_flags(monkeypatch):
     import accelerate
 
-    from immiscible.run import session
+    from immiscible.training.run import session
 
     class Enough(Exception):
         pass

@@ -130,10 +130,10 @@ def reach(
     from accelerate.state import AcceleratorState, GradientState
 
     import train_text_to_image as script
-    from immiscible.config import parse_config
-    from immiscible.run import session
-    from immiscible.text_config import TextToImageConfig
-    from immiscible.training import train
+    from immiscible.configs import TextToImageConfig
+    from immiscible.flags import parse_config
+    from immiscible.training.loop import train
+    from immiscible.training.run import session
 
     def reset() -> None:
         AcceleratorState._reset_state(True)

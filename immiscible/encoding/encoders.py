@@ -1,0 +1,99 @@
+"""From a loaded batch to what is diffused and what the network is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from immiscible.data.sources import Images
+from immiscible.randomness import Draws
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+PRECISIONS: dict[str, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Encoded(NamedTuple):
+    """A micro-batch on the training device.
+
+    Args:
+        x0: pixels or latents, fp32 [B, C, H, W].
+        labels: what a coupling may look at: classes, int64 [B], or pooled text states [B, E]; None where there are none.
+        condition: keyword arguments of the network, each [B, ...].
+    """
+
+    x0: Tensor
+    labels: Tensor | None
+    condition: Mapping[str, Tensor]
+
+
+Encoder = Callable[[Any, Draws], Encoded]
+
+
+class PixelEncoder:
+    """Pixels are diffused as they are; the network is told the class if it is class-conditional.
+
+    Args:
+        device: where training happens.
+        class_conditional: whether the batch's labels go to the network.
+    """
+
+    def __init__(self, device: torch.device, class_conditional: bool = False) -> None:
+        self._device, self._class_conditional = device, class_conditional
+
+    def __call__(self, batch: Images, draws: Draws) -> Encoded:
+        """See `Encoded`."""
+        x0 = batch.x0.to(self._device, non_blocking=True)
+        labels = None if batch.labels is None else batch.labels.to(self._device, non_blocking=True)
+        condition = {"class_labels": labels} if self._class_conditional and labels is not None else {}
+        return Encoded(x0, labels, condition)
+
+
+@dataclass(frozen=True)
+class LatentEncoder:
+    """A VAE's latents are diffused; the network is told the class if it is class-conditional.
+
+    The VAE keeps its fp32 weights, with which samples are decoded, and encodes in ``precision``.
+
+    Args:
+        vae: frozen, on the device.
+        device: where training happens.
+        class_conditional: whether the batch's labels go to the network.
+        precision: of the VAE's arithmetic.
+    """
+
+    vae: AutoencoderKL
+    device: torch.device
+    class_conditional: bool = False
+    precision: torch.dtype = torch.float32
+
+    @torch.no_grad()
+    def __call__(self, batch: Images, draws: Draws) -> Encoded:
+        """See `Encoded`: ``x0`` are latents [B, 4, H/8, W/8] for Stable Diffusion's VAE."""
+        pixels = PixelEncoder(self.device, self.class_conditional)(batch, draws)
+        x0 = latent_draw(*self.posterior(pixels.x0), self.vae.config.scaling_factor, draws)
+        return pixels._replace(x0=x0)
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents of a batch's images, each [B, 4, H/8, W/8]."""
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
+            posterior = self.vae.encode(images.to(self.device)).latent_dist
+        return posterior.mean, posterior.logvar
+
+
+def latent_draw(mean: Tensor, log_variance: Tensor, scaling_factor: float, draws: Draws) -> Tensor:
+    """A fresh latent of each image from its posterior: ``scaling_factor * (mean + deviation * normal)``, fp32.
+
+    Args:
+        mean: of the VAE's posterior, any floating dtype [B, C, H, W].
+        log_variance: likewise; the deviation is taken from it in fp32.
+        scaling_factor: of the VAE's configuration; it gives latents unit variance.
+        draws: the micro-batch's random numbers, of which this takes the normal ones called "latent".
+    """
+    deviation = (0.5 * log_variance.float()).exp()
+    return (mean.float() + deviation * draws.normal("latent", *mean.shape)) * scaling_factor

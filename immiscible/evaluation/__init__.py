@@ -1,0 +1,1 @@
+"""Pictures become numbers: feature networks, distances, validation loss, leakage."""

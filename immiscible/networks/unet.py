@@ -1,0 +1,284 @@
+"""The networks: U-Nets of diffusers, by preset or by configuration, with their average and optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from immiscible.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, ModelMixin, UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+    from immiscible.configs import AnyConfig
+    from immiscible.flags import UnconditionalConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # 160 thousand parameters: the bundled 8x8 digits.
+    "unet-tiny": {
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "add_attention": False,
+    },
+    # 6.5 million: 32x32 on a CPU or a small GPU.
+    "unet-small": {
+        "block_out_channels": (64, 128, 128),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+    # 36 million: DDPM's CIFAR-10 network (128 channels, 1-2-2-2, attention at 16x16, dropout 0.1).
+    "unet-cifar10": {
+        "block_out_channels": (128, 256, 256, 256),
+        "layers_per_block": 2,
+        "dropout": 0.1,
+        "attention_head_dim": None,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+    # 114 million: what the diffusers example trains when no configuration is given.
+    "unet-diffusers": {
+        "block_out_channels": (128, 128, 256, 256, 512, 512),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+    },
+    # 642 million: the levels and widths of Stable Diffusion v1's network, with self-attention alone, for its latents.
+    "unet-sd": {
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "attention_head_dim": 40,
+        "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D"),
+    },
+}
+
+
+def unet_config(
+    *,
+    config_name_or_path: str | None,
+    preset: str | None,
+    resolution: int,
+    channels: int,
+    dropout: float | None,
+    num_classes: int | None = None,
+    downsampling: int = 1,
+) -> dict[str, Any]:
+    """The constructor arguments of the U-Net that these flags mean.
+
+    Args:
+        config_name_or_path: a folder with ``config.json``, a JSON file, or a name on the hub; its channels win over ``channels``.
+        preset: a key of `PRESETS`; without both, ``unet-diffusers`` where the resolution divides by 32, else ``unet-small``.
+        resolution: of the images; divided by ``downsampling`` it becomes ``sample_size``, at which pipelines sample.
+        channels: of the images or latents, where no configuration says otherwise.
+        dropout: overrides the configuration's if not None.
+        num_classes: of a network that is told the class of each image, by the embedding that the configuration's ``class_embed_type``
+            names: diffusers' learned one if it names none. None for an unconditional network.
+        downsampling: the side of an image divided by that of its latent; 1 for a network of pixels.
+
+    Raises:
+        UserError: the configuration cannot be found or is not such a U-Net's, the resolution does not halve often enough, or the
+            configuration has another number of classes or, for latents, of channels.
+    """
+    if config_name_or_path:
+        config = _load_config(config_name_or_path)
+        flag = f"--model_config_name_or_path {config_name_or_path}"
+    else:
+        name = preset or ("unet-diffusers" if resolution // downsampling % 32 == 0 else "unet-small")
+        config = {**PRESETS[name], "in_channels": channels, "out_channels": channels}
+        flag = f"--model_preset {name}"
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    if resolution % (factor * downsampling):
+        what = "image" if downsampling == 1 else f"latent (1/{downsampling} of the image)"
+        raise UserError(
+            f"{flag} halves the {what} {factor.bit_length() - 1} times: --resolution {resolution} must be a multiple of "
+            f"{factor * downsampling}"
+        )
+    if downsampling > 1 and config["in_channels"] != channels:
+        raise UserError(f"{flag} has {config['in_channels']} channels, and the VAE's latents have {channels}; make them equal")
+    if dropout is not None:
+        config["dropout"] = dropout
+    declared, kind = config.get("num_class_embeds"), config.get("class_embed_type")
+    if num_classes is None:
+        if declared or kind:
+            raise UserError(f"{flag}: the network expects class labels; give --class_conditional")
+    elif declared not in (None, num_classes):
+        raise UserError(f"{flag}: num_class_embeds is {declared}, but the data has {num_classes} classes; make them equal or leave it out")
+    elif kind not in (None, "timestep"):
+        raise UserError(f"{flag}: class_embed_type {kind!r} does not take class numbers; leave it out or give 'timestep'")
+    else:
+        config["num_class_embeds"] = num_classes
+    return {**config, "sample_size": resolution // downsampling}
+
+
+def build_unet(config: dict[str, Any]) -> UNet2DModel:
+    """A U-Net with fresh weights, drawn from the global generator.
+
+    Raises:
+        UserError: diffusers cannot build a network of this configuration.
+    """
+    from diffusers import UNet2DModel
+
+    try:
+        return UNet2DModel.from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"--model_config_name_or_path: diffusers cannot build this U-Net ({str(error).splitlines()[0]})") from error
+
+
+def load_vae(name_or_path: str, *, resolution: int, cache_dir: str | None = None) -> AutoencoderKL:
+    """The VAE of ``--vae_model_name_or_path``, frozen, fp32, on the CPU.
+
+    Args:
+        name_or_path: a folder or a name on the hub: an `AutoencoderKL`, or a checkpoint with one in its subfolder ``vae``.
+        resolution: of the images.
+        cache_dir: where models of the hub are kept.
+
+    Raises:
+        UserError: there is none, it is another kind of model, or it cannot halve images of this resolution as often as it must.
+    """
+    from diffusers import AutoencoderKL
+
+    flag = f"--vae_model_name_or_path {name_or_path}"
+    try:
+        options: dict[str, Any] = {"cache_dir": cache_dir}
+        try:
+            settings = AutoencoderKL.load_config(name_or_path, **options)
+        except OSError:
+            options["subfolder"] = "vae"
+            settings = AutoencoderKL.load_config(name_or_path, **options)
+        kind = settings.get("_class_name", "an unnamed model")
+        if kind != "AutoencoderKL":
+            raise UserError(f"{flag} is a {kind}, not an AutoencoderKL; give a VAE, or a checkpoint that has one in its folder `vae`")
+        vae = AutoencoderKL.from_pretrained(name_or_path, **options)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{flag}: no AutoencoderKL found there, nor in a folder `vae` of it ({str(error).splitlines()[0]})") from None
+    if vae.config.shift_factor or vae.config.latents_mean:
+        raise UserError(f"{flag} shifts its latents, which diffusers' unconditional pipeline does not undo; take one as Stable Diffusion's")
+    if resolution % latent_downsampling(vae):
+        raise UserError(
+            f"{flag} halves the image {len(vae.config.block_out_channels) - 1} times: --resolution {resolution} must be a multiple of "
+            f"{latent_downsampling(vae)}"
+        )
+    return vae.float().requires_grad_(False).eval()
+
+
+def latent_downsampling(vae: AutoencoderKL) -> int:
+    """The side of an image divided by that of its latent."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def vae_identity(vae: AutoencoderKL) -> dict[str, Any]:
+    """What tells this VAE from others wherever it was loaded from: its settings and a digest of its weights."""
+    return {**{name: value for name, value in vae.config.items() if not name.startswith("_")}, "weights": weights_digest(vae)}
+
+
+def weights_digest(network: nn.Module) -> str:
+    """A short line that tells these weights from others, to the last bit."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def build_ema(unet: UNet2DModel, config: UnconditionalConfig, device: torch.device) -> EMAModel | None:
+    """The moving average of ``unet``'s weights that the flags ask for, with the decay's warm-up, or None."""
+    from diffusers.training_utils import EMAModel
+
+    if not config.use_ema:
+        return None
+    ema = EMAModel(
+        unet.parameters(),
+        decay=config.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=config.ema_inv_gamma,
+        power=config.ema_power,
+        foreach=True,
+        model_cls=type(unet),
+        model_config=unet.config,
+    )
+    ema.to(device)
+    return ema
+
+
+def build_optimizer(unet: UNet2DModel, config: UnconditionalConfig) -> torch.optim.Optimizer:
+    """AdamW as the flags say."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(
+        unet.parameters(), lr=config.learning_rate, betas=betas, weight_decay=config.adam_weight_decay, eps=config.adam_epsilon
+    )
+
+
+def learning_rate(config: AnyConfig, optimizer: torch.optim.Optimizer, max_steps: int) -> Callable[[int], float]:
+    """The rate of optimizer step s, from 0: diffusers' schedule, counted in optimizer steps whatever the accumulation and the ranks."""
+    from diffusers.optimization import get_scheduler
+
+    if config.lr_scheduler == "polynomial" and config.learning_rate <= 1e-7:  # where diffusers' polynomial ends
+        raise UserError(f"--lr_scheduler polynomial falls to 1e-7: --learning_rate must be above that, not {config.learning_rate}")
+    scheduler = get_scheduler(
+        config.lr_scheduler,
+        getattr(optimizer, "optimizer", optimizer),
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=max_steps,
+    )
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: config.learning_rate * factor(step)
+
+
+def tuned(unet: ModelMixin, config: AnyConfig) -> nn.Module:
+    """The network with the speed and memory options of the flags switched on."""
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if config.enable_xformers_memory_efficient_attention:
+        if find_spec("xformers") is None:  # diffusers notices it only on networks with attention
+            raise UserError(
+                "--enable_xformers_memory_efficient_attention: xformers is not installed: `pip install xformers`, "
+                "or leave the flag out for torch's own attention"
+            )
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--enable_xformers_memory_efficient_attention: {reason}; without it torch's own attention is used") from None
+    if config.torch_compile:
+        backends = torch.compiler.list_backends(exclude_tags=())
+        if config.torch_compile_backend not in backends:
+            raise UserError(f"--torch_compile_backend {config.torch_compile_backend!r} is unknown; known: {', '.join(backends)}")
+        compiled: nn.Module = torch.compile(unet, backend=config.torch_compile_backend)  # type: ignore[assignment]
+        return compiled
+    return unet
+
+
+def _load_config(name_or_path: str) -> dict[str, Any]:
+    from diffusers import UNet2DModel
+
+    flag = f"--model_config_name_or_path {name_or_path}"
+    try:
+        path = Path(name_or_path)
+        config = json.loads(path.read_text()) if path.is_file() else UNet2DModel.load_config(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: no UNet2DModel configuration found there ({str(error).splitlines()[0]})") from None
+    if not isinstance(config, dict) or "block_out_channels" not in config or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise UserError(f"{flag}: not a UNet2DModel configuration")
+    known = set(signature(UNet2DModel.__init__).parameters)
+    unknown = [key for key in config if not key.startswith("_") and key not in known]
+    if unknown or not isinstance(config["block_out_channels"], list | tuple):
+        raise UserError(f"{flag}: not a UNet2DModel configuration: {', '.join(unknown) or 'block_out_channels'} is not one of its settings")
+    if config.get("in_channels", 3) != config.get("out_channels", 3):
+        raise UserError(f"{flag}: in_channels and out_channels differ; a learned variance is not trained here")
+    return {"in_channels": 3, "out_channels": 3} | {key: value for key, value in config.items() if not key.startswith("_")}

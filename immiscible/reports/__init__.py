@@ -1,0 +1,1 @@
+"""Runs become a comparison: numbers, page, figures."""

@@ -1,0 +1,1 @@
+"""A network becomes pictures: pipelines, requests and folders of samples."""

@@ -1,0 +1,195 @@
+"""Pipelines of a run, samples and grids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from immiscible.errors import UserError
+from immiscible.randomness import seeded_generator
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+
+def build_pipeline(
+    unet: UNet2DModel, training_scheduler: SchedulerMixin, *, sampler: str, spacing: str, vae: AutoencoderKL | None = None
+) -> DiffusionPipeline:
+    """A pipeline that plain diffusers loads and samples.
+
+    Args:
+        unet: the network.
+        training_scheduler: what it was trained with; its schedule and prediction type are taken over.
+        sampler: ``ddpm`` or ``ddim`` for a ddpm process. A flow process is sampled by its own Euler scheduler inside a
+            `DDPMPipeline`, since `DDIMPipeline` would silently read it as an epsilon model.
+        spacing: ``timestep_spacing`` of the sampler.
+        vae: decodes what the network samples, in an `LDMPipeline`, which diffusers wrote for a VQ model and which takes this one as well.
+            Pixels are clipped to their range at every step, latents have none.
+    """
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline
+
+    if isinstance(training_scheduler, FlowMatchEulerDiscreteScheduler):
+        return DDPMPipeline(unet, FlowMatchEulerDiscreteScheduler.from_config(training_scheduler.config))
+    pipeline, scheduler = {"ddpm": (DDPMPipeline, DDPMScheduler), "ddim": (DDIMPipeline, DDIMScheduler)}[sampler]
+    config = {**training_scheduler.config, "timestep_spacing": spacing, "clip_sample": vae is None, "clip_sample_range": 1.0}
+    sampling_scheduler = scheduler.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+    if vae is not None:
+        return LDMPipeline(vqvae=vae, unet=unet, scheduler=sampling_scheduler)
+    return pipeline(unet, sampling_scheduler)
+
+
+def sample_images(
+    pipeline: DiffusionPipeline,
+    count: int,
+    *,
+    steps: int,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+    first: int = 0,
+    prompts: Sequence[str] = (),
+    guidance_scale: float = 7.5,
+    side: int | None = None,
+    bar: bool = True,
+) -> numpy.ndarray:
+    """Samples with one generator per image, so that image i is the same for every batch size and device.
+
+    A class-conditional network is told the classes that `sample_labels` gives: in turn, so each is sampled equally often.
+
+    Args:
+        pipeline: from `build_pipeline` or loaded by diffusers.
+        count: number of images.
+        steps: inference steps.
+        seed: of the images' generators.
+        batch_size: images sampled together.
+        device: where the network runs.
+        first: the number of the first image; samples 0..n may be taken in several calls.
+        prompts: of a text-to-image pipeline: image i is of prompt i modulo their number.
+        guidance_scale: of a text-to-image pipeline; 1 is without guidance.
+        side: of a text-to-image pipeline's images, in pixels; None for what its network says.
+        bar: show the steps of each batch, where there is a terminal.
+
+    Returns:
+        uint8 [count, H, W, C].
+    """
+    pipeline = pipeline.to(device)
+    pipeline.set_progress_bar_config(leave=False, desc="sampling", disable=None if bar else True)
+    # Where some parts are in half precision, a sampler may hand fp32 latents to a VAE that would refuse them.
+    dtypes = [part.dtype for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    half: Any = next((dtype for dtype in dtypes if dtype in (torch.float16, torch.bfloat16)), None)
+    autocast = torch.autocast(device.type, dtype=half, enabled=half is not None)
+    if type(pipeline).__name__ == "LDMPipeline":  # it scales its noise by the sampler's sigmas before it sets them
+        pipeline.scheduler.set_timesteps(steps)
+    batches = []
+    for start in range(first, first + count, batch_size):
+        numbers = range(start, min(start + batch_size, first + count))
+        generators = [seeded_generator(seed, "sample", number) for number in numbers]
+        wanted: dict[str, Any] = {"batch_size": len(numbers)}
+        if prompts:
+            wanted = {"prompt": [prompts[number % len(prompts)] for number in numbers], "guidance_scale": guidance_scale}
+            wanted |= {"height": side, "width": side}
+        labels = sample_labels(pipeline.unet, len(numbers), first=start)
+        with told_classes(pipeline.unet, labels), told_generators(pipeline, generators), autocast:
+            batches.append(pipeline(**wanted, generator=generators, num_inference_steps=steps, output_type="np").images)
+    images = numpy.concatenate(batches)
+    if not numpy.isfinite(images).all():
+        raise UserError("samples hold NaN values: the network's weights have diverged", exit_code=1)
+    return (images * 255).round().astype(numpy.uint8)
+
+
+def sample_labels(unet: UNet2DModel, count: int, *, first: int = 0) -> Tensor | None:
+    """The classes of samples ``first`` to ``first + count - 1``: int64 [count], sample i is of class i modulo the number of classes.
+
+    None for an unconditional network.
+    """
+    num_classes = unet.config.num_class_embeds
+    return None if num_classes is None else torch.arange(first, first + count) % num_classes
+
+
+def told(config: Mapping[str, Any]) -> str:
+    """What a run's samples are told while they are measured, in words, by the run's flags; empty for an unconditional network."""
+    if "pretrained_model_name_or_path" in config:
+        return f"the captions of column {config.get('caption_column')}, without guidance"
+    return "every class equally often" if config.get("class_conditional") else ""
+
+
+@contextmanager
+def told_classes(unet: nn.Module, labels: Tensor | None) -> Iterator[None]:
+    """Inside the block every call of ``unet`` gets these ``class_labels``: diffusers' unconditional pipelines have no argument for them.
+
+    Args:
+        unet: called inside the block on batches [B, C, H, W].
+        labels: int64 [B], on any device; None leaves the network as it is.
+    """
+    if labels is None:
+        yield
+        return
+
+    def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "class_labels": labels.to(args[0].device)}
+
+    hook = unet.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def told_generators(pipeline: DiffusionPipeline, generators: list[torch.Generator]) -> Iterator[None]:
+    """Inside the block the sampler of an `LDMPipeline` draws its noise from these generators, one per image; the pipeline keeps them to
+    the first noise, and would leave a stochastic sampler to the global generator. Other pipelines pass them on themselves.
+    """
+    scheduler = pipeline.scheduler
+    if type(pipeline).__name__ != "LDMPipeline" or "generator" not in signature(scheduler.step).parameters:
+        yield
+        return
+    scheduler.step = wraps(scheduler.step)(partial(scheduler.step, generator=generators))
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def image_grid(images: numpy.ndarray, *, least_side: int = 64) -> Image.Image:
+    """A grid as square as possible; small images are enlarged by whole factors to ``least_side`` pixels so that they can be seen.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        least_side: the least side of a cell in pixels.
+    """
+    from diffusers.utils import make_image_grid
+
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    cells = [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB") for image in images]
+    factor = max(1, math.ceil(least_side / max(cells[0].size)))
+    cells = [cell.resize((cell.width * factor, cell.height * factor), Image.Resampling.NEAREST) for cell in cells]
+    cells += [Image.new("RGB", cells[0].size, "white")] * (rows * columns - len(cells))
+    return make_image_grid(cells, rows=rows, cols=columns)
+
+
+@contextmanager
+def evaluation_weights(model: nn.Module, ema: EMAModel | None) -> Iterator[None]:
+    """Inside the block ``model`` is in evaluation mode and holds the EMA weights, if there are any."""
+    was_training = model.training
+    model.eval()
+    if ema is not None:
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        if ema is not None:
+            ema.restore(model.parameters())
+        model.train(was_training)

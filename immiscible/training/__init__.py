@@ -1,0 +1,1 @@
+"""The life of a run: loop, session, folder, checkpoints, log, cards."""

@@ -1,0 +1,105 @@
+"""The run's folder: whose it is, whether it may be written, and what must be equal for a run in it to go on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from immiscible.errors import UserError, on_every_process
+from immiscible.flags import OWN_FILES
+from immiscible.training.checkpoints import STATE_FILE, checkpoints, clean_up, discard, is_complete, resolve_checkpoint, step_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from immiscible.configs import AnyConfig
+
+logger = logging.getLogger(__name__)
+
+MARKER = ".immiscible-run"  # a folder without it is nobody's run, whatever names it holds
+FINISHED = "a finished run"
+
+
+def check_folder(config: AnyConfig) -> Path | None:
+    """The checkpoint to resume, or None for a fresh start; touches nothing.
+
+    Raises:
+        UserError: the output folder holds a run and neither resuming nor overwriting is asked for, or the checkpoint is missing or
+            incomplete.
+    """
+    folder = Path(config.output_dir or "")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file; give a folder")
+    held = _run_in(folder)
+    foreign = [name for name in (*OWN_FILES, config.logging_dir) if os.path.lexists(folder / name)]
+    foreign += [path.name for path in checkpoints(folder) if not (path / STATE_FILE).exists()]  # another trainer's
+    if not held and foreign and not config.plan:
+        raise UserError(
+            f"--output_dir {folder} holds {', '.join(foreign)} of something else, which a run would overwrite; give another folder"
+        )
+    resumed = resolve_checkpoint(folder, config.resume_from_checkpoint)
+    if held and not config.overwrite_output_dir and not config.plan and config.resume_from_checkpoint is None:
+        raise UserError(
+            f"--output_dir {folder} holds {held}: continue it with --resume_from_checkpoint latest, delete it with "
+            f"--overwrite_output_dir, or choose another folder"
+        )
+    if config.resume_from_checkpoint == "latest" and resumed is None:
+        if held == FINISHED:
+            raise UserError(
+                f"--resume_from_checkpoint latest: the finished run in {folder} has no complete checkpoint left; "
+                f"delete it with --overwrite_output_dir or choose another --output_dir"
+            )
+        logger.warning("--resume_from_checkpoint latest: %s holds no checkpoint; starting anew", folder)
+    if resumed and resumed.resolve().parent == folder.resolve():
+        later = [path.name for path in checkpoints(folder) if step_of(path) > step_of(resumed) and is_complete(path)]
+        if later:
+            raise UserError(
+                f"--resume_from_checkpoint {config.resume_from_checkpoint}: {folder} holds later checkpoints ({', '.join(later)}), "
+                f"which the resumed run would mix with its own; give another --output_dir to branch off, or `latest`"
+            )
+    elif resumed and held and not config.plan:
+        raise UserError(f"--output_dir {folder} holds {held} of its own; resume {resumed} into its own folder or into a new one")
+    return resumed
+
+
+def run_identity(config: AnyConfig, *, data: str, network: dict[str, Any], processes: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued: every flag not in ``free_on_resume``, the data, the network, the ranks."""
+    flags = {f"--{name}": value for name, value in asdict(config).items() if name not in config.free_on_resume}
+    return json.loads(json.dumps({**flags, "data": data, "network": network, "processes": processes}))
+
+
+def prepare_folder(config: AnyConfig, accelerator: Accelerator) -> None:
+    """Creates the output folder; removes what a killed run left half written and, with ``--overwrite_output_dir``, the old run."""
+    folder = Path(config.output_dir or "")
+
+    def prepare() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}", exit_code=1) from None
+        clean_up(folder)
+        if config.overwrite_output_dir and _run_in(folder):
+            old = [*(folder / name for name in (*OWN_FILES, config.logging_dir)), *checkpoints(folder)]
+            for path in filter(os.path.lexists, old):
+                discard(path)
+        (folder / MARKER).touch()
+
+    accelerator.wait_for_everyone()  # every rank has looked at the folder as it was
+    on_main_process(accelerator, prepare)
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Does ``work`` on rank 0 while the others wait; raises as `on_every_process`."""
+    on_every_process(accelerator, work if accelerator.is_main_process else lambda: None)
+
+
+def _run_in(folder: Path) -> str:
+    """What of ours the folder holds, in words, or an empty string: the marker is written by every run, before anything else."""
+    if not (folder / MARKER).exists():
+        return ""
+    return FINISHED if (folder / "summary.json").exists() else "an unfinished run"
