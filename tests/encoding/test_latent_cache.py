@@ -453,7 +453,7 @@ def test_a_checkpoint_of_cached_latents_is_not_continued_from_images(tiny_sd, tm
 
 
 def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(tiny_sd, tmp_path, monkeypatch):
-    from immiscible.encoding.encoders import cache as latent_cache
+    from immiscible.encoding import cache as latent_cache
 
     sd, made = {**tiny_sd, "cache": tmp_path / "cache"}, []
     make = latent_cache._Writer._make
@@ -478,7 +478,7 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(tiny_sd, tmp_p
 
 def test_a_cache_is_not_whole_while_it_is_mended(tiny_sd, tmp_path, monkeypatch):
     """The first of its texts are of the new captions then, the others and their index of the old ones."""
-    from immiscible.encoding.encoders import cache as latent_cache
+    from immiscible.encoding import cache as latent_cache
 
     folder = shutil.copytree(tiny_sd["images"], tmp_path / "images")
     sd = {**tiny_sd, "images": folder, "cache": tmp_path / "cache"}
@@ -518,7 +518,7 @@ def test_two_calls_do_not_fill_one_folder(tiny_sd, tmp_path):
 
 
 def test_a_disk_that_fills_up_is_one_line(tiny_sd, tmp_path, monkeypatch):
-    from immiscible.encoding.encoders import cache as latent_cache
+    from immiscible.encoding import cache as latent_cache
 
     def fail(tensors, path, **options):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -572,7 +572,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_work(tiny_sd, tmp_path, 
 
 
 def test_two_captions_of_one_digest_are_an_error(tiny_sd, tmp_path, monkeypatch):
-    from immiscible.encoding.encoders import cache as latent_cache
+    from immiscible.encoding import cache as latent_cache
 
     monkeypatch.setattr(latent_cache, "caption_digest", lambda caption: len(caption))
     with pytest.raises(UserError, match="have one digest"):
