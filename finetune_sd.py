@@ -16,7 +16,7 @@ from pathlib import Path
 from immiscible.configs import TextToImageConfig
 from immiscible.errors import run_script
 from immiscible.flags import parse_config
-from immiscible.training.run import session
+from immiscible.training.session import session
 from train_text_to_image import train_text_to_image
 
 

@@ -18,50 +18,32 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from immiscible.assignment.conditions import ClassLeak
 from immiscible.configs import TextToImageConfig
 from immiscible.coupling import coupling_state, restore_coupling
-from immiscible.data.sources import build_loader, image_transform, images_of
-from immiscible.data.streaming import batch_order, training_images
+from immiscible.data.loading import batch_order, build_loader, images_of, training_images
+from immiscible.data.sources import split_source
+from immiscible.data.transforms import image_transform
 from immiscible.encoding.cache import open_cache
+from immiscible.encoding.texts import TextToImageEncoder
 from immiscible.errors import UserError, run_script
-from immiscible.evaluation.metrics import split_source
+from immiscible.evaluation.leakage import ClassLeak
 from immiscible.flags import parse_config
-from immiscible.networks.stable_diffusion import (
-    TextToImageEncoder,
-    build_text_ema,
-    build_text_optimizer,
-    build_text_pipeline,
-    initial_weights,
-    load_captioned_images,
-    load_stable_diffusion,
-    place,
-    prompt_classes,
-    save_prompt_grid,
-    save_text_pipeline,
-    text_learning_rate,
-)
-from immiscible.networks.unet import tuned
+from immiscible.method import build_objective
+from immiscible.networks.optimization import build_text_ema, build_text_optimizer, text_learning_rate, tuned
+from immiscible.networks.stable_diffusion import load_stable_diffusion, place
+from immiscible.processes import on_main_process
 from immiscible.randomness import reseed_globally
+from immiscible.sampling.pipelines import build_text_pipeline
+from immiscible.tasks.text_to_image import initial_weights, load_captioned_images, prompt_classes, save_prompt_grid, save_text_pipeline
+from immiscible.training.cards import push_pipeline
 from immiscible.training.checkpoints import check_identity, load_checkpoint, save_checkpoint
-from immiscible.training.folder import check_folder, on_main_process, prepare_folder, run_identity
+from immiscible.training.folder import check_folder, prepare_folder, run_identity
+from immiscible.training.log import RunLog
 from immiscible.training.loop import StopRequest, train, whole_windows
-from immiscible.training.run import (
-    RunEvaluation,
-    RunLog,
-    build_objective,
-    check_batch_size,
-    follow,
-    is_finished,
-    measured_facts,
-    method_facts,
-    push_pipeline,
-    report_end,
-    report_plan,
-    report_start,
-    session,
-    settle_seed,
-)
+from immiscible.training.measuring import RunEvaluation
+from immiscible.training.run import follow
+from immiscible.training.session import session, settle_seed
+from immiscible.training.summary import check_batch_size, is_finished, measured_facts, method_facts, report_end, report_plan, report_start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -18,49 +18,33 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from immiscible.assignment.conditions import ClassLeak
+from immiscible.configs import UnconditionalConfig
 from immiscible.coupling import coupling_state, restore_coupling
-from immiscible.data.sources import build_loader, image_transform, images_of
-from immiscible.data.streaming import batch_order, load_training_images, training_images
-from immiscible.encoding.encoders import PRECISIONS, Encoder, LatentEncoder, PixelEncoder
+from immiscible.data.loading import batch_order, build_loader, images_of, load_training_images, training_images
+from immiscible.data.sources import split_source
+from immiscible.data.transforms import image_transform
+from immiscible.encoding.encoders import Encoder, LatentEncoder, PixelEncoder
 from immiscible.errors import run_script
-from immiscible.evaluation.metrics import split_source
-from immiscible.flags import UnconditionalConfig, parse_config
-from immiscible.networks.unet import (
-    build_ema,
-    build_optimizer,
-    build_unet,
-    latent_downsampling,
-    learning_rate,
-    load_vae,
-    tuned,
-    unet_config,
-    vae_identity,
-)
+from immiscible.evaluation.leakage import ClassLeak
+from immiscible.flags import parse_config
+from immiscible.method import build_objective, training_scheduler
+from immiscible.networks.latents import latent_downsampling, load_vae, vae_identity
+from immiscible.networks.optimization import build_ema, build_optimizer, learning_rate, tuned
+from immiscible.networks.unet import build_unet, unet_config
+from immiscible.networks.weights import PRECISIONS
+from immiscible.processes import on_main_process
 from immiscible.randomness import reseed_globally
 from immiscible.sampling.pipelines import build_pipeline
+from immiscible.tasks.pixels import save_pipeline, save_samples
+from immiscible.training.cards import push_pipeline
 from immiscible.training.checkpoints import check_identity, load_checkpoint, save_checkpoint
-from immiscible.training.folder import check_folder, on_main_process, prepare_folder, run_identity
+from immiscible.training.folder import check_folder, prepare_folder, run_identity
+from immiscible.training.log import RunLog
 from immiscible.training.loop import StopRequest, train, whole_windows
-from immiscible.training.run import (
-    RunEvaluation,
-    RunLog,
-    build_objective,
-    check_batch_size,
-    follow,
-    is_finished,
-    measured_facts,
-    method_facts,
-    push_pipeline,
-    report_end,
-    report_plan,
-    report_start,
-    save_pipeline,
-    save_samples,
-    session,
-    settle_seed,
-    training_scheduler,
-)
+from immiscible.training.measuring import RunEvaluation
+from immiscible.training.run import follow
+from immiscible.training.session import session, settle_seed
+from immiscible.training.summary import check_batch_size, is_finished, measured_facts, method_facts, report_end, report_plan, report_start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -7,8 +7,8 @@
 What is listed in ``__all__`` is the public interface and stays stable.
 """
 
-from immiscible.assignment.conditions import ClassLeak, class_leak
-from immiscible.assignment.solve import Assignment, assign, certified_assignment, cost_matrix
+from immiscible.assignment.costs import cost_matrix
+from immiscible.assignment.solve import Assignment, assign, certified_assignment
 from immiscible.coupling import (
     COUPLINGS,
     AboveTimestep,
@@ -21,6 +21,7 @@ from immiscible.coupling import (
     coupling_statistics,
 )
 from immiscible.errors import UserError
+from immiscible.evaluation.leakage import ClassLeak, class_leak
 from immiscible.process import NoiseProcess
 from immiscible.timesteps import TIMESTEP_SAMPLINGS, TimestepSampler, timestep_sampler
 from immiscible.weighting import LOSS_WEIGHTINGS, loss_weights

@@ -6,154 +6,191 @@ With ``--use_lora`` the flags and defaults of diffusers' LoRA example hold too.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import PurePath
 from typing import Any
 
+from immiscible.data.arguments import DataArguments, TextDataArguments
+from immiscible.encoding.arguments import LatentCacheArguments
 from immiscible.errors import UserError
-from immiscible.flags import (
-    CROPS,
-    FREE_ON_RESUME,
-    LR_SCHEDULERS,
-    EvaluationArguments,
-    LatentCacheArguments,
-    MethodArguments,
-    UnconditionalConfig,
-    flag,
+from immiscible.evaluation.arguments import EvaluationArguments
+from immiscible.method import MethodArguments
+from immiscible.networks.arguments import ModelArguments, OptimizationArguments, TextModelArguments, TextOptimizationArguments
+from immiscible.training.arguments import RunArguments, TextRunArguments
+from immiscible.training.folder import OWN_FILES
+
+
+@dataclass
+class UnconditionalConfig(
+    EvaluationArguments, RunArguments, OptimizationArguments, MethodArguments, ModelArguments, LatentCacheArguments, DataArguments
+):
+    """Every flag of ``train_unconditional.py``."""
+
+    @property
+    def image_interpolation_mode(self) -> str:
+        """How images are resized; a flag of diffusers' other script."""
+        return "bilinear"
+
+    @property
+    def free_on_resume(self) -> frozenset[str]:
+        """The flags that may differ between a checkpoint and the run that resumes it."""
+        return FREE_ON_RESUME
+
+    @staticmethod
+    def settle(values: dict[str, Any]) -> None:
+        """Nothing here: no flag of this script switches another on."""
+
+    def check(self) -> None:
+        """What only this script's flags can get wrong.
+
+        Raises:
+            UserError: the flags contradict each other.
+        """
+        if self.coupling_min_timestep >= self.ddpm_num_steps:
+            raise UserError(
+                f"--coupling_min_timestep must be below --ddpm_num_steps {self.ddpm_num_steps}, not {self.coupling_min_timestep}"
+            )
+        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
+            raise UserError(f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps} exceeds --ddpm_num_steps {self.ddpm_num_steps}")
+        if self.eval_steps and any(not 1 <= steps <= self.ddpm_num_steps for steps in self.eval_inference_steps):
+            raise UserError(
+                f"--eval_inference_steps {self.eval_inference_steps}: each must be from 1 to --ddpm_num_steps {self.ddpm_num_steps}"
+            )
+        if self.model_preset and self.model_config_name_or_path:
+            raise UserError("--model_preset and --model_config_name_or_path are given together; choose one")
+        if self.label_column and self.bundled_data:
+            raise UserError("--label_column names a column of --dataset_name or --train_data_dir; bundled data needs none")
+        if self.crop == "adm" and self.preserve_input_precision:
+            raise UserError("--crop adm is defined for 8-bit images, which --preserve_input_precision avoids; leave one of them out")
+        if self.cache_latents and not self.vae_model_name_or_path:
+            raise UserError("--cache_latents needs --vae_model_name_or_path, whose latents they are")
+        if self.vae_model_name_or_path and self.noise_process == "flow":
+            raise UserError(
+                "--vae_model_name_or_path with --noise_process flow: diffusers has no pipeline that samples such a network; "
+                "train latents with --noise_process ddpm"
+            )
+
+    @property
+    def labels_for(self) -> str | None:
+        """The flag that needs the images' classes, if any does."""
+        needed = {
+            "--class_conditional": self.class_conditional,
+            f"--coupling_condition {self.coupling_condition}": self.coupling_condition != "none",
+            "--log_class_leak": self.log_class_leak,
+        }
+        return next((flag for flag, given in needed.items() if given), None)
+
+
+# What may differ between a checkpoint and the run that resumes it. All else defines the run. Data and
+# network are compared by what they are (fingerprint, configuration), not by the flags that name them.
+FREE_ON_RESUME = frozenset(
+    [
+        "max_train_steps",
+        "num_epochs",
+        "learning_rate",
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "torch_compile",
+        "torch_compile_backend",
+        "allow_tf32",
+        "enable_xformers_memory_efficient_attention",
+        "gradient_checkpointing",
+        "channels_last",
+        "look_ahead",
+        "local_rank",
+        "dataloader_num_workers",
+        "cache_dir",
+        "skip_bad_images",
+        "dataset_name",
+        "dataset_config_name",
+        "train_data_dir",
+        "bundled_data",
+        "max_train_samples",
+        "train_subset_fraction",
+        "model_config_name_or_path",
+        "model_preset",
+        "vae_model_name_or_path",
+        "latent_cache_dir",
+    ]
+) | {item.name for group in (RunArguments, EvaluationArguments) for item in fields(group)}
+
+
+def _validate(config: UnconditionalConfig) -> None:
+    """Ranges of every flag, also of methods that are not on; what depends on the schedule is checked where the method is built."""
+    given = [f"--{name}" for name in ("dataset_name", "train_data_dir", "bundled_data") if getattr(config, name, None)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are given together; choose one source of images")
+    for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
+        for name in names.split():
+            value = getattr(config, name, None)
+            if value is not None and not value >= least:
+                raise UserError(f"--{name} must be at least {least}, not {value}")
+    for name in ("ema_inv_gamma", "image_scale", "logit_std", "snr_gamma"):
+        value = getattr(config, name, None)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} must be above 0, not {value}")
+    if not 0 <= config.coupling_condition_ratio <= 1:
+        raise UserError(f"--coupling_condition_ratio must be from 0 to 1, not {config.coupling_condition_ratio}")
+    if not 0.5 <= config.change_aware_lambda <= 1:
+        raise UserError(f"--change_aware_lambda must be from 0.5 to 1, not {config.change_aware_lambda}")
+    if config.asymmetric_tau is not None and config.asymmetric_r is not None:
+        raise UserError("--asymmetric_tau and --asymmetric_r both say where SpeeD's threshold is; give one of them")
+    logs = PurePath(config.logging_dir)
+    if logs.is_absolute() or not logs.parts or ".." in logs.parts or logs.parts[0] in OWN_FILES:
+        raise UserError(f"--logging_dir {config.logging_dir} must be a folder of its own inside --output_dir, such as logs")
+    for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "dropout"):
+        value = getattr(config, name, None)
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"--{name} must be at least 0 and below 1, not {value}")
+    assigns = config.noise_coupling in ("independent", "assignment", "flipped_assignment")
+    if config.train_subset_fraction is not None:
+        if not 0 < config.train_subset_fraction <= 1:
+            raise UserError(f"--train_subset_fraction must be above 0 and at most 1, not {config.train_subset_fraction}")
+        if config.max_train_samples is not None:
+            raise UserError("--train_subset_fraction and --max_train_samples both say how many images are used; give one of them")
+    if config.streaming:
+        if not (config.dataset_name or config.train_data_dir):
+            raise UserError("--streaming is for --dataset_name or --train_data_dir; leave it out")
+        if config.max_train_steps is None:
+            raise UserError("--streaming needs --max_train_steps: how many images a stream holds is not known beforehand")
+        for name in ("eval_steps", "max_train_samples", "train_subset_fraction", "cache_latents"):
+            if getattr(config, name, None):
+                raise UserError(f"--{name} needs images in any order, which --streaming does not give; leave out one of them")
+    for name, default in (("coupling_scope", "process"), ("coupling_window", 1), ("coupling_condition", "none")):
+        if getattr(config, name) != default and not assigns:
+            raise UserError(
+                f"--{name} is for couplings that pair the images of a batch with each other (--noise_coupling assignment or "
+                f"flipped_assignment); {config.noise_coupling} serves each image on its own"
+            )
+    if config.latent_cache_dir is not None and not config.cache_latents:
+        raise UserError("--latent_cache_dir names a cache that is not used; add --cache_latents, or leave it out")
+    if config.cache_latents and config.latent_cache_dir is None:
+        raise UserError("--cache_latents needs --latent_cache_dir, the folder that scripts/precompute_latents.py filled")
+    if config.cache_latents and config.crop != "adm" and not config.center_crop:
+        raise UserError("--cache_latents needs --center_crop or --crop adm: a random crop is another one in every epoch")
+    if config.validation_split is not None and config.eval_steps is None:
+        raise UserError("--validation_split holds images out for evaluation: give --eval_steps too")
+    if config.snr_gamma is not None and config.loss_weighting != "min_snr":
+        raise UserError(f"--snr_gamma belongs to --loss_weighting min_snr, not to {config.loss_weighting}")
+    if config.resume_from_checkpoint and config.overwrite_output_dir:
+        raise UserError("--resume_from_checkpoint continues a run and --overwrite_output_dir deletes it; choose one")
+    if not isinstance(config.seed, int | None) or (config.seed is not None and config.seed < 0):
+        raise UserError(f"--seed must be at least 0, not {config.seed}")
+    config.check()
+
+
+_AT_LEAST_ONE = (
+    "resolution train_batch_size num_epochs num_train_epochs max_train_steps gradient_accumulation_steps checkpointing_steps "
+    "checkpoints_total_limit eval_batch_size ddpm_num_steps ddpm_num_inference_steps logging_steps max_train_samples eval_steps "
+    "eval_samples coupling_candidates coupling_window coupling_reservoir asymmetric_k asymmetric_r asymmetric_tau rank "
+    "num_validation_images validation_epochs validation_steps validation_inference_steps shuffle_buffer"
 )
 
-INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
-
-@dataclass
-class TextDataArguments:
-    """Which images and captions, and how the images are cropped."""
-
-    _argument_group_name = "data"
-
-    dataset_name: str | None = flag(None, "a data set on the hub (its `train` split), or a local folder that `datasets` can load")
-    dataset_config_name: str | None = flag(None, "the configuration of --dataset_name")
-    train_data_dir: str | None = flag(
-        None, "a folder of images with a metadata.jsonl that has their captions, of parquet files, or of WebDataset shards (.tar)"
-    )
-    image_column: str = flag("image", "the column of the data set that holds the images")
-    caption_column: str = flag(
-        "text",
-        "the column of the captions: text, a list of texts of which each epoch takes one, or classes (ClassLabel), whose names become "
-        "the prompts, by number; for .tar shards `text` is the .txt member, any other name a key of the .json member",
-    )
-    proportion_empty_prompts: float = flag(0.0, "share of the images that are trained without their caption, for guidance")
-    cache_dir: str | None = flag(None, "where downloaded data sets and models are kept")
-    resolution: int = flag(512, "images are resized and cropped to this many pixels a side")
-    center_crop: bool = flag(False, "crop the center instead of a random place")
-    random_flip: bool = flag(False, "flip half of the images left to right")
-    image_interpolation_mode: str = flag("lanczos", "how images are resized", choices=INTERPOLATIONS)
-    crop: str = flag(
-        "diffusers",
-        "diffusers: resize the short side, then cut; adm: halve by box filters, then bicubic, and cut the center, as ImageNet papers do",
-        choices=CROPS,
-    )
-    max_train_samples: int | None = flag(None, "train on at most this many images, a fixed random subset")
-    train_subset_fraction: float | None = flag(
-        None, "train on this share of the images, a fixed random subset that does not depend on --seed"
-    )
-    skip_bad_images: bool = flag(False, "replace unreadable images by the next one and count them, instead of stopping")
-    streaming: bool = flag(
-        False,
-        "read .tar or .parquet shards from front to back, over the network if --dataset_name is on the hub, and keep nothing on disk; "
-        "epochs are not counted, so give --max_train_steps",
-    )
-    shuffle_buffer: int = flag(1000, "with --streaming: images of one shard that are shuffled together")
-    dataloader_num_workers: int = flag(0, "processes that decode images; 0 decodes in the training process")
-
-
-@dataclass
-class TextModelArguments:
-    """The checkpoint that gives VAE, text encoder, tokenizer, scheduler and the U-Net or its configuration."""
-
-    _argument_group_name = "model"
-
-    pretrained_model_name_or_path: str | None = flag(None, "a Stable Diffusion 1.x or 2.x checkpoint, on the hub or in a folder; required")
-    revision: str | None = flag(None, "the checkpoint's revision on the hub")
-    variant: str | None = flag(None, "the checkpoint's variant, such as fp16")
-    non_ema_revision: str | None = flag(None, "the revision that holds the non-EMA U-Net")
-    prediction_type: str | None = flag(
-        None, "what the network predicts; by default what the checkpoint's scheduler says", choices=("epsilon", "sample", "v_prediction")
-    )
-    use_lora: bool = flag(False, "train low-rank adapters of the attention and leave the rest of the U-Net as it is (finetune_sd.py)")
-    rank: int = flag(4, "rank of the adapters")
-
-
-@dataclass
-class TextOptimizationArguments:
-    """Batches, optimizer, EMA and precision."""
-
-    _argument_group_name = "optimization"
-
-    seed: int | None = flag(None, "seed of everything drawn; if not given one is drawn, printed and written into the run's config")
-    train_batch_size: int = flag(16, "images per process and micro-batch")
-    num_train_epochs: int = flag(100, "passes over the data")
-    max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs")
-    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
-    learning_rate: float = flag(1e-4, "peak learning rate of AdamW")
-    scale_lr: bool = flag(False, "multiply the learning rate by accumulation, batch size and processes")
-    lr_scheduler: str = flag("constant", "the learning rate's course over the optimizer steps", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int = flag(500, "optimizer steps over which the learning rate rises")
-    use_8bit_adam: bool = flag(False, "AdamW with 8-bit states (bitsandbytes)")
-    adam_beta1: float = flag(0.9, "AdamW's beta1")
-    adam_beta2: float = flag(0.999, "AdamW's beta2")
-    adam_weight_decay: float = flag(1e-2, "AdamW's weight decay")
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 does not clip")
-    use_ema: bool = flag(False, "keep an exponential moving average of the weights; samples and the final pipeline use it")
-    offload_ema: bool = flag(False, "keep the average in host memory between steps")
-    foreach_ema: bool = flag(False, "update the average with one call for all weights")
-    mixed_precision: str | None = flag(
-        None, "precision inside the networks; by default what accelerate is configured for", choices=("no", "fp16", "bf16")
-    )
-    allow_tf32: bool = flag(False, "TF32 matrix products on Ampere GPUs and later")
-    enable_xformers_memory_efficient_attention: bool = flag(False, "attention by xformers; torch's own is used otherwise")
-    channels_last: bool = flag(False, "channels-last memory format for the network")
-    look_ahead: bool = flag(True, "load, encode and pair the next step's batches on another thread while this step runs")
-    torch_compile: bool = flag(False, "compile the network with torch.compile")
-    torch_compile_backend: str = flag("inductor", "the backend of --torch_compile")
-    dream_training: bool = flag(False, "DREAM: correct noise and target by what the network itself would get wrong, for another forward")
-    dream_detail_preservation: float = flag(1.0, "p of DREAM")
-    local_rank: int = flag(-1, "set by old distributed launchers; goes into LOCAL_RANK if the environment has none")
-
-
-@dataclass
-class TextRunArguments:
-    """Where the run goes, what it leaves, and how it continues."""
-
-    _argument_group_name = "run"
-
-    output_dir: str | None = flag(None, "the run's folder; by default sd-model-finetuned, with --use_lora sd-model-finetuned-lora")
-    overwrite_output_dir: bool = flag(False, "delete the run that --output_dir holds (its own files only) and start anew")
-    resume_from_checkpoint: str | None = flag(None, "`latest`, or a checkpoint's path; continues bit-exactly")
-    checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; one is always left at the end")
-    checkpoints_total_limit: int | None = flag(None, "keep this many checkpoints, the newest")
-    validation_prompts: list[str] | None = flag(None, "prompts of the sample grids")  # noqa: RUF009 (a field)
-    validation_prompt: str | None = flag(None, "one prompt, of which --num_validation_images samples are drawn")
-    num_validation_images: int = flag(4, "samples of --validation_prompt")
-    validation_epochs: int | None = flag(None, "epochs between sample grids; by default 5, with --use_lora 1")
-    validation_steps: int | None = flag(
-        None, "optimizer steps between sample grids, instead of --validation_epochs, which --streaming does not count"
-    )
-    validation_inference_steps: int = flag(20, "steps with which samples are drawn")
-    guidance_scale: float = flag(7.5, "guidance of the samples; 1 samples without")
-    eval_batch_size: int = flag(16, "samples drawn together")
-    report_to: str = flag(
-        "tensorboard",
-        "experiment tracker, of accelerate's, or none; metrics.jsonl is written with each; tensorboard and wandb show the samples",
-    )
-    tracker_project_name: str = flag("text2image-fine-tune", "the project in the tracker")
-    logging_dir: str = flag("logs", "the tracker's folder, inside --output_dir")
-    logging_steps: int = flag(10, "optimizer steps between lines of metrics.jsonl")
-    push_to_hub: bool = flag(False, "upload the pipeline, or the adapters, to the hub")
-    hub_token: str | None = flag(None, "the token for --push_to_hub")
-    hub_model_id: str | None = flag(None, "the repository for --push_to_hub; by default the name of --output_dir")
-    hub_private_repo: bool = flag(False, "create the repository private; one that exists stays as it is")
-    plan: bool = flag(False, "print what would run, with sizes and an estimate after a few timed steps, and exit")
+_NOT_NEGATIVE = (
+    "lr_warmup_steps learning_rate adam_epsilon adam_weight_decay max_grad_norm save_images_epochs save_model_epochs "
+    "dataloader_num_workers coupling_min_timestep coupling_start_step noise_offset input_perturbation p2_k p2_gamma ema_power "
+    "dream_detail_preservation"
+)
 
 
 @dataclass
@@ -243,5 +280,6 @@ TEXT_FREE_ON_RESUME = (
     | {"offload_ema", "foreach_ema"}
     | {item.name for item in fields(TextRunArguments)}
 )
+
 
 AnyConfig = UnconditionalConfig | TextToImageConfig

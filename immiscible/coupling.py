@@ -9,23 +9,24 @@ in `COUPLINGS`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from immiscible.assignment.conditions import CONDITIONS, centered, check_labels, conditioned_index, toy_leak
+from immiscible.assignment.conditions import CONDITIONS, centered, check_labels, conditioned_index
+from immiscible.assignment.costs import COST_DTYPES, EXACT_BELOW, METRICS, cost_matrix
 from immiscible.assignment.reservoir import ReservoirCoupling
-from immiscible.assignment.solve import COST_DTYPES, EXACT_BELOW, LARGEST_BLOCK, METRICS, SOLVERS, assign, cost_matrix
+from immiscible.assignment.solve import LARGEST_BLOCK, SOLVERS, assign
 from immiscible.choices import build_choice
 from immiscible.errors import UserError
 
 SCORES = ("l2", "dot")
+
+
 TYPICAL_LENGTH = 0.55  # |x0| / sqrt(D) that `bias_notice` assumes: photographs scaled to [-1, 1] have about this
-NOTICEABLE_LEAK = 0.05  # accuracy above chance from which `leak_notice` speaks
 
 
 class Coupling(Protocol):
@@ -345,42 +346,6 @@ def bias_notice(coupling: Coupling, dimension: int) -> str:
     """
     notice: str = getattr(coupling, "bias_notice", lambda _: "")(dimension)
     return notice
-
-
-def leak_notice(coupling: Coupling, num_classes: int, *, captions: bool = False) -> str:
-    """What ``coupling`` lets the noise tell about the class, with numbers, for the user of a conditional run to read once.
-
-    Empty for a coupling that has regard to the labels, and for one that tells nothing. The numbers are measured on `toy_leak`, with a
-    copy of ``coupling``.
-
-    Args:
-        coupling: any.
-        num_classes: how many classes, or captions, the network is told apart.
-        captions: whether these are captions, among which there are no groups to pair within.
-    """
-    # What a GlobalAssignment or an AboveTimestep holds; its state is of the run's images, which have another shape than the toy's.
-    inner: Any = copy.deepcopy(getattr(coupling, "assignment", getattr(coupling, "coupling", coupling)))
-    if num_classes < 2 or getattr(inner, "condition", "none") != "none":
-        return ""
-    if hasattr(inner, "state"):
-        inner.state = {}
-    generator = torch.Generator().manual_seed(0)
-    leak = toy_leak(lambda x0: inner(x0, generator=generator))
-    if leak["accuracy"] < leak["chance"] + NOTICEABLE_LEAK:
-        return ""
-    first, kind = getattr(coupling, "min_timestep", 0), "captions" if captions else "classes"
-    remedy = (
-        "--coupling_condition centered (experimental) or penalty has regard to captions"
-        if captions
-        else "--coupling_condition within avoids it; where a batch holds few images of a class, centered (experimental) avoids most of it; "
-        "--log_class_leak measures it in this run"
-    )
-    return (
-        f"{f'from timestep {first} on, ' if first else ''}the coupling pairs by the image alone, so that in training the noise tells which "
-        f"of {num_classes} {kind} is wanted, and in sampling it does not: on a toy of bright and dark images (8x8, batches of 256) a "
-        f"linear probe reads the class from the paired noise in {leak['accuracy']:.0%} of cases (chance {leak['chance']:.0%}), and the "
-        f"classes' mean noises differ by {leak['largest_mean_shift']:.1f} standard deviations. --noise_coupling assignment with {remedy}"
-    )
 
 
 def paired_together(coupling: Coupling, timesteps: Tensor) -> Tensor:

@@ -6,12 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from safetensors import SafetensorError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 class UserError(ValueError):
@@ -25,28 +19,6 @@ class UserError(ValueError):
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
         self.exit_code = exit_code
-
-
-def on_every_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Does ``work``, in which no process waits for another; a user's mistake or a failing disk that one meets is raised on every one.
-
-    Raises:
-        UserError: what ``work`` raised, or its `OSError` as one line; of several the first rank's.
-    """
-    from accelerate.utils import gather_object
-
-    failure: tuple[str, int] | None = None
-    try:
-        work()
-    except UserError as error:
-        failure = (str(error), error.exit_code)
-    except OSError as error:
-        failure = (f"cannot write {error.filename or 'the output folder'}: {error.strerror or error}", 1)
-    except SafetensorError as error:  # of a full disk too
-        failure = (f"cannot write the output folder: {error}", 1)
-    met = [each for each in gather_object([failure]) if each]
-    if met:
-        raise UserError(met[0][0], exit_code=met[0][1])
 
 
 def run_script(main: Callable[[Sequence[str]], None]) -> int:

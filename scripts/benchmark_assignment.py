@@ -29,8 +29,10 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from immiscible.assignment.solve import EPSILON, assign, certified_assignment, cost_matrix, fast_dtype, price_auction, solve
-from immiscible.data.sources import ImageTransform, PhotoCrops
+from immiscible.assignment.costs import cost_matrix, fast_dtype
+from immiscible.assignment.solve import EPSILON, assign, certified_assignment, price_auction, solve
+from immiscible.data.bundled import PhotoCrops
+from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError, run_script
 from immiscible.randomness import seeded_generator
 

@@ -29,20 +29,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from immiscible.configs import TextToImageConfig
-from immiscible.data.sources import GlobalBatchOrder, ImageDataset, ImageTransform, build_loader, images_of
-from immiscible.encoding.cache import MANIFEST, LatentCache, write_cache
+from immiscible.data.batches import GlobalBatchOrder, ImageDataset
+from immiscible.data.loading import build_loader, images_of
+from immiscible.data.transforms import ImageTransform
+from immiscible.encoding.cache import MANIFEST, LatentCache
+from immiscible.encoding.cache_writing import write_cache
+from immiscible.encoding.texts import TextToImageEncoder
 from immiscible.errors import run_script
 from immiscible.flags import parse_config
-from immiscible.networks.stable_diffusion import (
-    StableDiffusion,
-    TextToImageEncoder,
-    load_captioned_images,
-    load_stable_diffusion,
-    place_frozen,
-    text_states,
-)
+from immiscible.method import build_objective
+from immiscible.networks.stable_diffusion import StableDiffusion, load_stable_diffusion, place_frozen, text_states
+from immiscible.tasks.text_to_image import load_captioned_images
 from immiscible.training.loop import StopRequest, train
-from immiscible.training.run import build_objective, session
+from immiscible.training.session import session
 
 SD_V1_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest is UNet2DConditionModel's default
 SD_V1_VAE = {

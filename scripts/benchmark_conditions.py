@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from immiscible.assignment.conditions import ClassLeak, bright_and_dark
 from immiscible.coupling import Coupling, build_coupling
-from immiscible.data.sources import ImageTransform, load_digits
+from immiscible.data.bundled import load_digits
+from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError, run_script
+from immiscible.evaluation.leakage import ClassLeak, bright_and_dark
 from immiscible.randomness import seeded_generator
 
 SEEDS = (0, 1, 2, 3, 4)

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from immiscible.assignment.solve import METRICS, assign
-from immiscible.data.sources import ImageTransform, PhotoCrops, load_digits
+from immiscible.assignment.costs import METRICS
+from immiscible.assignment.solve import assign
+from immiscible.data.bundled import PhotoCrops, load_digits
+from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError, run_script
 from immiscible.randomness import seeded_generator
 

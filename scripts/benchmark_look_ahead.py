@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from immiscible.coupling import AssignmentCoupling, Coupling, IndependentCoupling
-from immiscible.data.sources import Images
+from immiscible.data.batches import Images
 from immiscible.encoding.encoders import PixelEncoder
 from immiscible.errors import run_script
+from immiscible.method import build_scheduler
 from immiscible.objectives import DenoisingObjective
-from immiscible.process import NoiseProcess, build_scheduler
+from immiscible.process import NoiseProcess
 from immiscible.randomness import seeded_generator
 from immiscible.timesteps import timestep_sampler
 from immiscible.training.loop import StopRequest, _look_ahead, train

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from immiscible.coupling import AssignmentCoupling, IndependentCoupling
-from immiscible.data.sources import Images
+from immiscible.data.batches import Images
 from immiscible.errors import run_script
 from immiscible.objectives import DenoisingObjective
 from immiscible.process import NoiseProcess
@@ -38,7 +38,8 @@ def parts(arguments: argparse.Namespace) -> tuple:
     from diffusers import UNet2DConditionModel
 
     from immiscible.configs import TextToImageConfig
-    from immiscible.networks.stable_diffusion import build_text_ema, build_text_optimizer, load_stable_diffusion, place
+    from immiscible.networks.optimization import build_text_ema, build_text_optimizer
+    from immiscible.networks.stable_diffusion import load_stable_diffusion, place
 
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
@@ -70,7 +71,7 @@ def batches(arguments: argparse.Namespace) -> Iterator[Images]:
 
 def our_steps(arguments: argparse.Namespace, assignment: bool) -> Iterator[float]:
     """One step per item: the seconds that the coupling took."""
-    from immiscible.networks.stable_diffusion import TextToImageEncoder
+    from immiscible.encoding.texts import TextToImageEncoder
 
     accelerator, found, model, optimizer, ema = parts(arguments)
     process, prediction_type = NoiseProcess.from_scheduler(found.scheduler), found.scheduler.config.prediction_type

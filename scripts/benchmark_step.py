@@ -21,12 +21,13 @@ import torch
 from tqdm import tqdm
 
 from immiscible.coupling import AssignmentCoupling, IndependentCoupling
-from immiscible.data.sources import Images
+from immiscible.data.batches import Images
 from immiscible.encoding.encoders import PixelEncoder
 from immiscible.errors import run_script
+from immiscible.method import build_scheduler
 from immiscible.networks.unet import build_unet, unet_config
 from immiscible.objectives import DenoisingObjective
-from immiscible.process import NoiseProcess, build_scheduler
+from immiscible.process import NoiseProcess
 from immiscible.timesteps import timestep_sampler
 from immiscible.training.loop import StopRequest, train
 from immiscible.weighting import loss_weights

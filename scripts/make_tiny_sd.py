@@ -43,7 +43,9 @@ from PIL import Image, ImageColor
 from torch import Tensor
 from tqdm import tqdm
 
-from immiscible.data.sources import PHOTOGRAPHS, ImageTransform, PhotoCrops, open_image
+from immiscible.data.bundled import PHOTOGRAPHS, PhotoCrops
+from immiscible.data.sources import open_image
+from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError, run_script
 from immiscible.randomness import derive_seed, seeded_generator
 

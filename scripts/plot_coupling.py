@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from immiscible.coupling import COUPLINGS, build_coupling
-from immiscible.data.sources import ImageTransform, load_digits
+from immiscible.data.bundled import load_digits
+from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError, run_script
 from immiscible.randomness import seeded_generator
 

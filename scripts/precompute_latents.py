@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from immiscible.configs import TextToImageConfig
-from immiscible.data.streaming import load_training_images
-from immiscible.encoding.cache import write_cache
+from immiscible.configs import TextToImageConfig, UnconditionalConfig
+from immiscible.data.loading import load_training_images
+from immiscible.encoding.cache_writing import write_cache
 from immiscible.errors import UserError, run_script
-from immiscible.flags import UnconditionalConfig, flag, flag_value, parse_config
-from immiscible.networks.stable_diffusion import load_captioned_images, load_stable_diffusion
-from immiscible.networks.unet import load_vae
-from immiscible.training.run import session
+from immiscible.flags import flag, flag_value, parse_config
+from immiscible.networks.latents import load_vae
+from immiscible.networks.stable_diffusion import load_stable_diffusion
+from immiscible.tasks.text_to_image import load_captioned_images
+from immiscible.training.session import session
 
 
 @dataclass

@@ -24,21 +24,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tqdm import tqdm
 
 from immiscible.errors import UserError, run_script
-from immiscible.sampling.folder import (
-    SCHEDULERS,
-    Loaded,
-    Request,
-    SampleFolder,
-    cut_short,
-    draw,
-    file_name,
-    image_size,
-    load_model,
-    networks,
-    read_lines,
-    take_scheduler,
-)
-from immiscible.training.folder import on_main_process
+from immiscible.processes import on_main_process
+from immiscible.sampling.folder import Request, SampleFolder, draw, file_name, read_lines
+from immiscible.sampling.loaded import SCHEDULERS, Loaded, cut_short, image_size, networks, take_scheduler
+from immiscible.tasks.from_run import load_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -250,7 +250,7 @@ def serve() -> None:
     from diffusers.optimization import get_scheduler  # noqa: F401
     from diffusers.training_utils import EMAModel  # noqa: F401
 
-    from immiscible.data.sources import PhotoCrops, load_digits
+    from immiscible.data.bundled import PhotoCrops, load_digits
     from immiscible.errors import run_script
 
     entry(SCRIPT.name)

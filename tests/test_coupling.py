@@ -233,7 +233,8 @@ def test_adding_a_coupling_is_one_class_and_one_entry(monkeypatch):
     paired = build_coupling("brightest_first", metric="l1", candidates=3)(x0, noise)
     assert rows(paired) == rows(noise) and distance(x0, paired) < distance(x0, noise)
 
-    from immiscible.flags import UnconditionalConfig, parse_config
+    from immiscible.configs import UnconditionalConfig
+    from immiscible.flags import parse_config
 
     config = parse_config(
         UnconditionalConfig,

@@ -18,7 +18,7 @@ from tiny_text import Reached, data_folder, model_folder, reach, tiny_text
 from immiscible.configs import TextToImageConfig
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
-from immiscible.training.run import RunLog
+from immiscible.training.log import RunLog
 
 THEIRS = json.loads((ROOT / "tests/diffusers_text_flags.json").read_text())
 SCRIPTS = {"train_text_to_image.py": [], "train_text_to_image_lora.py": ["--use_lora"]}
@@ -317,7 +317,7 @@ def test_loader_processes(monkeypatch, tmp_path):
 def test_session_flags(monkeypatch):
     import accelerate
 
-    from immiscible.training.run import session
+    from immiscible.training.session import session
 
     class Enough(Exception):
         pass

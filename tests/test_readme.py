@@ -24,7 +24,8 @@ def test_the_extension_example_makes_three_choices_of_the_command_line():
     import torch
 
     import immiscible
-    from immiscible.flags import UnconditionalConfig, parse_config
+    from immiscible.configs import UnconditionalConfig
+    from immiscible.flags import parse_config
 
     tables = (immiscible.COUPLINGS, immiscible.TIMESTEP_SAMPLINGS, immiscible.LOSS_WEIGHTINGS)
     before = [dict(table) for table in tables]

@@ -133,7 +133,7 @@ def reach(
     from immiscible.configs import TextToImageConfig
     from immiscible.flags import parse_config
     from immiscible.training.loop import train
-    from immiscible.training.run import session
+    from immiscible.training.session import session
 
     def reset() -> None:
         AcceleratorState._reset_state(True)

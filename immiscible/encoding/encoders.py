@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from immiscible.data.sources import Images
+from immiscible.data.batches import Images
 from immiscible.randomness import Draws
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-PRECISIONS: dict[str, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Encoded(NamedTuple):

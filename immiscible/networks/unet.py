@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from torch import nn
-
 from immiscible.errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, ModelMixin, UNet2DModel
-    from diffusers.training_utils import EMAModel
+    from diffusers import UNet2DModel
 
-    from immiscible.configs import AnyConfig
-    from immiscible.flags import UnconditionalConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 160 thousand parameters: the bundled 8x8 digits.
@@ -136,132 +126,6 @@ def build_unet(config: dict[str, Any]) -> UNet2DModel:
         return UNet2DModel.from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"--model_config_name_or_path: diffusers cannot build this U-Net ({str(error).splitlines()[0]})") from error
-
-
-def load_vae(name_or_path: str, *, resolution: int, cache_dir: str | None = None) -> AutoencoderKL:
-    """The VAE of ``--vae_model_name_or_path``, frozen, fp32, on the CPU.
-
-    Args:
-        name_or_path: a folder or a name on the hub: an `AutoencoderKL`, or a checkpoint with one in its subfolder ``vae``.
-        resolution: of the images.
-        cache_dir: where models of the hub are kept.
-
-    Raises:
-        UserError: there is none, it is another kind of model, or it cannot halve images of this resolution as often as it must.
-    """
-    from diffusers import AutoencoderKL
-
-    flag = f"--vae_model_name_or_path {name_or_path}"
-    try:
-        options: dict[str, Any] = {"cache_dir": cache_dir}
-        try:
-            settings = AutoencoderKL.load_config(name_or_path, **options)
-        except OSError:
-            options["subfolder"] = "vae"
-            settings = AutoencoderKL.load_config(name_or_path, **options)
-        kind = settings.get("_class_name", "an unnamed model")
-        if kind != "AutoencoderKL":
-            raise UserError(f"{flag} is a {kind}, not an AutoencoderKL; give a VAE, or a checkpoint that has one in its folder `vae`")
-        vae = AutoencoderKL.from_pretrained(name_or_path, **options)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{flag}: no AutoencoderKL found there, nor in a folder `vae` of it ({str(error).splitlines()[0]})") from None
-    if vae.config.shift_factor or vae.config.latents_mean:
-        raise UserError(f"{flag} shifts its latents, which diffusers' unconditional pipeline does not undo; take one as Stable Diffusion's")
-    if resolution % latent_downsampling(vae):
-        raise UserError(
-            f"{flag} halves the image {len(vae.config.block_out_channels) - 1} times: --resolution {resolution} must be a multiple of "
-            f"{latent_downsampling(vae)}"
-        )
-    return vae.float().requires_grad_(False).eval()
-
-
-def latent_downsampling(vae: AutoencoderKL) -> int:
-    """The side of an image divided by that of its latent."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def vae_identity(vae: AutoencoderKL) -> dict[str, Any]:
-    """What tells this VAE from others wherever it was loaded from: its settings and a digest of its weights."""
-    return {**{name: value for name, value in vae.config.items() if not name.startswith("_")}, "weights": weights_digest(vae)}
-
-
-def weights_digest(network: nn.Module) -> str:
-    """A short line that tells these weights from others, to the last bit."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def build_ema(unet: UNet2DModel, config: UnconditionalConfig, device: torch.device) -> EMAModel | None:
-    """The moving average of ``unet``'s weights that the flags ask for, with the decay's warm-up, or None."""
-    from diffusers.training_utils import EMAModel
-
-    if not config.use_ema:
-        return None
-    ema = EMAModel(
-        unet.parameters(),
-        decay=config.ema_max_decay,
-        use_ema_warmup=True,
-        inv_gamma=config.ema_inv_gamma,
-        power=config.ema_power,
-        foreach=True,
-        model_cls=type(unet),
-        model_config=unet.config,
-    )
-    ema.to(device)
-    return ema
-
-
-def build_optimizer(unet: UNet2DModel, config: UnconditionalConfig) -> torch.optim.Optimizer:
-    """AdamW as the flags say."""
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(
-        unet.parameters(), lr=config.learning_rate, betas=betas, weight_decay=config.adam_weight_decay, eps=config.adam_epsilon
-    )
-
-
-def learning_rate(config: AnyConfig, optimizer: torch.optim.Optimizer, max_steps: int) -> Callable[[int], float]:
-    """The rate of optimizer step s, from 0: diffusers' schedule, counted in optimizer steps whatever the accumulation and the ranks."""
-    from diffusers.optimization import get_scheduler
-
-    if config.lr_scheduler == "polynomial" and config.learning_rate <= 1e-7:  # where diffusers' polynomial ends
-        raise UserError(f"--lr_scheduler polynomial falls to 1e-7: --learning_rate must be above that, not {config.learning_rate}")
-    scheduler = get_scheduler(
-        config.lr_scheduler,
-        getattr(optimizer, "optimizer", optimizer),
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=max_steps,
-    )
-    factor = scheduler.lr_lambdas[0]
-    return lambda step: config.learning_rate * factor(step)
-
-
-def tuned(unet: ModelMixin, config: AnyConfig) -> nn.Module:
-    """The network with the speed and memory options of the flags switched on."""
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if config.channels_last:
-        unet.to(memory_format=torch.channels_last)
-    if config.enable_xformers_memory_efficient_attention:
-        if find_spec("xformers") is None:  # diffusers notices it only on networks with attention
-            raise UserError(
-                "--enable_xformers_memory_efficient_attention: xformers is not installed: `pip install xformers`, "
-                "or leave the flag out for torch's own attention"
-            )
-        try:
-            unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--enable_xformers_memory_efficient_attention: {reason}; without it torch's own attention is used") from None
-    if config.torch_compile:
-        backends = torch.compiler.list_backends(exclude_tags=())
-        if config.torch_compile_backend not in backends:
-            raise UserError(f"--torch_compile_backend {config.torch_compile_backend!r} is unknown; known: {', '.join(backends)}")
-        compiled: nn.Module = torch.compile(unet, backend=config.torch_compile_backend)  # type: ignore[assignment]
-        return compiled
-    return unet
 
 
 def _load_config(name_or_path: str) -> dict[str, Any]:

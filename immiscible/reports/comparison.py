@@ -20,12 +20,13 @@ from typing import Any
 
 import yaml
 
-from immiscible.configs import TextRunArguments, TextToImageConfig
+from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.errors import UserError
-from immiscible.flags import MethodArguments, RunArguments, UnconditionalConfig
+from immiscible.files import read_lines
+from immiscible.method import MethodArguments
 from immiscible.sampling.pipelines import told
+from immiscible.training.arguments import RunArguments, TextRunArguments
 from immiscible.training.checkpoints import checkpoints, is_complete, read_state
-from immiscible.training.run import read_lines
 
 logger = logging.getLogger(__name__)
 

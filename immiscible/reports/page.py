@@ -15,6 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError
+from immiscible.files import PARTIAL, replace
 from immiscible.reports.comparison import (
     GAIN,
     HARM,
@@ -33,7 +34,6 @@ from immiscible.reports.comparison import (
 )
 from immiscible.reports.figures import arm_figure, crowded, curve_figure, inference_figure, ratio_figure
 from immiscible.sampling.pipelines import told
-from immiscible.training.checkpoints import PARTIAL, replace
 
 if TYPE_CHECKING:
     from PIL import Image

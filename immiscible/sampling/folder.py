@@ -13,11 +13,8 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from dataclasses import replace as replace_fields
 from functools import partial
-from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,258 +22,24 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
-from immiscible.configs import AnyConfig, TextToImageConfig
 from immiscible.errors import UserError
-from immiscible.flags import UnconditionalConfig, parse_config
-from immiscible.networks.unet import latent_downsampling, load_vae, weights_digest
-from immiscible.sampling.pipelines import build_pipeline, sample_images
-from immiscible.training.checkpoints import NAME, PARTIAL, checkpoints, clean_up, is_complete, read_state, replace
-from immiscible.training.folder import MARKER
-from immiscible.training.run import training_scheduler
+from immiscible.files import PARTIAL, clean_up, replace
+from immiscible.sampling.pipelines import sample_images
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from immiscible.networks.stable_diffusion import StableDiffusion
 
 logger = logging.getLogger(__name__)
 
-# The choices of --scheduler. Diffusers' pipelines of pixels do not scale what a sampler with sigmas expects scaled, so they take three.
-SCHEDULERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "dpm_solver": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-PIXEL_PIPELINES = {"ddpm": "DDPMPipeline", "ddim": "DDIMPipeline", "dpm_solver": "DDPMPipeline"}
-WEIGHTS = {"ema": "unet_ema", "raw": "unet"}  # the choices of --weights -> a checkpoint's folder
-ADAPTERS = "pytorch_lora_weights.safetensors"
+
 MANIFEST, TABLE, METADATA = "manifest.json", "samples.npz", "metadata.jsonl"
+
+
 # What may differ where a folder is completed; the networks are compared by their weights, not by where these lie.
 FREE = ("command", "complete", "num_images", "batch_size", "processes", "versions", "model", "lora")
-
-
-@dataclass
-class Loaded:
-    """A pipeline to sample.
-
-    Args:
-        pipeline: of diffusers; its network is its ``unet``.
-        weights: "ema" or "raw" of a run, or "as saved".
-        side: of the images it was trained on, in pixels, where a run says so; None for what the network says.
-    """
-
-    pipeline: DiffusionPipeline
-    weights: str = "as saved"
-    side: int | None = None
-
-    @property
-    def prompted(self) -> bool:
-        """Whether it samples prompts."""
-        return "prompt" in signature(type(self.pipeline).__call__).parameters
-
-    @property
-    def num_classes(self) -> int | None:
-        """How many classes the network is told by number; None if it is not."""
-        return self.pipeline.unet.config.num_class_embeds
-
-
-def load_model(name: str, *, weights: str | None = None, lora: str | None = None, base: str | None = None) -> Loaded:
-    """The pipeline of a run's folder, of a ``checkpoint-N`` in one, or of plain diffusers, in a folder or on the hub.
-
-    Args:
-        name: which.
-        weights: of a run, "ema" or "raw"; None for the average if the run kept one.
-        lora: a folder with adapters, or their name on the hub.
-        base: where the VAE or the checkpoint that a run was trained with is now; None for the run's own folder or what its flags say.
-
-    Raises:
-        UserError: it cannot be loaded, does not hold the weights that are asked for, or is no pipeline around a U-Net.
-    """
-    path = Path(name)
-    if NAME.fullmatch(path.resolve().name) and path.is_dir():
-        loaded = _from_checkpoint(path, weights, base)
-    elif (path / MARKER).exists():
-        loaded = _from_run(path, weights, base)
-    elif weights:
-        raise UserError(f"--weights {weights} chooses among the weights of a run or its checkpoint; --model {name} is neither")
-    else:
-        _refuse_base(base, name)
-        loaded = Loaded(_from_diffusers(name))
-    if lora:
-        _add_adapters(loaded.pipeline, lora)
-    _freeze(loaded.pipeline)
-    return loaded
-
-
-def _from_run(folder: Path, weights: str | None, base: str | None) -> Loaded:
-    config, unfinished = _run_config(folder), not (folder / "model_index.json").exists()
-    if isinstance(config, TextToImageConfig) and config.use_lora and (folder / ADAPTERS).exists():
-        return _adapted(folder, config, weights, base)
-    _refuse_base(base, folder)
-    if unfinished:
-        saved = checkpoints(folder)
-        raise UserError(
-            f"--model {folder} holds no finished pipeline; "
-            + (f"sample its newest checkpoint: --model {saved[-1]}" if saved else "it has no checkpoints either")
-        )
-    weights = _chosen(weights, [kind for kind in WEIGHTS if config.use_ema or kind == "raw"], folder)
-    pipeline = _from_diffusers(str(folder))
-    if weights == "raw" and config.use_ema:
-        if not (folder / "unet_non_ema").is_dir():
-            raise UserError(f"--weights raw: {folder} holds the average alone; give its checkpoint-N for the weights themselves")
-        pipeline.unet = type(pipeline.unet).from_pretrained(folder, subfolder="unet_non_ema")
-    return Loaded(pipeline, weights, config.resolution)
-
-
-def _from_checkpoint(path: Path, weights: str | None, base: str | None) -> Loaded:
-    if not is_complete(path):
-        raise UserError(f"--model {path} is not a complete checkpoint of this suite")
-    folder = path.resolve().parent
-    config = _run_config(folder)
-    if isinstance(config, TextToImageConfig) and config.use_lora:
-        return _adapted(path, config, weights, base)
-    weights = _chosen(weights, [kind for kind, part in WEIGHTS.items() if (path / part).is_dir()], path)
-    if isinstance(config, TextToImageConfig):
-        from immiscible.networks.stable_diffusion import build_text_pipeline
-
-        own = str(folder) if (folder / "model_index.json").exists() else None
-        parts = _started_from(path, config, base or own, from_scratch=True)  # its fresh U-Net makes room for the checkpoint's
-        parts.unet = type(parts.unet).from_pretrained(path, subfolder=WEIGHTS[weights])
-        return Loaded(build_text_pipeline(parts), weights, config.resolution)
-    from diffusers import UNet2DModel
-
-    unet, vae = UNet2DModel.from_pretrained(path, subfolder=WEIGHTS[weights]), None
-    if config.vae_model_name_or_path:
-        own = str(folder / "vqvae") if (folder / "vqvae").is_dir() else None
-        with _named(path):
-            vae = load_vae(base or own or config.vae_model_name_or_path, resolution=config.resolution, cache_dir=config.cache_dir)
-        _check_same(path, read_state(path)["identity"]["network"]["vae"]["weights"], weights_digest(vae))
-    else:
-        _refuse_base(base, path)
-    sampler, spacing = config.sampling_scheduler, config.timestep_spacing
-    return Loaded(build_pipeline(unet, training_scheduler(config), sampler=sampler, spacing=spacing, vae=vae), weights, config.resolution)
-
-
-def _adapted(folder: Path, config: TextToImageConfig, weights: str | None, base: str | None) -> Loaded:
-    """The checkpoint that a LoRA run started from, with the adapters in ``folder``, which is the run's or a checkpoint's."""
-    from immiscible.networks.stable_diffusion import build_text_pipeline
-
-    weights = _chosen(weights, ["raw"], folder)
-    pipeline = build_text_pipeline(_started_from(folder, config, base, from_scratch=False))
-    _add_adapters(pipeline, str(folder))
-    return Loaded(pipeline, weights, config.resolution)
-
-
-def _started_from(path: Path, config: TextToImageConfig, base: str | None, *, from_scratch: bool) -> StableDiffusion:
-    """The checkpoint that a run started from, at ``base`` or where its flags say."""
-    from immiscible.networks.stable_diffusion import load_stable_diffusion
-
-    if base:
-        config = replace_fields(config, pretrained_model_name_or_path=base, revision=None, variant=None, non_ema_revision=None)
-    with _named(path):
-        parts = load_stable_diffusion(config, from_scratch=from_scratch)
-    states = [path] if NAME.fullmatch(path.resolve().name) else list(filter(is_complete, checkpoints(path)))[-1:]
-    for state in states:
-        _check_same(path, read_state(state)["identity"]["network"]["frozen"], parts.digest)
-    return parts
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Says of what is missing whose it is, and how to say where it is now; a relative path means another place elsewhere."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"--model {path} needs what it was trained with: {error}. --base says where it is now", exit_code=1) from None
-
-
-def _check_same(path: Path, trained_with: str, found: str) -> None:
-    if trained_with != found:
-        raise UserError(f"--model {path} was trained with other weights than these; --base says where the right ones are", exit_code=1)
-
-
-def _refuse_base(base: str | None, name: str | Path) -> None:
-    if base:
-        raise UserError(f"--base {base}: --model {name} has all that it needs; leave it out")
-
-
-def _from_diffusers(name: str) -> DiffusionPipeline:
-    from diffusers import DiffusionPipeline
-
-    try:
-        parts = DiffusionPipeline.load_config(name)
-        if "unet" not in parts:
-            raise UserError(
-                f"--model {name} is a {parts.get('_class_name')}, which has no U-Net; only pipelines around a U-Net are sampled"
-            )
-        # A safety checker would put black images among the samples.
-        unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
-        return DiffusionPipeline.from_pretrained(name, **unchecked)
-    except UserError:
-        raise
-    except (OSError, ValueError, AttributeError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--model {name}: neither a run, nor a checkpoint of one, nor a diffusers pipeline ({line})", exit_code=1) from None
-
-
-def _add_adapters(pipeline: DiffusionPipeline, name: str) -> None:
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise UserError(f"--lora is for text-to-image pipelines; this one is a {type(pipeline).__name__}")
-    if getattr(pipeline.unet, "peft_config", None):
-        raise UserError("--lora: the model is a run of adapters, which are loaded already; leave it out")
-    try:
-        pipeline.load_lora_weights(name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--lora {name}: no adapters for this network found there ({line})", exit_code=1) from None
-    if not getattr(pipeline.unet, "peft_config", None):  # diffusers only warns
-        raise UserError(f"--lora {name} has no adapters for this network", exit_code=1)
-
-
-def _run_config(folder: Path) -> AnyConfig:
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise UserError(f"{folder} has no config.yaml, which says what its weights belong to; a checkpoint must stay in its run's folder")
-    text = re.search(r"^pretrained_model_name_or_path:", path.read_text(errors="replace"), re.MULTILINE)
-    kind: Any = TextToImageConfig if text else UnconditionalConfig
-    return parse_config(kind, ["--config", str(path)], program=path.name, description="")
-
-
-def _chosen(wanted: str | None, kept: Sequence[str], folder: Path) -> str:
-    if wanted and wanted not in kept:
-        raise UserError(f"--weights {wanted}: {folder} holds {' and '.join(kept)} weights only")
-    return wanted or kept[0]
-
-
-def take_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
-    """The pipeline with another sampler of its noise process, one of `SCHEDULERS`.
-
-    Raises:
-        UserError: the sampler cannot sample this process, or diffusers' pipeline cannot use it.
-    """
-    import diffusers
-
-    if "Flow" in type(pipeline.scheduler).__name__:
-        raise UserError(f"--scheduler {name}: a flow is sampled by its own {type(pipeline.scheduler).__name__}; leave the flag out")
-    kind = getattr(diffusers, SCHEDULERS[name])
-    pixels = type(pipeline).__name__ in PIXEL_PIPELINES.values()
-    # Its default is to clip, and the schedulers of text-to-image checkpoints say nothing of it if they cannot.
-    unclipped = {"clip_sample": False} if not pixels and "clip_sample" in signature(kind.__init__).parameters else {}
-    scheduler = kind.from_config(pipeline.scheduler.config, **unclipped)
-    if not pixels:
-        pipeline.scheduler = scheduler
-        return pipeline
-    if name not in PIXEL_PIPELINES:
-        raise UserError(f"--scheduler {name}: diffusers samples pixels with {', '.join(PIXEL_PIPELINES)} only")
-    return getattr(diffusers, PIXEL_PIPELINES[name])(pipeline.unet, scheduler)
 
 
 def read_lines(path: Path, flag: str) -> list[str]:
@@ -296,12 +59,6 @@ def read_lines(path: Path, flag: str) -> list[str]:
     if not all(lines):
         raise UserError(f"{flag} {path}: line {lines.index('') + 1} is empty; remove it")
     return lines
-
-
-def cut_short(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[int]:
-    """The numbers of the prompts of which the text encoder sees the beginning alone; diffusers cuts them off."""
-    tokens = pipeline.tokenizer(list(prompts), verbose=False).input_ids
-    return [number for number, ids in enumerate(tokens) if len(ids) > pipeline.tokenizer.model_max_length]
 
 
 @dataclass(frozen=True)
@@ -449,39 +206,6 @@ class SampleFolder:
 def file_name(number: int) -> str:
     """Of an image."""
     return f"{number:06}.png"
-
-
-def image_size(loaded: Loaded, side: int | None) -> tuple[int, int]:
-    """Width and height of the pipeline's images, in pixels."""
-    pipeline = loaded.pipeline
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    if loaded.prompted:
-        factor = pipeline.vae_scale_factor
-        if side is not None and side % factor:
-            raise UserError(f"--resolution {side} must be a multiple of {factor}, by which the VAE divides it")
-        return (side, side) if side is not None else (width * factor, height * factor)
-    if side is not None:
-        raise UserError("--resolution is for text-to-image pipelines; this network has one size")
-    factor = latent_downsampling(pipeline.vqvae) if hasattr(pipeline, "vqvae") else 1
-    return width * factor, height * factor
-
-
-def _freeze(pipeline: DiffusionPipeline) -> None:
-    """Makes the arithmetic the same wherever the weights came from: a CPU's last bits depend on the alignment of weights that are mapped
-    from a file, and on whether they could be trained.
-    """
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False)
-            for tensor in [*part.parameters(), *part.buffers()]:
-                tensor.data = tensor.data.clone()
-
-
-def networks(pipeline: DiffusionPipeline) -> dict[str, str]:
-    """A digest of each network's weights."""
-    parts = pipeline.components.items()
-    return {name: weights_digest(part) for name, part in sorted(parts) if isinstance(part, nn.Module)}
 
 
 def draw(

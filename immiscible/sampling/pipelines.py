@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from immiscible.errors import UserError
+from immiscible.networks.stable_diffusion import StableDiffusion
 from immiscible.randomness import seeded_generator
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
-    from diffusers.training_utils import EMAModel
+    from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, UNet2DModel
 
 
 def build_pipeline(
@@ -179,17 +180,31 @@ def image_grid(images: numpy.ndarray, *, least_side: int = 64) -> Image.Image:
     return make_image_grid(cells, rows=rows, cols=columns)
 
 
-@contextmanager
-def evaluation_weights(model: nn.Module, ema: EMAModel | None) -> Iterator[None]:
-    """Inside the block ``model`` is in evaluation mode and holds the EMA weights, if there are any."""
-    was_training = model.training
-    model.eval()
-    if ema is not None:
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
-    try:
-        yield
-    finally:
-        if ema is not None:
-            ema.restore(model.parameters())
-        model.train(was_training)
+def build_text_pipeline(parts: StableDiffusion) -> StableDiffusionPipeline:
+    """The checkpoint's own pipeline with the U-Net in training, and its own sampler told the prediction type that is trained.
+
+    A sampler that cannot sample that type (PNDM and "sample") gives way to DDIM. A safety checker is left out: it would blank samples.
+    """
+    import diffusers
+
+    common = {"revision": parts.options["revision"], "cache_dir": parts.options["cache_dir"]}
+    index = diffusers.DiffusionPipeline.load_config(parts.name, **common)
+    prediction_type, kind = parts.scheduler.config.prediction_type, index["scheduler"][1]
+    options = {**common, "prediction_type": prediction_type}
+    if prediction_type == "sample" and kind == "PNDMScheduler":
+        kind, options = "DDIMScheduler", {**options, "clip_sample": False}
+    scheduler = getattr(diffusers, kind).from_pretrained(parts.name, subfolder="scheduler", **options)
+    side = parts.unet.config.sample_size
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=copy.deepcopy(parts.tokenizer),  # it has state, and the look-ahead thread uses its own
+        unet=parts.unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    # Where a checkpoint is as old as Stable Diffusion 1.4, diffusers takes any size below 64 (512 pixels) for a mistake and puts 64 there.
+    pipeline.unet.register_to_config(sample_size=side)
+    return pipeline

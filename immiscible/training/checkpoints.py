@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
-from immiscible.errors import UserError, on_every_process
+from immiscible.errors import UserError
+from immiscible.files import PARTIAL, _full_disk, discard, replace
+from immiscible.networks.weights import adapted, load_adapters, save_adapters, unwrapped
+from immiscible.processes import on_every_process
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
-    from diffusers import UNet2DModel
     from diffusers.training_utils import EMAModel
     from torch import Tensor
 
+
 logger = logging.getLogger(__name__)
 
+
 STATE_FILE = "training_state.json"
-PARTIAL, DISCARDED = ".partial-", ".discarded-"
-SPARE = 2**20  # bytes; a disk with less is full
+
+
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -98,17 +100,6 @@ def save_checkpoint(
     for work in (prepare, write, publish):
         on_every_process(accelerator, work)
     return target
-
-
-@contextmanager
-def _full_disk(path: Path) -> Iterator[None]:
-    """Inside the block torch's way of failing on a full disk, a `RuntimeError` that does not say why, is an `OSError` that does."""
-    try:
-        yield
-    except RuntimeError:
-        if shutil.disk_usage(path).free > SPARE:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None) -> tuple[int, dict[str, Tensor]]:
@@ -206,45 +197,6 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def clean_up(folder: Path) -> None:
-    """Removes what a killed process left half written or half deleted."""
-    for path in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{DISCARDED}*")]:
-        _delete(path)
-
-
-def discard(path: Path) -> None:
-    """Deletes a file or folder so that a kill in between cannot leave half of it under its name."""
-    doomed = path.with_name(f"{DISCARDED}{path.name}")
-    if doomed.exists():
-        clean_up(path.parent)
-    path.rename(doomed)
-    _delete(doomed)
-
-
-def replace(new: Path, target: Path) -> None:
-    """Renames ``new`` to ``target``, whose old content is discarded only when the new stands complete beside it."""
-    flush(new)
-    if target.is_dir() or target.is_symlink():
-        discard(target)
-    os.replace(new, target)
-    _flush_one(target.parent)
-
-
-def flush(path: Path) -> None:
-    """Forces a file, or all files of a folder, to the disk, readable as the umask says (safetensors makes its files private)."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for item in [path, *path.rglob("*")]:
-        if item.is_file():
-            item.chmod(0o666 & ~umask)
-        _flush_one(item)
-
-
-def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> UNet2DModel:
-    """The diffusers model below the wrappers of DDP and torch.compile. Without ``keep_fp32_wrapper`` it would lose its autocast."""
-    return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
-
-
 def _seal(partial: Path, step: int, identity: Mapping[str, Any]) -> None:
     files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
     (partial / STATE_FILE).write_text(json.dumps({"step": step, "identity": identity, "files": files}, indent=1))
@@ -269,44 +221,5 @@ def _incompleteness(path: Path) -> str:
     return ""
 
 
-def adapted(network: torch.nn.Module) -> bool:
-    """Whether the network has low-rank adapters, which alone are trained then."""
-    return bool(getattr(network, "peft_config", None))
-
-
-def save_adapters(network: torch.nn.Module, folder: Path) -> None:
-    """Writes the adapters as diffusers' ``load_lora_weights`` reads them: ``pytorch_lora_weights.safetensors``, fp32."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
-
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
-
-
-def load_adapters(network: torch.nn.Module, folder: Path) -> None:
-    """Puts saved adapters into a network that has some of the same shapes."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_unet_state_dict_to_peft
-    from peft.utils import set_peft_model_state_dict
-
-    state, _ = StableDiffusionPipeline.lora_state_dict(folder)
-    layers = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
-    set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(layers), adapter_name="default")
-
-
 def _coupling_file(folder: Path, accelerator: Accelerator) -> Path:
     return folder / f"coupling-{accelerator.process_index}.safetensors"
-
-
-def _delete(path: Path) -> None:
-    """A link is removed, never what it points to."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from immiscible.errors import UserError, on_every_process
-from immiscible.flags import OWN_FILES
-from immiscible.training.checkpoints import STATE_FILE, checkpoints, clean_up, discard, is_complete, resolve_checkpoint, step_of
+from immiscible.errors import UserError
+from immiscible.files import clean_up, discard
+from immiscible.processes import on_main_process
+from immiscible.training.checkpoints import STATE_FILE, checkpoints, is_complete, resolve_checkpoint, step_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from immiscible.configs import AnyConfig
 
+
 logger = logging.getLogger(__name__)
 
+
 MARKER = ".immiscible-run"  # a folder without it is nobody's run, whatever names it holds
+
+
 FINISHED = "a finished run"
 
 
@@ -93,13 +97,28 @@ def prepare_folder(config: AnyConfig, accelerator: Accelerator) -> None:
     on_main_process(accelerator, prepare)
 
 
-def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Does ``work`` on rank 0 while the others wait; raises as `on_every_process`."""
-    on_every_process(accelerator, work if accelerator.is_main_process else lambda: None)
-
-
 def _run_in(folder: Path) -> str:
     """What of ours the folder holds, in words, or an empty string: the marker is written by every run, before anything else."""
     if not (folder / MARKER).exists():
         return ""
     return FINISHED if (folder / "summary.json").exists() else "an unfinished run"
+
+
+# Everything a run writes into its folder, beside checkpoints, logs and its marker. Nothing else there is ever touched.
+OWN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "evaluation.jsonl",
+    "summary.json",
+    "samples",
+    "model_index.json",
+    "unet",
+    "unet_non_ema",
+    "scheduler",
+    "vae",
+    "vqvae",
+    "text_encoder",
+    "tokenizer",
+    "pytorch_lora_weights.safetensors",
+    "README.md",
+)

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from immiscible.assignment.ranks import AnotherRankFailed, GlobalAssignment
+from immiscible.assignment.ranks import AnotherRankFailed
 from immiscible.coupling import coupling_state
 from immiscible.encoding.encoders import Encoder
 from immiscible.errors import UserError
 from immiscible.objectives import DenoisingObjective, Pairs
+from immiscible.pools import GlobalAssignment
 from immiscible.randomness import Draws, PoolDraws, reseed_globally
 
 if TYPE_CHECKING:

@@ -24,8 +24,10 @@ from immiscible.assignment.auction import (
     fixed_point,
     quantize,
 )
-from immiscible.assignment.solve import certified_assignment, costs_on_device, fixed_point_on_device, price_auction, solve
-from immiscible.data.sources import ImageTransform, PhotoCrops
+from immiscible.assignment.costs import costs_on_device
+from immiscible.assignment.solve import certified_assignment, fixed_point_on_device, price_auction, solve
+from immiscible.data.bundled import PhotoCrops
+from immiscible.data.transforms import ImageTransform
 
 DTYPES = ["float32", "float16", "bfloat16", *(["int8"] if engine._multiplies_int8() else [])]
 

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from immiscible import AboveTimestep, AssignmentCoupling, ClassLeak, UserError, assign, build_coupling, class_leak, cost_matrix
-from immiscible.assignment.conditions import CONDITIONS, bright_and_dark, centered, condition_distance, conditioned_index, penalty_weight
+from immiscible.assignment.conditions import CONDITIONS, centered, condition_distance, conditioned_index, penalty_weight
 from immiscible.assignment.solve import solve
-from immiscible.coupling import coupling_state, leak_notice, restore_coupling
-from immiscible.flags import UnconditionalConfig, parse_config
+from immiscible.configs import UnconditionalConfig
+from immiscible.coupling import coupling_state, restore_coupling
+from immiscible.evaluation.leakage import bright_and_dark, leak_notice
+from immiscible.flags import parse_config
 
 
 def generator(seed=0):

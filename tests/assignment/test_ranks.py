@@ -5,14 +5,15 @@ import os
 
 import pytest
 import torch
+from kills import final_hashes, finish, kill, metrics, start
 from launch import tiny
-from test_kill_resume import final_hashes, finish, kill, start
-from test_train_unconditional import metrics
 
-from immiscible.assignment.ranks import GlobalAssignment, Ranks, across_ranks
-from immiscible.assignment.solve import certified_assignment, cost_matrix
+from immiscible.assignment.costs import cost_matrix
+from immiscible.assignment.ranks import Ranks
+from immiscible.assignment.solve import certified_assignment
 from immiscible.coupling import AboveTimestep, AssignmentCoupling, FlippedAssignmentCoupling, IndependentCoupling, build_coupling
 from immiscible.errors import UserError
+from immiscible.pools import GlobalAssignment, across_ranks
 from immiscible.randomness import Draws, PoolDraws
 
 GLOBAL_BATCH, WINDOW, SHAPE, SEED = 48, 2, (3, 4, 4), 5
@@ -184,7 +185,7 @@ def test_equal_global_batches_have_equal_losses(script, on_one, tmp_path, ranks)
 
 
 def test_a_bad_image_on_one_of_two_ranks_ends_both(script, tmp_path):
-    from test_train_unconditional import colored
+    from pictures import colored
 
     photos = colored(tmp_path / "photos", count=8)
     (photos / "03.png").write_bytes((photos / "03.png").read_bytes()[:-30])

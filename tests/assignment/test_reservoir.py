@@ -7,7 +7,8 @@ from scipy.stats import kstest
 from immiscible.assignment.reservoir import ReservoirCoupling
 from immiscible.assignment.solve import assign
 from immiscible.coupling import AboveTimestep, build_coupling, coupling_state, restore_coupling
-from immiscible.data.sources import ImageTransform, PhotoCrops
+from immiscible.data.bundled import PhotoCrops
+from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError
 
 SIZE, TURNOVERS = 256, 40

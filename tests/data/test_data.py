@@ -12,24 +12,14 @@ import torch
 from PIL import Image
 
 import immiscible.data.sources as data
-from immiscible.data.sources import (
-    BUNDLED,
-    ArrayImages,
-    BadImage,
-    GlobalBatchOrder,
-    ImageDataset,
-    ImageTransform,
-    Subset,
-    TableImages,
-    build_loader,
-    check_batch,
-    collate,
-    images_of,
-    load_images,
-)
+from immiscible.configs import UnconditionalConfig
+from immiscible.data.batches import BadImage, GlobalBatchOrder, ImageDataset, check_batch, collate
+from immiscible.data.bundled import BUNDLED
+from immiscible.data.loading import build_loader, images_of, load_images
+from immiscible.data.sources import ArrayImages, Subset, TableImages, split_source
+from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError
-from immiscible.evaluation.metrics import split_source
-from immiscible.flags import UnconditionalConfig, parse_config
+from immiscible.flags import parse_config
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0)

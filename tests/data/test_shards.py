@@ -1,5 +1,7 @@
 """WebDataset shards as a source of images: the index against `datasets`' own reader, damage, captions, classes, and whole runs."""
 
+from __future__ import annotations
+
 import io
 import json
 import tarfile
@@ -7,57 +9,22 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from kills import final_hashes, finish, kill, metrics, start
 from launch import tiny
 from PIL import Image
-from test_kill_resume import final_hashes, finish, kill, start
-from test_train_unconditional import metrics
+from tars import captioned, numbered, png, write_tar
 from tiny_text import data_folder, reach, tiny_text
 
 import immiscible.data.shards as shards
-from immiscible.data.sources import GlobalBatchOrder, ImageDataset, ImageTransform, build_loader, images_of, load_images
+from immiscible.data.batches import GlobalBatchOrder, ImageDataset
+from immiscible.data.loading import build_loader, images_of, load_images
+from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError
 
 CPU = torch.device("cpu")
+
+
 RANDOM = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-def png(side=8, mode="RGB", kind="PNG", seed=None):
-    random = RANDOM if seed is None else np.random.default_rng(seed)
-    image = Image.fromarray(random.integers(0, 256, (side, side + 2, 3), dtype=np.uint8)).convert(mode)
-    stream = io.BytesIO()
-    image.save(stream, kind)
-    return stream.getvalue()
-
-
-def write_tar(path, members, tar_format=tarfile.USTAR_FORMAT):
-    """``members``: name -> bytes, in order; pairs of them, where names come twice."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, content in members.items() if isinstance(members, dict) else members:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    return path
-
-
-def captioned(first, count, kind="jpg"):
-    """As img2dataset writes them."""
-    return {
-        f"{number:09}.{extension}": content
-        for number in range(first, first + count)
-        for extension, content in (
-            (kind, png(kind="JPEG" if kind == "jpg" else "PNG", seed=number)),
-            ("json", json.dumps({"caption": f"alt {number}", "names": [f"a {number}", f"b {number}"], "status": "success"}).encode()),
-            ("txt", f"caption {number}\n".encode()),
-        )
-    }
 
 
 @pytest.fixture
@@ -77,9 +44,6 @@ def load(folder, **options):
 
 def array(image):
     return np.asarray(image)
-
-
-# What is read
 
 
 def test_every_sample_as_datasets_reads_it(folder):
@@ -158,9 +122,6 @@ def test_every_mode_becomes_three_channels(tmp_path):
     assert all(dataset[0, index]["pixel_values"].shape == (3, 8, 8) for index in range(len(kinds)))
 
 
-# The index
-
-
 def test_the_index_is_made_once(folder, monkeypatch, tmp_path):
     first = load(folder, cache_dir=str(tmp_path / "cache"))
     scan, scanned = shards._scan, []
@@ -201,9 +162,6 @@ def test_ranks_and_workers_share_the_images_of_an_epoch(folder, workers):
         loader = build_loader(ImageDataset(source, ImageTransform(8), with_captions=True), order, workers, CPU)
         seen += [caption for batch in images_of(loader, skip_bad_images=False) for caption in batch.captions]
     assert sorted(seen) == sorted(f"caption {number}" for number in (*range(5), *range(10000, 10003)))
-
-
-# Damage
 
 
 def test_wherever_a_tar_is_cut_the_samples_before_are_whole_and_the_cut_is_told(tmp_path):
@@ -286,9 +244,6 @@ def test_one_of_the_first_samples_must_have_what_the_run_needs(tmp_path):
         load(tmp_path, caption_column="alt")
 
 
-# Classes
-
-
 def test_numbers_that_are_no_classes(tmp_path):
     members = {f"{number}.{kind}": content for number in range(2) for kind, content in (("png", png()), ("cls", b"1"))}
     members["1.cls"] = b"20231115123456789012"
@@ -307,9 +262,6 @@ def test_classes_are_the_numbers_in_cls(tmp_path):
     assert source.class_names == ["0", "1", "2", "3", "4"] and [source.label(index) for index in range(3)] == [0, 2, 4]
     (bad,) = ImageDataset(source, ImageTransform(8), with_labels=True)[0, 3]["bad"]
     assert "no class" in bad.reason
-
-
-# Wrong use
 
 
 @pytest.mark.parametrize(
@@ -342,13 +294,6 @@ def test_not_a_tar(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"hello" * 300)
     with pytest.raises(UserError, match=r"x\.tar is damaged"):
         load(tmp_path)
-
-
-# Runs
-
-
-def numbered(count):
-    return {f"{number:03}.{kind}": content for number in range(count) for kind, content in (("png", png(seed=number)), ("cls", b"1"))}
 
 
 @pytest.fixture

@@ -14,18 +14,20 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
+from kills import final_hashes, finish, kill, metrics, start
 from launch import run_command, tiny
-from test_kill_resume import final_hashes, finish, kill, start
-from test_shards import captioned, numbered, own_cache, png, write_tar  # noqa: F401 (a fixture)
-from test_train_unconditional import metrics
+from tars import captioned, numbered, png, write_tar  # noqa: F401(a fixture)
 
 import immiscible.data.streaming as streaming
+from immiscible.configs import UnconditionalConfig
+from immiscible.data.loading import build_loader, images_of, load_images
 from immiscible.data.shards import Columns, tar_samples
 from immiscible.data.shards import content as read_member
-from immiscible.data.sources import ImageTransform, build_loader, images_of, load_images
-from immiscible.data.streaming import StreamDataset, StreamOrder, TarStream, load_stream
+from immiscible.data.stream_order import StreamDataset, StreamOrder
+from immiscible.data.streaming import TarStream, load_stream
+from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError
-from immiscible.flags import UnconditionalConfig, parse_config
+from immiscible.flags import parse_config
 
 CPU = torch.device("cpu")
 COUNTS = (5, 3, 4, 1, 6)  # samples of each shard
@@ -234,8 +236,10 @@ COMMIT = "c" * 40
 STREAM_FROM_THE_HUB = """
 import json, sys
 import torch
-from immiscible.data.sources import ImageTransform, build_loader, images_of, load_images
-from immiscible.data.streaming import StreamDataset, StreamOrder, load_stream
+from immiscible.data.transforms import ImageTransform
+from immiscible.data.loading import build_loader, images_of, load_images
+from immiscible.data.stream_order import StreamDataset, StreamOrder
+from immiscible.data.streaming import load_stream
 
 found = {}
 for name in sys.argv[2:]:

@@ -1,35 +1,32 @@
 """The latent and text cache: what is in it, what a run from it sees, what it refuses, and how it is made."""
 
+from __future__ import annotations
+
 import hashlib
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from launch import ROOT, flags
+from latent_caches import PRECOMPUTE, close, hashes, module, precompute
+from launch import flags
 from PIL import Image
 from safetensors import SafetensorError
-from test_shards import write_tar
+from tars import write_tar
 
-from immiscible.data.sources import GlobalBatchOrder, ImageDataset, ImageTransform, build_loader, images_of
+from immiscible.data.batches import GlobalBatchOrder, ImageDataset
+from immiscible.data.loading import build_loader, images_of
+from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError
 from immiscible.randomness import Draws
 
-PRECOMPUTE = "scripts/precompute_latents.py"
 IMAGES = 12
+
+
 CPU = torch.device("cpu")
-
-
-def module(path: str):
-    folder, name = (ROOT / path).parent, Path(path).stem
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    return importlib.import_module(name)
 
 
 def write_images(folder: Path, count: int = IMAGES, text=lambda i: [f"picture {i}", f"number {i}", "one of them"]) -> Path:
@@ -68,10 +65,6 @@ def argv(sd: dict[str, Path], **changes) -> list[str]:
     return flags(values)
 
 
-def precompute(words: list[str], rows_per_shard: int = 5) -> None:
-    module(PRECOMPUTE).main([*words, "--rows_per_shard", str(rows_per_shard), "--encode_batch_size", "4"])
-
-
 def run_flags(sd: dict[str, Path], folder: Path, **changes) -> list[str]:
     values = {
         "cache_latents": True,
@@ -90,7 +83,8 @@ def run_flags(sd: dict[str, Path], folder: Path, **changes) -> list[str]:
 def parts_of(sd: dict[str, Path], *extra: str):
     """A run's flags, its source, model and opened cache."""
     from immiscible.encoding.cache import open_cache
-    from immiscible.networks.stable_diffusion import load_captioned_images, load_stable_diffusion
+    from immiscible.networks.stable_diffusion import load_stable_diffusion
+    from immiscible.tasks.text_to_image import load_captioned_images
 
     config = parsed(sd, *extra)
     source, parts = load_captioned_images(config), load_stable_diffusion(config, from_scratch=True)
@@ -105,22 +99,10 @@ def parsed(sd: dict[str, Path], *extra: str):
 
 
 def encoders(parts, cache, **options):
-    from immiscible.networks.stable_diffusion import TextToImageEncoder
+    from immiscible.encoding.texts import TextToImageEncoder
 
     plain = TextToImageEncoder(parts, CPU, **options)
     return plain, cache.encoder(plain)
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Up to the rounding to fp16 of what goes into it."""
-    return torch.allclose(found.float(), wanted.float(), rtol=2**-9, atol=2**-9)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-
-# What is in it
 
 
 def test_moments_are_the_posterior_of_the_image_and_of_its_mirror_image(tiny_sd):
@@ -171,9 +153,6 @@ def test_class_names_are_captions_too(tiny_sd, tmp_path):
     assert [list(cache.images(source).captions(index)) for index in range(3)] == [["crane, a bird"], ["snail"], ["crane"]]
 
 
-# What a run sees
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_batches_are_those_of_the_uncached_run(tiny_sd, dropout):
     _, source, parts, cache = parts_of(tiny_sd)
@@ -212,7 +191,7 @@ def test_latents_are_distributed_as_the_vae_says(tiny_sd):
 
 
 def replace_captions(moments):
-    from immiscible.data.sources import Images
+    from immiscible.data.batches import Images
 
     return Images(moments, None, [""] * len(moments))
 
@@ -330,14 +309,12 @@ def test_killed_and_resumed_is_never_killed(script, tiny_sd, tmp_path, lora):
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 
-# What is refused
-
-
 def refused(sd: dict[str, Path], **changes) -> str:
     from immiscible.configs import TextToImageConfig
     from immiscible.encoding.cache import open_cache
     from immiscible.flags import parse_config
-    from immiscible.networks.stable_diffusion import load_captioned_images, load_stable_diffusion
+    from immiscible.networks.stable_diffusion import load_stable_diffusion
+    from immiscible.tasks.text_to_image import load_captioned_images
 
     words = argv(sd, **{"cache_latents": True, **changes})
     with pytest.raises(UserError) as caught:
@@ -447,9 +424,6 @@ def test_a_checkpoint_of_cached_latents_is_not_continued_from_images(tiny_sd, tm
         train(run_flags(tiny_sd, tmp_path / "run", cache_latents=None, latent_cache_dir=None, resume_from_checkpoint="latest"))
     moved = {**tiny_sd, "cache": shutil.copytree(tiny_sd["cache"], tmp_path / "moved")}
     train(run_flags(moved, tmp_path / "run", max_train_steps=2, resume_from_checkpoint="latest"))
-
-
-# How it is made
 
 
 def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(tiny_sd, tmp_path, monkeypatch):

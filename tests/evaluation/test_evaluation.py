@@ -12,14 +12,15 @@ from launch import tiny
 from PIL import Image
 from safetensors.torch import load_file
 
+from immiscible.configs import UnconditionalConfig
 from immiscible.errors import UserError
-from immiscible.evaluation.metrics import Evaluation, PixelFeatures
-from immiscible.flags import UnconditionalConfig
+from immiscible.evaluation.features import PixelFeatures
+from immiscible.evaluation.frechet import Evaluation
+from immiscible.method import build_scheduler
 from immiscible.networks.unet import build_unet, unet_config
-from immiscible.process import build_scheduler
 from immiscible.randomness import seeded_generator
 from immiscible.sampling.pipelines import build_pipeline, sample_images, sample_labels, told_classes
-from immiscible.training.run import save_pipeline, save_samples
+from immiscible.tasks.pixels import save_pipeline, save_samples
 
 CPU = torch.device("cpu")
 CLASSES = 4

@@ -10,23 +10,16 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
-from immiscible.data.sources import ImageTransform, load_digits
+from immiscible.data.bundled import load_digits
+from immiscible.data.sources import split_source
+from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError
-from immiscible.evaluation.metrics import (
-    FEATURES,
-    DigitsFeatures,
-    Evaluation,
-    FrechetDistance,
-    PixelFeatures,
-    build_features,
-    fixed_images,
-    images_together,
-    split_source,
-    to_uint8,
-    validation_loss,
-)
+from immiscible.evaluation.features import FEATURES, DigitsFeatures, PixelFeatures, build_features
+from immiscible.evaluation.frechet import Evaluation, FrechetDistance
+from immiscible.evaluation.validation import fixed_images, images_together, to_uint8, validation_loss
+from immiscible.method import build_scheduler
 from immiscible.networks.unet import build_unet, unet_config
-from immiscible.process import PREDICTION_TYPES, NoiseProcess, build_scheduler
+from immiscible.process import PREDICTION_TYPES, NoiseProcess
 from immiscible.sampling.pipelines import build_pipeline, metrics, sample_images
 
 DIGITS = torch.from_numpy(load_digits().images)[:, None]  # uint8 [1797,1,8,8]

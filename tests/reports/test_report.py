@@ -11,9 +11,9 @@ import pytest
 from launch import tiny
 from PIL import Image
 
-from immiscible.configs import TextToImageConfig
+from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.errors import UserError
-from immiscible.flags import UnconditionalConfig, save_config
+from immiscible.flags import save_config
 from immiscible.reports.comparison import (
     GAIN,
     HARM,

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from kills import finish
 from launch import entry, flags, free_port, tiny
 from PIL import Image
-from test_kill_resume import finish
 from tiny_text import model_folder, tiny_text
 
 from immiscible.errors import UserError

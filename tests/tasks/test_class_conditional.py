@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from kills import final_hashes, finish, kill, metrics, start
 from launch import tiny
-from test_kill_resume import final_hashes, finish, kill, start
-from test_train_unconditional import metrics
 
-from immiscible.data.sources import Images
+from immiscible.data.batches import Images
 from immiscible.encoding.encoders import PixelEncoder
 from immiscible.randomness import Draws
 

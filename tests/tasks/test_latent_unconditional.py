@@ -9,22 +9,25 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from kills import final_hashes, metrics
+from latent_caches import PRECOMPUTE, close, hashes, module, precompute
 from launch import ROOT, flags, run_command, tiny
 from PIL import Image
-from test_kill_resume import final_hashes
-from test_latent_cache import PRECOMPUTE, close, hashes, module, precompute
-from test_train_unconditional import metrics
 from tiny_text import data_folder, model_folder, tiny_text
 
-from immiscible.data.sources import GlobalBatchOrder, Images, build_loader, image_transform, images_of, load_images
-from immiscible.data.streaming import load_training_images, training_images
-from immiscible.encoding.encoders import PRECISIONS, LatentEncoder, PixelEncoder, latent_draw
+from immiscible.configs import UnconditionalConfig
+from immiscible.data.batches import GlobalBatchOrder, Images
+from immiscible.data.loading import build_loader, images_of, load_images, load_training_images, training_images
+from immiscible.data.transforms import image_transform
+from immiscible.encoding.encoders import LatentEncoder, PixelEncoder, latent_draw
 from immiscible.errors import UserError
-from immiscible.flags import UnconditionalConfig, parse_config
-from immiscible.networks.unet import build_unet, latent_downsampling, load_vae, unet_config, vae_identity
-from immiscible.process import build_scheduler
+from immiscible.flags import parse_config
+from immiscible.method import build_scheduler
+from immiscible.networks.latents import latent_downsampling, load_vae, vae_identity
+from immiscible.networks.unet import build_unet, unet_config
+from immiscible.networks.weights import PRECISIONS
 from immiscible.randomness import Draws, seeded_generator
-from immiscible.sampling.folder import take_scheduler
+from immiscible.sampling.loaded import take_scheduler
 from immiscible.sampling.pipelines import build_pipeline, sample_images
 
 CPU = torch.device("cpu")

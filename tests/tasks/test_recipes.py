@@ -13,10 +13,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from launch import ROOT, accelerate_launch, flags, free_port, run_command
 from PIL import Image
 
-from immiscible.configs import TextToImageConfig
-from immiscible.data.sources import load_images
+from immiscible.configs import TextToImageConfig, UnconditionalConfig
+from immiscible.data.loading import load_images
 from immiscible.errors import UserError
-from immiscible.flags import UnconditionalConfig, parse_config
+from immiscible.flags import parse_config
 
 DEMO = sorted((ROOT / "configs/tasks").glob("sd_tiny*.yaml"))
 RECIPES = sorted(set((ROOT / "configs/tasks").glob("sd_*.yaml")) - set(DEMO))

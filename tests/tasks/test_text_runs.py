@@ -21,8 +21,8 @@ from tiny_text import ADAPTERS, FINETUNE, SCRATCH, WEIGHTS, data_folder, model_f
 
 from immiscible.configs import TextToImageConfig
 from immiscible.errors import UserError
-from immiscible.networks.stable_diffusion import text_model_card
 from immiscible.randomness import seeded_generator
+from immiscible.tasks.text_to_image import text_model_card
 from immiscible.training.folder import run_identity
 
 
@@ -230,7 +230,7 @@ def test_push_to_hub(runs, monkeypatch, tmp_path, name, private):
     from huggingface_hub.utils import filter_repo_objects
 
     from immiscible.configs import TextToImageConfig
-    from immiscible.training.run import push_pipeline
+    from immiscible.training.cards import push_pipeline
 
     folder = shutil.copytree(runs / name, tmp_path / "model")
     if name == "adapters":

@@ -88,7 +88,7 @@ def test_latents_and_text_states_are_the_checkpoints(monkeypatch, tmp_path):
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from immiscible.data.sources import Images
+    from immiscible.data.batches import Images
     from immiscible.randomness import Draws
 
     reached, draws = reach(monkeypatch, tiny_text(tmp_path / "run")), Draws(3, 5, 0, torch.device("cpu"))
@@ -194,7 +194,7 @@ def test_adapters_stay_fp32_under_bf16_and_alone_are_trained(monkeypatch, tmp_pa
 
 def test_captions_are_drawn_and_dropped(monkeypatch, tmp_path):
     """Each epoch takes one of an image's captions, and the wanted share of them is left out."""
-    from immiscible.data.sources import Images
+    from immiscible.data.batches import Images
     from immiscible.randomness import Draws
 
     reached = reach(monkeypatch, tiny_text(tmp_path / "run", proportion_empty_prompts=0.25))

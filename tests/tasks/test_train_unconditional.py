@@ -1,5 +1,7 @@
 """What the script leaves behind, run as a user runs it."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -12,11 +14,12 @@ import psutil
 import pytest
 import torch
 import yaml
+from kills import final_hashes, finish, lines, metrics
 from launch import LAUNCH_TWO, SCRIPT, accelerate_launch, flags, free_port, run_command, tiny
+from pictures import colored
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_kill_resume import final_hashes, finish, lines
 
 from immiscible.training.checkpoints import checkpoints, step_of
 
@@ -36,20 +39,9 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def trained(script, folder: Path, **changes) -> Path:
     result = script(tiny(folder, **changes))
     assert result.code == 0, result.stderr
-    return folder
-
-
-def colored(folder: Path, color=(204, 102, 51), count: int = 16) -> Path:
-    folder.mkdir()
-    for number in range(count):
-        Image.new("RGB", (8, 8), color).save(folder / f"{number:02}.png")
     return folder
 
 
@@ -140,6 +132,8 @@ ONE_LEVEL = {
     "up_block_types": ["UpBlock2D"],
     "add_attention": False,
 }
+
+
 KNOWN_ANSWERS = {
     "epsilon-ddim": {"prediction_type": "epsilon", "sampling_scheduler": "ddim", "max_train_steps": 220},
     "sample-ddim": {"prediction_type": "sample", "sampling_scheduler": "ddim", "max_train_steps": 60},
@@ -149,6 +143,8 @@ KNOWN_ANSWERS = {
     "v-scaled": {"prediction_type": "v_prediction", "image_scale": 2},
     "flow-scaled": {"prediction_type": "flow_prediction", "noise_process": "flow", "image_scale": 2},
 }
+
+
 SAMPLE = """
 import json, sys
 import diffusers
@@ -204,15 +200,12 @@ def test_plan_leaves_a_finished_run_alone(script, plain):
     assert {path: path.stat().st_mtime_ns for path in plain.rglob("*")} == before
 
 
-# Hub
-
-
 def test_push_to_hub_uploads_the_pipeline_without_checkpoints(digits, monkeypatch):
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
-    from immiscible.flags import UnconditionalConfig
-    from immiscible.training.run import push_pipeline
+    from immiscible.configs import UnconditionalConfig
+    from immiscible.training.cards import push_pipeline
 
     folder, _ = digits
     calls = {}
@@ -243,9 +236,6 @@ def test_push_to_hub_without_a_network_is_one_line_after_a_complete_run(script, 
     assert "--push_to_hub failed" in result.error and str(tmp_path / "run") in result.error
     assert (tmp_path / "run" / "model_index.json").exists() and (tmp_path / "run" / "summary.json").exists()
     assert "hf_secret" not in result.stderr + result.stdout + (tmp_path / "run" / "config.yaml").read_text()
-
-
-# Options
 
 
 @pytest.mark.parametrize(
@@ -334,9 +324,6 @@ def test_parquet_folder_and_image_column(script, tmp_path):
     assert result.code == 0 and "16 images" in result.stderr
 
 
-# Checkpoints and stops
-
-
 def test_checkpoints_total_limit_and_foreign_folders(script, tmp_path):
     folder = tmp_path / "run"
     for name in ("checkpoint-foo", "checkpoint-5-backup"):
@@ -374,9 +361,6 @@ def test_a_signal_saves_and_the_run_resumes_exactly(script, tmp_path, number, wh
     trained(script, tmp_path / "whole", **common)
     assert final_hashes(tmp_path / "run", 60) == final_hashes(tmp_path / "whole", 60)
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 61))
-
-
-# Two processes
 
 
 def test_accelerate_launch_on_two_processes(tmp_path):

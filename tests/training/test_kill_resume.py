@@ -1,13 +1,14 @@
 """Killed = never killed: whatever the moment of the kill, the continued run ends with the same bits."""
 
-import hashlib
+from __future__ import annotations
+
 import random
 import signal
 import time
-from pathlib import Path
 
 import psutil
 import pytest
+from kills import final_hashes, finish, kill, lines, start
 from launch import tiny
 
 FULL = {
@@ -22,34 +23,6 @@ FULL = {
     "resume_from_checkpoint": "latest",
     "max_train_samples": 200,  # several epochs
 }
-
-
-def final_hashes(folder: Path, step: int) -> dict[str, str]:
-    weights = [folder / f"checkpoint-{step}" / name / "diffusion_pytorch_model.safetensors" for name in ("unet", "unet_ema")]
-    return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}
-
-
-def start(script, argv, processes):
-    return script.start_ranks(argv, processes) if processes > 1 else [script.start(argv)]
-
-
-def finish(runs):
-    results = [run.wait(240) for run in runs]
-    assert [result.code for result in results] == [0] * len(runs), results
-    return results
-
-
-def kill(runs):
-    for run in runs:
-        if run.poll() is None:
-            run.send_group(signal.SIGKILL)
-    for run in runs:
-        run.wait()
-
-
-def lines(folder):
-    path = folder / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
 
 
 def freeze_in_a_save(run, folder):

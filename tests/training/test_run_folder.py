@@ -7,7 +7,8 @@ import shutil
 import pytest
 from launch import tiny
 
-from immiscible.data.sources import Subset, load_digits
+from immiscible.data.bundled import load_digits
+from immiscible.data.sources import Subset
 
 
 def weights(folder, step):

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from immiscible.coupling import AssignmentCoupling, IndependentCoupling, build_coupling
-from immiscible.data.sources import Images
+from immiscible.data.batches import Images
 from immiscible.encoding.encoders import PixelEncoder
 from immiscible.errors import UserError
+from immiscible.method import build_scheduler
 from immiscible.objectives import DenoisingObjective, weighted_mse
-from immiscible.process import NoiseProcess, build_scheduler
+from immiscible.process import NoiseProcess
 from immiscible.randomness import Draws, PoolDraws, reseed_globally
 from immiscible.timesteps import timestep_sampler
 from immiscible.training.loop import StopRequest, train
@@ -251,8 +252,8 @@ def test_nan_stops_before_the_weights_change(accelerator):
 def test_learning_rate_counts_optimizer_steps():
     from diffusers.optimization import get_scheduler
 
-    from immiscible.flags import UnconditionalConfig
-    from immiscible.networks.unet import learning_rate
+    from immiscible.configs import UnconditionalConfig
+    from immiscible.networks.optimization import learning_rate
 
     parameter = nn.Parameter(torch.zeros(1))
     for name in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"):

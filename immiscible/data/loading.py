@@ -1,0 +1,197 @@
+"""From flags to batches: the source that they name, the order, and the loader."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from immiscible.choices import build_choice
+from immiscible.configs import UnconditionalConfig
+from immiscible.data.arguments import DataArguments
+from immiscible.data.batches import BadImage, Batch, GlobalBatchOrder, ImageDataset, Images, check_batch, collate
+from immiscible.data.bundled import BUNDLED
+from immiscible.data.sources import ImageSource, Subset
+from immiscible.data.stream_order import StreamDataset, StreamOrder
+from immiscible.data.streaming import Stream, load_stream
+from immiscible.data.tables import _folder_images, _hub_images
+from immiscible.data.transforms import ImageTransform
+from immiscible.errors import UserError
+from immiscible.flags import given
+from immiscible.randomness import seeded_generator
+
+if TYPE_CHECKING:
+    from immiscible.configs import AnyConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_images(
+    *,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    bundled_data: str = "digits",
+    image_column: str = "image",
+    label_column: str | None = None,
+    labels_for: str | None = None,
+    caption_column: str | None = None,
+    cache_dir: str | None = None,
+    max_train_samples: int | None = None,
+    train_subset_fraction: float | None = None,
+    skip_bad_images: bool = False,
+    resolution: int = 64,
+) -> ImageSource:
+    """The training images: a dataset of the Hub, else a local folder, else bundled data.
+
+    Args:
+        dataset_name: what `datasets.load_dataset` takes; its ``train`` split is used.
+        dataset_config_name: the dataset's configuration.
+        train_data_dir: a folder of images (with or without a subfolder per class), or one that holds ``.parquet`` files or WebDataset
+            shards (``.tar``, see `immiscible.data.shards`, where what is called columns here is explained for them) at any depth.
+        bundled_data: a key of `BUNDLED`; used when the two above are None.
+        image_column: the column of images in a Hub dataset or in parquet files.
+        label_column: the column of classes, a `datasets.ClassLabel`; None for the one called ``label``, if it is of that kind. An image
+            folder has it if all its images lie in subfolders of one depth, two at least: one per class, in the order of their names.
+        labels_for: the flag that needs classes; None if the run does without.
+        caption_column: the column of captions, texts or lists of texts or classes; None if the run does without.
+        cache_dir: where `datasets` keeps its tables; None for its default.
+        max_train_samples: use that many images, the same ones for every seed; more than there are means all.
+        train_subset_fraction: use this share of the images, rounded to whole ones, the same ones for every seed.
+        skip_bad_images: use what stands before the damage of a damaged ``.tar``.
+        resolution: side of the crops of ``photo_crops``; the other sources keep their sizes.
+
+    Raises:
+        UserError: nothing there, no such column, both sources given, a number below 1, or no classes where ``labels_for`` needs them.
+    """
+    if dataset_name is not None and train_data_dir is not None:
+        raise UserError("--dataset_name and --train_data_dir are both given; choose one")
+    if max_train_samples is not None and max_train_samples < 1:
+        raise UserError(f"--max_train_samples {max_train_samples} is below 1")
+    if dataset_name is not None:
+        source: ImageSource = _hub_images(
+            dataset_name, dataset_config_name, image_column, label_column, labels_for, caption_column, cache_dir
+        )
+    elif train_data_dir is not None:
+        from immiscible.data.shards import load_shards, tar_files
+
+        columns = (image_column, label_column, labels_for, caption_column, cache_dir)
+        if tar_files(Path(train_data_dir).expanduser()):
+            source = load_shards(train_data_dir, *columns, skip_bad_images)
+        else:
+            source = _folder_images(train_data_dir, *columns)
+    else:
+        source = build_choice(BUNDLED, "--bundled_data", bundled_data, resolution=resolution)
+        if labels_for and source.class_names is None:
+            raise UserError(
+                f"{labels_for} needs classes, and --bundled_data {bundled_data} has none; choose data with classes, e.g. digits"
+            )
+    if train_subset_fraction is not None:
+        max_train_samples = round(train_subset_fraction * len(source))
+        if max_train_samples < 1:
+            raise UserError(f"--train_subset_fraction {train_subset_fraction:g} of {len(source)} images leaves none; give a larger share")
+    if max_train_samples is not None and max_train_samples < len(source):
+        chosen = torch.randperm(len(source), generator=seeded_generator("max_train_samples"))[:max_train_samples]
+        source = Subset(source, chosen.tolist())
+    return source
+
+
+def build_loader(dataset: Dataset[Any], order: Iterable[list[Any]], num_workers: int, device: torch.device) -> DataLoader[dict[str, Any]]:
+    """A loader of `Batch`, on the CPU (pinned if ``device`` is a GPU), in ``order``, that draws nothing from the global generators."""
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),
+    )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The parent must find its workers alive while it finishes the
+    # step and saves; they end when it closes the loader, sends them SIGTERM itself as multiprocessing does at exit, or is gone
+    # (torch's watchdog). Only sigwaitinfo tells the sender; where it is missing, torch's own handler stays, which obeys anyone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_the_parents_sigterm, daemon=True).start()
+
+
+def _end_at_the_parents_sigterm() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Images]:
+    """The images of each batch, on the CPU, with labels if the dataset gives them; names each skipped image once, and counts them.
+
+    Raises:
+        UserError: as `check_batch`.
+    """
+    skipped: set[BadImage] = set()
+    for batch in loader:
+        for bad in check_batch(batch, skip_bad_images):
+            if bad not in skipped:
+                skipped.add(bad)
+                logger.warning("skipped image %s: %s (%d skipped so far)", bad.name, bad.reason, len(skipped))
+        yield Images(batch["pixel_values"], batch["labels"], batch["captions"])
+
+
+def load_training_images(config: UnconditionalConfig) -> ImageSource | Stream:
+    """The images that the flags of ``train_unconditional.py`` name, with their classes if a flag needs them.
+
+    Raises:
+        UserError: as `load_images` or, with ``--streaming``, `load_stream`.
+    """
+    load = load_stream if config.streaming else load_images
+    data = given(config, DataArguments)
+    chosen: dict[str, Any] = {name: data[name] for name in signature(load).parameters if name in data}
+    return load(**chosen, labels_for=config.labels_for)
+
+
+def batch_order(
+    source: ImageSource | Stream, config: AnyConfig, seed: int, rank: int, num_processes: int
+) -> GlobalBatchOrder | StreamOrder:
+    """Which images a rank takes for which micro-batch; ``stop`` is to be set.
+
+    Raises:
+        UserError: see `StreamOrder`.
+    """
+    if not isinstance(source, Stream):
+        return GlobalBatchOrder(len(source), config.train_batch_size, seed, stop=0, rank=rank, num_processes=num_processes)
+    return StreamOrder(
+        source,
+        config.train_batch_size,
+        seed,
+        stop=0,
+        rank=rank,
+        num_processes=num_processes,
+        shuffle_buffer=config.shuffle_buffer,
+        skip_bad_images=config.skip_bad_images,
+        cache_dir=config.cache_dir,
+    )
+
+
+def training_images(
+    source: ImageSource | Stream, transform: ImageTransform, config: AnyConfig, *, with_captions: bool = False
+) -> ImageDataset | StreamDataset:
+    """What the loader loads, for the keys of `batch_order`.
+
+    Raises:
+        UserError: classes are needed, and the source has none.
+    """
+    kind: Any = StreamDataset if isinstance(source, Stream) else ImageDataset
+    return kind(source, transform, config.skip_bad_images, with_labels=config.labels_for is not None, with_captions=with_captions)

@@ -1,0 +1,159 @@
+"""From an image of any size and mode to a square of pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from immiscible.errors import UserError
+from immiscible.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from immiscible.configs import AnyConfig
+
+
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's 8-bit mode
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """From an image of any size and mode to ``[channels, resolution, resolution]``, float32 in [-1, 1], as diffusers' example does it.
+
+    The short side is resized to ``resolution`` (antialiased), a square is cut out, and perhaps mirrored. Crop and flip are
+    functions of (seed, epoch, index), drawn apart, so that turning one off leaves the other as it was.
+
+    Args:
+        resolution: side in pixels.
+        channels: 1, 3 or 4.
+        center_crop: cut the square from the middle and not at a random place.
+        random_flip: mirror left-right with probability 1/2.
+        preserve_input_precision: keep the 16 or 32 bits of such images through the resizing; else every image becomes 8-bit first.
+            Either way 16 bits span 0..65535, integers of 32 bits 0..2**31-1 and floats 0..1.
+        seed: the run's seed.
+        interpolation: how 8-bit images are resized, by Pillow's name in lower case; images of more bits are bilinear.
+        crop: ``diffusers`` as above; ``adm`` as in the guided-diffusion papers on ImageNet: halve by box filters while twice the
+            resolution fits, then bicubic, and the center square.
+
+    Raises:
+        UserError: another number of channels, or a resolution below 1.
+    """
+
+    resolution: int
+    channels: int = 3
+    center_crop: bool = False
+    random_flip: bool = False
+    preserve_input_precision: bool = False
+    seed: int = 0
+    interpolation: str = "bilinear"
+    crop: str = "diffusers"
+
+    def __post_init__(self) -> None:
+        if self.channels not in PIL_MODES:
+            raise UserError(f"{self.channels} image channels are not supported; use 1 (gray), 3 (RGB) or 4 (RGBA)")
+        if self.resolution < 1:
+            raise UserError(f"--resolution {self.resolution} is below 1")
+
+    def __call__(self, image: Image.Image | np.ndarray, epoch: int, index: int) -> Tensor:
+        """`decode`, then `augment`."""
+        return self.augment(self.decode(image), epoch, index)
+
+    def decode(self, image: Image.Image | np.ndarray) -> Image.Image | Tensor:
+        """The image in the wanted channels: 8-bit as a PIL image, or float32 [C,H,W] in [0,1] with ``preserve_input_precision``.
+
+        Raises:
+            ValueError: pixels that are NaN or infinite, or a mode that Pillow cannot convert.
+        """
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        if image.mode.startswith(("I", "F")):
+            gray = _unit_gray(image)
+            if self.preserve_input_precision:
+                return torch.cat([gray.expand(min(self.channels, 3), -1, -1), torch.ones_like(gray).expand(self.channels // 4, -1, -1)])
+            # Pillow's own conversion would clip at 255, which turns most 16-bit images white and floats in 0..1 black.
+            image = Image.fromarray(gray[0].clamp(0, 1).mul(255).round().to(torch.uint8).numpy())
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # straight to RGB is the same but warns once per image
+        image = image.convert(PIL_MODES[self.channels])
+        return _bytes_tensor(image).div(255) if self.preserve_input_precision else image
+
+    def augment(self, pixels: Image.Image | Tensor, epoch: int, index: int) -> Tensor:
+        """Resize, crop, flip and scale what `decode` returned: float32 [channels, resolution, resolution] in [-1, 1]."""
+        if isinstance(pixels, Tensor):
+            size = self._resized(*pixels.shape[-2:])
+            if size != tuple(pixels.shape[-2:]):
+                pixels = torch.nn.functional.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+        else:
+            if self.crop == "adm":
+                pixels, kernel = _halved(pixels, self.resolution), Image.Resampling.BICUBIC
+                factor = self.resolution / min(pixels.size)
+                width, height = (round(side * factor) for side in pixels.size)
+            else:
+                kernel = Image.Resampling[self.interpolation.removesuffix("_exact").upper()]
+                height, width = self._resized(pixels.height, pixels.width)
+            pixels = _bytes_tensor(pixels.resize((width, height), kernel))
+        top, left = (self._offset(side, extra, epoch, index) for side, extra in zip(("top", "left"), self._extra(pixels), strict=True))
+        pixels = pixels[:, top : top + self.resolution, left : left + self.resolution]
+        if self.flips(epoch, index):
+            pixels = pixels.flip(-1)
+        unit = pixels if pixels.is_floating_point() else pixels.to(torch.float32).div(255)
+        return unit.sub(0.5).div(0.5).contiguous()
+
+    def flips(self, epoch: int, index: int) -> bool:
+        """Whether the image is mirrored in this epoch."""
+        return self.random_flip and derive_seed(self.seed, "flip", epoch, index) % 2 == 1
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        short, long = sorted((height, width))
+        other = int(self.resolution * long / short)  # torchvision's rule: rounded down
+        return (self.resolution, other) if height <= width else (other, self.resolution)
+
+    def _extra(self, pixels: Tensor) -> tuple[int, int]:
+        return pixels.shape[-2] - self.resolution, pixels.shape[-1] - self.resolution
+
+    def _offset(self, side: str, extra: int, epoch: int, index: int) -> int:
+        if self.crop == "adm":
+            return extra // 2
+        if self.center_crop:
+            return round(extra / 2)  # torchvision's rule: halves go to the even neighbour
+        return derive_seed(self.seed, "crop", side, epoch, index) % (extra + 1)
+
+
+def image_transform(config: AnyConfig, channels: int, seed: int) -> ImageTransform:
+    """What makes pixels of the images, as the flags say."""
+    return ImageTransform(
+        config.resolution,
+        channels,
+        config.center_crop,
+        config.random_flip,
+        config.preserve_input_precision,
+        seed,
+        config.image_interpolation_mode,
+        config.crop,
+    )
+
+
+def _halved(image: Image.Image, resolution: int) -> Image.Image:
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return image
+
+
+def _bytes_tensor(image: Image.Image) -> Tensor:
+    """uint8 [C,H,W] from a mode L, RGB or RGBA."""
+    array = torch.from_numpy(np.array(image))
+    return array[None] if array.ndim == 2 else array.permute(2, 0, 1)
+
+
+def _unit_gray(image: Image.Image) -> Tensor:
+    """float32 [1,H,W] from a 16 or 32-bit mode, 1 being the largest value of its integers."""
+    array = np.array(image)
+    largest = {"u": 65535, "i": 2**31 - 1, "f": 1}[array.dtype.kind]
+    gray = torch.from_numpy((array.astype(np.float64) / largest).astype(np.float32))[None]
+    if not gray.isfinite().all():
+        raise ValueError("it has NaN or infinite pixels")
+    return gray

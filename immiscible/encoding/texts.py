@@ -1,0 +1,60 @@
+"""Images to latents and captions to text states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from immiscible.encoding.encoders import Encoded, latent_draw
+from immiscible.networks.stable_diffusion import StableDiffusion, text_states
+from immiscible.randomness import Draws
+
+if TYPE_CHECKING:
+    from immiscible.data.batches import Images
+
+
+@dataclass(frozen=True)
+class TextToImageEncoder:
+    """Images to latents, captions to text states; both without gradient, in the networks' own precision.
+
+    A latent is a fresh draw from the VAE's posterior each time: mean + deviation * normal, times the VAE's scaling factor, in fp32.
+
+    Args:
+        parts: of the checkpoint; VAE and text encoder already on the device.
+        device: where training happens.
+        empty_prompts: share of the images whose caption is left empty, drawn for each image.
+        pooled_labels: give couplings the captions' pooled text states for labels, where the batch has no classes.
+    """
+
+    parts: StableDiffusion
+    device: torch.device
+    empty_prompts: float = 0.0
+    pooled_labels: bool = False
+
+    @torch.no_grad()
+    def __call__(self, batch: Images, draws: Draws) -> Encoded:
+        """See `Encoded`: ``x0`` are latents [B, 4, H/8, W/8], the condition is ``encoder_hidden_states`` [B, L, E]."""
+        captions = list(batch.captions or ())
+        x0 = latent_draw(*self.posterior(batch.x0), self.parts.vae.config.scaling_factor, draws)
+        if self.empty_prompts:
+            dropped = draws.uniform("empty_prompt", len(captions)) < self.empty_prompts
+            captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
+        states, pooled = self.texts(captions)
+        labels = None if batch.labels is None else batch.labels.to(self.device)
+        if labels is None and self.pooled_labels and pooled is not None:
+            labels = pooled.float()
+        return Encoded(x0, labels, {"encoder_hidden_states": states})
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents of a batch's images, each [B, 4, H/8, W/8]."""
+        vae = self.parts.vae
+        posterior = vae.encode(images.to(self.device, vae.dtype, non_blocking=True)).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """The states [B, L, E] and pooled states [B, E] of captions."""
+        return text_states(self.parts, captions, self.device)

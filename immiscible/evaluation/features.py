@@ -1,0 +1,219 @@
+"""Feature networks: what turns images into the vectors that a distance compares."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
+from tqdm import tqdm
+
+from immiscible.choices import build_choice
+from immiscible.data.bundled import load_digits
+from immiscible.errors import UserError
+from immiscible.randomness import _preserved_randomness, seeded_generator
+from immiscible.training import checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureNetwork(Protocol):
+    """What turns images into the vectors whose means and covariances a Frechet distance compares. Any object of this shape will do."""
+
+    @property
+    def name(self) -> str:
+        """What tables call the distance between these features. "FID" is that of the published Inception network and no other."""
+
+    @property
+    def num_features(self) -> int:
+        """F."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """float64 [N, F] of uint8 [N, C, H, W], both on the CPU; row n depends on image n alone and nothing is drawn."""
+
+
+class PixelFeatures:
+    """The image itself, average-pooled to at most 8x8 per channel and scaled to [-1, 1]: needs no weights and knows no semantics.
+
+    The distance sees the colors, the layout and the contrast of an image and is blind to detail finer than an eighth of its side. It
+    ranks runs that are far from the data; for the last bit of quality a trained network is needed.
+    """
+
+    name = "FD-pixels-8x8"
+
+    def __init__(self, channels: int = 3, resolution: int = 8) -> None:
+        self.num_features = channels * min(8, resolution) ** 2
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """float64 [N, F] of uint8 [N, C, H, W].
+
+        Raises:
+            UserError: the images have other channels, or are smaller than 8x8 and not of the resolution given.
+        """
+        pooled = adaptive_avg_pool2d(images.float(), (min(8, images.shape[-2]), min(8, images.shape[-1]))).flatten(1)
+        if pooled.shape[1] != self.num_features:
+            raise UserError(f"{self.name} was made for {self.num_features} features; these images have {pooled.shape[1]}")
+        return pooled.double() / 127.5 - 1
+
+
+class DigitsFeatures:
+    """The 64 penultimate features of a small classifier of scikit-learn's 1,797 digits, for gray images of 8x8.
+
+    It is trained once (seconds on one core) on 80 % of the digits, from a fixed seed on one thread, and kept in a cache folder; the
+    features are scaled so that their variances over all digits sum to 100. On one machine it is the same to the last bit however
+    often it is trained; another processor or torch may round otherwise, so compare runs that were measured by the same file.
+
+    Args:
+        cache_dir: where the trained classifier is kept; None for ``immiscible`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. A file that is
+            broken is replaced, and where none can be written the classifier is trained anew each time.
+
+    Attributes:
+        accuracy: on the 20 % that it was not trained on, in [0, 1].
+    """
+
+    name = "FD-digits"
+    num_features = 64
+
+    def __init__(self, cache_dir: Path | None = None) -> None:
+        path = (cache_dir or _cache_folder()) / "digits-classifier-1.safetensors"
+        with _preserved_randomness():
+            self._network = _digits_network()
+            if not self._read(path):
+                logger.info("training the digits classifier that %s needs, once; it is kept in %s", self.name, path)
+                self._use(_train_digits_classifier())
+                self._write(path)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """float64 [N, 64] of uint8 [N, 1, 8, 8].
+
+        Raises:
+            UserError: the images are not 1x8x8.
+        """
+        if images.shape[1:] != (1, 8, 8):
+            shape = "x".join(map(str, images.shape[1:]))
+            raise UserError(f"--eval_features digits measures gray images of 1x8x8, not {shape}; use --eval_features pixels")
+        with torch.no_grad():
+            return self._network[:-1](_unit_range(images)).double() * self._scale
+
+    def _use(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._network.load_state_dict({name: value for name, value in tensors.items() if name not in ("scale", "accuracy")})
+        self._network.eval().requires_grad_(False)
+        self._scale, self.accuracy = float(tensors["scale"]), float(tensors["accuracy"])
+
+    def _read(self, path: Path) -> bool:
+        """Whether there is a classifier at ``path``, and it is what was written."""
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                if (file.metadata() or {}).get("sha256") != _digest(tensors):
+                    raise ValueError("its contents do not match their hash")
+            self._use(tensors)
+        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            logger.warning("%s is broken (%s) and is made anew", path, str(error).partition("\n")[0])
+            return False
+        return True
+
+    def _write(self, path: Path) -> None:
+        """One key of metadata, for safetensors writes several in any order. Two processes write equal files; the later one stands."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=checkpoints.PARTIAL)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(save(self._tensors, metadata={"sha256": _digest(self._tensors)}))
+                checkpoints.replace(Path(partial), path)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(partial)
+        except OSError as error:
+            logger.warning("cannot keep the digits classifier in %s (%s): it will be trained again", path.parent, error.strerror)
+
+
+FEATURES: dict[str, Callable[..., FeatureNetwork]] = {"digits": DigitsFeatures, "pixels": PixelFeatures}
+
+
+def build_features(name: str, *, channels: int, resolution: int) -> FeatureNetwork:
+    """The entry of `FEATURES` for images of these channels and this side in pixels.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    return build_choice(FEATURES, "--eval_features", name, channels=channels, resolution=resolution)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "immiscible"
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(save(tensors)).hexdigest()
+
+
+def _digits_network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),  #  [N,16,8,8]
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),  # [N,32,8,8]
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 64),  #       [N,64]
+        nn.SiLU(),  # not ReLU, which leaves some features at zero for every image
+        nn.Linear(64, 10),
+    )
+
+
+def _train_digits_classifier(epochs: int = 12, batch_size: int = 32) -> dict[str, Tensor]:
+    """The network's tensors, with ``scale`` and ``accuracy`` (float64, 0-d)."""
+    digits = load_digits()
+    images, labels = _unit_range(torch.from_numpy(digits.images)[:, None]), torch.from_numpy(digits.labels)
+    generator = seeded_generator("digits classifier")
+    shuffled = torch.randperm(len(images), generator=generator)
+    test, train = shuffled[: len(images) // 5], shuffled[len(images) // 5 :]
+    with _one_thread(), torch.enable_grad():
+        torch.default_generator.manual_seed(0)  # the CPU's alone; torch.manual_seed would reach the GPUs' generators
+        network = _digits_network()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+        steps = epochs * (len(train) // batch_size)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in tqdm(range(epochs), desc="digits classifier", unit="epoch", delay=2, leave=False, disable=None):
+            order = train[torch.randperm(len(train), generator=generator)]
+            for batch in order.split(batch_size)[: steps // epochs]:
+                loss = cross_entropy(network(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        with torch.no_grad():
+            features = network[:-1](images)
+            accuracy = (network[-1](features[test]).argmax(1) == labels[test]).double().mean()
+            scale = (100 / features.double().var(0).sum()).sqrt()
+    return {**network.state_dict(), "scale": scale, "accuracy": accuracy}
+
+
+def _unit_range(images: Tensor) -> Tensor:
+    """fp32 in [-1, 1] of uint8."""
+    return images.float() / 127.5 - 1
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,60 @@
+"""VAEs: what makes latents of images and images of latents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from immiscible.errors import UserError
+from immiscible.networks.weights import weights_digest
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+def load_vae(name_or_path: str, *, resolution: int, cache_dir: str | None = None) -> AutoencoderKL:
+    """The VAE of ``--vae_model_name_or_path``, frozen, fp32, on the CPU.
+
+    Args:
+        name_or_path: a folder or a name on the hub: an `AutoencoderKL`, or a checkpoint with one in its subfolder ``vae``.
+        resolution: of the images.
+        cache_dir: where models of the hub are kept.
+
+    Raises:
+        UserError: there is none, it is another kind of model, or it cannot halve images of this resolution as often as it must.
+    """
+    from diffusers import AutoencoderKL
+
+    flag = f"--vae_model_name_or_path {name_or_path}"
+    try:
+        options: dict[str, Any] = {"cache_dir": cache_dir}
+        try:
+            settings = AutoencoderKL.load_config(name_or_path, **options)
+        except OSError:
+            options["subfolder"] = "vae"
+            settings = AutoencoderKL.load_config(name_or_path, **options)
+        kind = settings.get("_class_name", "an unnamed model")
+        if kind != "AutoencoderKL":
+            raise UserError(f"{flag} is a {kind}, not an AutoencoderKL; give a VAE, or a checkpoint that has one in its folder `vae`")
+        vae = AutoencoderKL.from_pretrained(name_or_path, **options)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{flag}: no AutoencoderKL found there, nor in a folder `vae` of it ({str(error).splitlines()[0]})") from None
+    if vae.config.shift_factor or vae.config.latents_mean:
+        raise UserError(f"{flag} shifts its latents, which diffusers' unconditional pipeline does not undo; take one as Stable Diffusion's")
+    if resolution % latent_downsampling(vae):
+        raise UserError(
+            f"{flag} halves the image {len(vae.config.block_out_channels) - 1} times: --resolution {resolution} must be a multiple of "
+            f"{latent_downsampling(vae)}"
+        )
+    return vae.float().requires_grad_(False).eval()
+
+
+def latent_downsampling(vae: AutoencoderKL) -> int:
+    """The side of an image divided by that of its latent."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def vae_identity(vae: AutoencoderKL) -> dict[str, Any]:
+    """What tells this VAE from others wherever it was loaded from: its settings and a digest of its weights."""
+    return {**{name: value for name, value in vae.config.items() if not name.startswith("_")}, "weights": weights_digest(vae)}

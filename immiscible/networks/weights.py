@@ -1,0 +1,87 @@
+"""A network's weights: their digest, precision, adapters and average."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+
+def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> UNet2DModel:
+    """The diffusers model below the wrappers of DDP and torch.compile. Without ``keep_fp32_wrapper`` it would lose its autocast."""
+    return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+
+
+def adapted(network: torch.nn.Module) -> bool:
+    """Whether the network has low-rank adapters, which alone are trained then."""
+    return bool(getattr(network, "peft_config", None))
+
+
+def save_adapters(network: torch.nn.Module, folder: Path) -> None:
+    """Writes the adapters as diffusers' ``load_lora_weights`` reads them: ``pytorch_lora_weights.safetensors``, fp32."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+def load_adapters(network: torch.nn.Module, folder: Path) -> None:
+    """Puts saved adapters into a network that has some of the same shapes."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft.utils import set_peft_model_state_dict
+
+    state, _ = StableDiffusionPipeline.lora_state_dict(folder)
+    layers = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
+    set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(layers), adapter_name="default")
+
+
+def weights_digest(network: nn.Module) -> str:
+    """A short line that tells these weights from others, to the last bit."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+PRECISIONS: dict[str, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@contextmanager
+def evaluation_weights(model: nn.Module, ema: EMAModel | None) -> Iterator[None]:
+    """Inside the block ``model`` is in evaluation mode and holds the EMA weights, if there are any."""
+    was_training = model.training
+    model.eval()
+    if ema is not None:
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        if ema is not None:
+            ema.restore(model.parameters())
+        model.train(was_training)
+
+
+def add_metadata(path: Path, facts: dict[str, str]) -> None:
+    """Adds ``facts`` to the metadata of a safetensors file, each as ``immiscible.{name}``."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        metadata = {**(file.metadata() or {}), **{f"immiscible.{name}": value for name, value in facts.items()}}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    save_file(tensors, path, metadata=metadata)

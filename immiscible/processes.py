@@ -1,0 +1,40 @@
+"""What the processes of a run do together: a failure that one meets is raised on every one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from immiscible.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def on_every_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Does ``work``, in which no process waits for another; a user's mistake or a failing disk that one meets is raised on every one.
+
+    Raises:
+        UserError: what ``work`` raised, or its `OSError` as one line; of several the first rank's.
+    """
+    from accelerate.utils import gather_object
+
+    failure: tuple[str, int] | None = None
+    try:
+        work()
+    except UserError as error:
+        failure = (str(error), error.exit_code)
+    except OSError as error:
+        failure = (f"cannot write {error.filename or 'the output folder'}: {error.strerror or error}", 1)
+    except SafetensorError as error:  # of a full disk too
+        failure = (f"cannot write the output folder: {error}", 1)
+    met = [each for each in gather_object([failure]) if each]
+    if met:
+        raise UserError(met[0][0], exit_code=met[0][1])
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Does ``work`` on rank 0 while the others wait; raises as `on_every_process`."""
+    on_every_process(accelerator, work if accelerator.is_main_process else lambda: None)

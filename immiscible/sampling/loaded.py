@@ -1,0 +1,120 @@
+"""A pipeline to sample, and its sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from immiscible.errors import UserError
+from immiscible.networks.latents import latent_downsampling
+from immiscible.networks.weights import weights_digest
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+# The choices of --scheduler. Diffusers' pipelines of pixels do not scale what a sampler with sigmas expects scaled, so they take three.
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm_solver": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+PIXEL_PIPELINES = {"ddpm": "DDPMPipeline", "ddim": "DDIMPipeline", "dpm_solver": "DDPMPipeline"}
+
+
+@dataclass
+class Loaded:
+    """A pipeline to sample.
+
+    Args:
+        pipeline: of diffusers; its network is its ``unet``.
+        weights: "ema" or "raw" of a run, or "as saved".
+        side: of the images it was trained on, in pixels, where a run says so; None for what the network says.
+    """
+
+    pipeline: DiffusionPipeline
+    weights: str = "as saved"
+    side: int | None = None
+
+    @property
+    def prompted(self) -> bool:
+        """Whether it samples prompts."""
+        return "prompt" in signature(type(self.pipeline).__call__).parameters
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the network is told by number; None if it is not."""
+        return self.pipeline.unet.config.num_class_embeds
+
+
+def take_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
+    """The pipeline with another sampler of its noise process, one of `SCHEDULERS`.
+
+    Raises:
+        UserError: the sampler cannot sample this process, or diffusers' pipeline cannot use it.
+    """
+    import diffusers
+
+    if "Flow" in type(pipeline.scheduler).__name__:
+        raise UserError(f"--scheduler {name}: a flow is sampled by its own {type(pipeline.scheduler).__name__}; leave the flag out")
+    kind = getattr(diffusers, SCHEDULERS[name])
+    pixels = type(pipeline).__name__ in PIXEL_PIPELINES.values()
+    # Its default is to clip, and the schedulers of text-to-image checkpoints say nothing of it if they cannot.
+    unclipped = {"clip_sample": False} if not pixels and "clip_sample" in signature(kind.__init__).parameters else {}
+    scheduler = kind.from_config(pipeline.scheduler.config, **unclipped)
+    if not pixels:
+        pipeline.scheduler = scheduler
+        return pipeline
+    if name not in PIXEL_PIPELINES:
+        raise UserError(f"--scheduler {name}: diffusers samples pixels with {', '.join(PIXEL_PIPELINES)} only")
+    return getattr(diffusers, PIXEL_PIPELINES[name])(pipeline.unet, scheduler)
+
+
+def cut_short(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[int]:
+    """The numbers of the prompts of which the text encoder sees the beginning alone; diffusers cuts them off."""
+    tokens = pipeline.tokenizer(list(prompts), verbose=False).input_ids
+    return [number for number, ids in enumerate(tokens) if len(ids) > pipeline.tokenizer.model_max_length]
+
+
+def image_size(loaded: Loaded, side: int | None) -> tuple[int, int]:
+    """Width and height of the pipeline's images, in pixels."""
+    pipeline = loaded.pipeline
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    if loaded.prompted:
+        factor = pipeline.vae_scale_factor
+        if side is not None and side % factor:
+            raise UserError(f"--resolution {side} must be a multiple of {factor}, by which the VAE divides it")
+        return (side, side) if side is not None else (width * factor, height * factor)
+    if side is not None:
+        raise UserError("--resolution is for text-to-image pipelines; this network has one size")
+    factor = latent_downsampling(pipeline.vqvae) if hasattr(pipeline, "vqvae") else 1
+    return width * factor, height * factor
+
+
+def _freeze(pipeline: DiffusionPipeline) -> None:
+    """Makes the arithmetic the same wherever the weights came from: a CPU's last bits depend on the alignment of weights that are mapped
+    from a file, and on whether they could be trained.
+    """
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+            for tensor in [*part.parameters(), *part.buffers()]:
+                tensor.data = tensor.data.clone()
+
+
+def networks(pipeline: DiffusionPipeline) -> dict[str, str]:
+    """A digest of each network's weights."""
+    parts = pipeline.components.items()
+    return {name: weights_digest(part) for name, part in sorted(parts) if isinstance(part, nn.Module)}

@@ -1,0 +1,200 @@
+"""A run, one of its checkpoints, or a pipeline of plain diffusers becomes something to sample again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace as replace_fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from immiscible.configs import AnyConfig, TextToImageConfig, UnconditionalConfig
+from immiscible.errors import UserError
+from immiscible.flags import parse_config
+from immiscible.method import training_scheduler
+from immiscible.networks.latents import load_vae
+from immiscible.networks.weights import weights_digest
+from immiscible.sampling.loaded import Loaded, _freeze
+from immiscible.sampling.pipelines import build_pipeline
+from immiscible.training.checkpoints import NAME, checkpoints, is_complete, read_state
+from immiscible.training.folder import MARKER
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from immiscible.networks.stable_diffusion import StableDiffusion
+
+
+WEIGHTS = {"ema": "unet_ema", "raw": "unet"}  # the choices of --weights -> a checkpoint's folder
+
+
+ADAPTERS = "pytorch_lora_weights.safetensors"
+
+
+def load_model(name: str, *, weights: str | None = None, lora: str | None = None, base: str | None = None) -> Loaded:
+    """The pipeline of a run's folder, of a ``checkpoint-N`` in one, or of plain diffusers, in a folder or on the hub.
+
+    Args:
+        name: which.
+        weights: of a run, "ema" or "raw"; None for the average if the run kept one.
+        lora: a folder with adapters, or their name on the hub.
+        base: where the VAE or the checkpoint that a run was trained with is now; None for the run's own folder or what its flags say.
+
+    Raises:
+        UserError: it cannot be loaded, does not hold the weights that are asked for, or is no pipeline around a U-Net.
+    """
+    path = Path(name)
+    if NAME.fullmatch(path.resolve().name) and path.is_dir():
+        loaded = _from_checkpoint(path, weights, base)
+    elif (path / MARKER).exists():
+        loaded = _from_run(path, weights, base)
+    elif weights:
+        raise UserError(f"--weights {weights} chooses among the weights of a run or its checkpoint; --model {name} is neither")
+    else:
+        _refuse_base(base, name)
+        loaded = Loaded(_from_diffusers(name))
+    if lora:
+        _add_adapters(loaded.pipeline, lora)
+    _freeze(loaded.pipeline)
+    return loaded
+
+
+def _from_run(folder: Path, weights: str | None, base: str | None) -> Loaded:
+    config, unfinished = _run_config(folder), not (folder / "model_index.json").exists()
+    if isinstance(config, TextToImageConfig) and config.use_lora and (folder / ADAPTERS).exists():
+        return _adapted(folder, config, weights, base)
+    _refuse_base(base, folder)
+    if unfinished:
+        saved = checkpoints(folder)
+        raise UserError(
+            f"--model {folder} holds no finished pipeline; "
+            + (f"sample its newest checkpoint: --model {saved[-1]}" if saved else "it has no checkpoints either")
+        )
+    weights = _chosen(weights, [kind for kind in WEIGHTS if config.use_ema or kind == "raw"], folder)
+    pipeline = _from_diffusers(str(folder))
+    if weights == "raw" and config.use_ema:
+        if not (folder / "unet_non_ema").is_dir():
+            raise UserError(f"--weights raw: {folder} holds the average alone; give its checkpoint-N for the weights themselves")
+        pipeline.unet = type(pipeline.unet).from_pretrained(folder, subfolder="unet_non_ema")
+    return Loaded(pipeline, weights, config.resolution)
+
+
+def _from_checkpoint(path: Path, weights: str | None, base: str | None) -> Loaded:
+    if not is_complete(path):
+        raise UserError(f"--model {path} is not a complete checkpoint of this suite")
+    folder = path.resolve().parent
+    config = _run_config(folder)
+    if isinstance(config, TextToImageConfig) and config.use_lora:
+        return _adapted(path, config, weights, base)
+    weights = _chosen(weights, [kind for kind, part in WEIGHTS.items() if (path / part).is_dir()], path)
+    if isinstance(config, TextToImageConfig):
+        from immiscible.sampling.pipelines import build_text_pipeline
+
+        own = str(folder) if (folder / "model_index.json").exists() else None
+        parts = _started_from(path, config, base or own, from_scratch=True)  # its fresh U-Net makes room for the checkpoint's
+        parts.unet = type(parts.unet).from_pretrained(path, subfolder=WEIGHTS[weights])
+        return Loaded(build_text_pipeline(parts), weights, config.resolution)
+    from diffusers import UNet2DModel
+
+    unet, vae = UNet2DModel.from_pretrained(path, subfolder=WEIGHTS[weights]), None
+    if config.vae_model_name_or_path:
+        own = str(folder / "vqvae") if (folder / "vqvae").is_dir() else None
+        with _named(path):
+            vae = load_vae(base or own or config.vae_model_name_or_path, resolution=config.resolution, cache_dir=config.cache_dir)
+        _check_same(path, read_state(path)["identity"]["network"]["vae"]["weights"], weights_digest(vae))
+    else:
+        _refuse_base(base, path)
+    sampler, spacing = config.sampling_scheduler, config.timestep_spacing
+    return Loaded(build_pipeline(unet, training_scheduler(config), sampler=sampler, spacing=spacing, vae=vae), weights, config.resolution)
+
+
+def _adapted(folder: Path, config: TextToImageConfig, weights: str | None, base: str | None) -> Loaded:
+    """The checkpoint that a LoRA run started from, with the adapters in ``folder``, which is the run's or a checkpoint's."""
+    from immiscible.sampling.pipelines import build_text_pipeline
+
+    weights = _chosen(weights, ["raw"], folder)
+    pipeline = build_text_pipeline(_started_from(folder, config, base, from_scratch=False))
+    _add_adapters(pipeline, str(folder))
+    return Loaded(pipeline, weights, config.resolution)
+
+
+def _started_from(path: Path, config: TextToImageConfig, base: str | None, *, from_scratch: bool) -> StableDiffusion:
+    """The checkpoint that a run started from, at ``base`` or where its flags say."""
+    from immiscible.networks.stable_diffusion import load_stable_diffusion
+
+    if base:
+        config = replace_fields(config, pretrained_model_name_or_path=base, revision=None, variant=None, non_ema_revision=None)
+    with _named(path):
+        parts = load_stable_diffusion(config, from_scratch=from_scratch)
+    states = [path] if NAME.fullmatch(path.resolve().name) else list(filter(is_complete, checkpoints(path)))[-1:]
+    for state in states:
+        _check_same(path, read_state(state)["identity"]["network"]["frozen"], parts.digest)
+    return parts
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says of what is missing whose it is, and how to say where it is now; a relative path means another place elsewhere."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--model {path} needs what it was trained with: {error}. --base says where it is now", exit_code=1) from None
+
+
+def _check_same(path: Path, trained_with: str, found: str) -> None:
+    if trained_with != found:
+        raise UserError(f"--model {path} was trained with other weights than these; --base says where the right ones are", exit_code=1)
+
+
+def _refuse_base(base: str | None, name: str | Path) -> None:
+    if base:
+        raise UserError(f"--base {base}: --model {name} has all that it needs; leave it out")
+
+
+def _from_diffusers(name: str) -> DiffusionPipeline:
+    from diffusers import DiffusionPipeline
+
+    try:
+        parts = DiffusionPipeline.load_config(name)
+        if "unet" not in parts:
+            raise UserError(
+                f"--model {name} is a {parts.get('_class_name')}, which has no U-Net; only pipelines around a U-Net are sampled"
+            )
+        # A safety checker would put black images among the samples.
+        unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
+        return DiffusionPipeline.from_pretrained(name, **unchecked)
+    except UserError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--model {name}: neither a run, nor a checkpoint of one, nor a diffusers pipeline ({line})", exit_code=1) from None
+
+
+def _add_adapters(pipeline: DiffusionPipeline, name: str) -> None:
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(f"--lora is for text-to-image pipelines; this one is a {type(pipeline).__name__}")
+    if getattr(pipeline.unet, "peft_config", None):
+        raise UserError("--lora: the model is a run of adapters, which are loaded already; leave it out")
+    try:
+        pipeline.load_lora_weights(name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--lora {name}: no adapters for this network found there ({line})", exit_code=1) from None
+    if not getattr(pipeline.unet, "peft_config", None):  # diffusers only warns
+        raise UserError(f"--lora {name} has no adapters for this network", exit_code=1)
+
+
+def _run_config(folder: Path) -> AnyConfig:
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{folder} has no config.yaml, which says what its weights belong to; a checkpoint must stay in its run's folder")
+    text = re.search(r"^pretrained_model_name_or_path:", path.read_text(errors="replace"), re.MULTILINE)
+    kind: Any = TextToImageConfig if text else UnconditionalConfig
+    return parse_config(kind, ["--config", str(path)], program=path.name, description="")
+
+
+def _chosen(wanted: str | None, kept: Sequence[str], folder: Path) -> str:
+    if wanted and wanted not in kept:
+        raise UserError(f"--weights {wanted}: {folder} holds {' and '.join(kept)} weights only")
+    return wanted or kept[0]

@@ -1,0 +1,79 @@
+"""What a run writes while it trains."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy
+
+from immiscible.evaluation.leakage import ClassLeak
+from immiscible.files import _append_line, _drop_later_lines
+from immiscible.flags import save_config
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from immiscible.configs import AnyConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """``metrics.jsonl`` always, and the tracker if there is one; a line holds means since the line before.
+
+    Args:
+        folder: the run's folder.
+        accelerator: rank 0 writes.
+        config: sent to the tracker.
+        start_step: lines of later steps, which a killed run left behind, are dropped.
+
+    ``train_seconds`` is the time spent in steps since the run began, without evaluation, sampling and saving.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, config: AnyConfig, start_step: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._accelerator = accelerator
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self.train_seconds = 0.0
+        if not accelerator.is_main_process:
+            return
+        for line in _drop_later_lines(self._path, start_step)[-1:]:
+            self.train_seconds = line["train_seconds"]
+        save_config(config, folder / "config.yaml")
+        if config.logger != "none":
+            scalars = {
+                name: value for name, value in asdict(config).items() if isinstance(value, int | float | str | bool) and name != "hub_token"
+            }
+            accelerator.init_trackers(getattr(config, "tracker_project_name", "immiscible"), config=scalars)
+
+    def add(self, step: int, metrics: dict[str, float], *, write: bool, leak: ClassLeak | None = None) -> dict[str, float]:
+        """Collects a step's metrics; with ``write`` their means become a line, with what ``leak`` has found. Returns the means so far."""
+        self.train_seconds += metrics["step_seconds"]
+        self._count += 1
+        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in metrics.items()}
+        means = {name: value / self._count for name, value in self._sums.items()}
+        before = means["pair_distance_drawn"]
+        means |= {"distance_reduction_percent": 100 * (before - means["pair_distance"]) / before, "train_seconds": self.train_seconds}
+        if write:
+            self._sums, self._count = {}, 0
+            if means.get("assignment_relaxations"):
+                logger.warning("the assignment's auction met its cap of bids and went on with a coarser step, up to step %d", step)
+            if leak:
+                means |= {f"class_leak_{name}": value for name, value in leak.result().items() if isinstance(value, float)}
+            if self._accelerator.is_main_process:
+                _append_line(self._path, {"step": step, **{name: float(f"{value:.8g}") for name, value in means.items()}})
+                self._accelerator.log(means, step=step)
+        return means
+
+    def add_images(self, name: str, images: numpy.ndarray, step: int) -> None:
+        """Samples, uint8 [N, H, W, 3], for the trackers in which diffusers' examples show theirs; to be called on rank 0."""
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: images}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: list(images)}, step=step)

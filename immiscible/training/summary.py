@@ -1,0 +1,235 @@
+"""What a run says of itself: at the start, in a plan, and at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from itertools import islice
+from math import isfinite
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from immiscible.assignment.solve import LARGEST_BLOCK
+from immiscible.coupling import Coupling, bias_notice, pairs_batch
+from immiscible.data.batches import GlobalBatchOrder
+from immiscible.errors import UserError
+from immiscible.evaluation.leakage import leak_notice
+from immiscible.files import PARTIAL, read_lines, replace
+from immiscible.objectives import DenoisingObjective
+from immiscible.training.loop import StepStats
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import UNet2DModel
+
+    from immiscible.configs import AnyConfig
+    from immiscible.data.stream_order import StreamOrder
+
+
+logger = logging.getLogger(__name__)
+
+
+PLAN_SECONDS = 60  # of steps after which --plan takes no further one
+
+
+def check_batch_size(config: AnyConfig, objective: DenoisingObjective, images: float, global_batch: int) -> None:
+    """Warns of a batch in which pairing is void or images repeat.
+
+    Raises:
+        UserError: there are too few images for a batch of different ones, and the coupling pairs within the batch; or too many are to
+            be paired at once.
+    """
+    pairs = pairs_batch(objective.coupling)
+    if images < global_batch:
+        shortage = f"{images} images do not fill a batch of {global_batch} (--train_batch_size x processes)"
+        if pairs:
+            raise UserError(
+                f"{shortage}, which --noise_coupling {config.noise_coupling} needs; lower --train_batch_size to at most {images}"
+            )
+        logger.warning("%s: images repeat within a batch", shortage)
+    shared = global_batch if config.coupling_scope == "global" else config.train_batch_size
+    if pairs and config.coupling_scope == "global" and shared * config.coupling_window > LARGEST_BLOCK:
+        raise UserError(
+            f"--coupling_scope global pairs at most {LARGEST_BLOCK} images at once, not {shared} x --coupling_window "
+            f"{config.coupling_window}, since every rank holds all their costs; lower one of them, or give --coupling_scope process"
+        )
+    if pairs and shared * config.coupling_window == 1:
+        logger.warning(
+            "--noise_coupling %s with --train_batch_size 1 is the identity: one image has one noise to choose from; "
+            "--coupling_window pairs over several batches, --noise_coupling reservoir keeps noises between them",
+            config.noise_coupling,
+        )
+
+
+def method_facts(config: AnyConfig, objective: DenoisingObjective, *, schedule: str, inference_steps: int) -> dict[str, str]:
+    """What is trained and how, for the start of the run, the model card and the weights' metadata.
+
+    Args:
+        config: the run's flags.
+        objective: built from them.
+        schedule: the noise schedule's name, empty for a process that has none.
+        inference_steps: with which samples are drawn.
+    """
+    coupling = {
+        "assignment": f" ({config.coupling_metric}, cost in {config.coupling_dtype})",
+        "flipped_assignment": f" ({config.coupling_metric}, cost in {config.coupling_dtype})",
+        "reservoir": f" ({config.coupling_reservoir} noises)",
+        "nearest": f" (best of {config.coupling_candidates} by {config.coupling_score})",
+    }.get(config.noise_coupling, "")
+    if config.coupling_condition != "none":
+        coupling += f", condition {config.coupling_condition}"
+    if config.coupling_window > 1:
+        coupling += f", over {config.coupling_window} micro-batches"
+    if config.coupling_scope == "global":
+        coupling += ", over all processes"
+    if config.coupling_min_timestep:
+        coupling += f", timesteps from {config.coupling_min_timestep}"
+    if config.coupling_start_step:
+        coupling += f", from optimizer step {config.coupling_start_step}"
+    moved = objective.sampler.moved_share()
+    near_none = " (near none: on this schedule the law hardly differs from uniform)" if 0 < moved < 0.05 else ""
+    steps = f"{objective.process.num_timesteps} steps"
+    process = f"{objective.process.kind} ({schedule}, {steps})" if schedule else f"{objective.process.kind} ({steps})"
+    return {
+        "noise_coupling": config.noise_coupling + coupling,
+        "timestep_sampling": f"{config.timestep_sampling}, moves {100 * moved:.1f} % of the draws{near_none}",
+        "loss_weighting": config.loss_weighting,
+        "noise_process": process + (f", image scale {objective.image_scale:g}" if objective.image_scale != 1 else ""),
+        "prediction_type": objective.prediction_type,
+        "inference_steps": str(inference_steps),
+        "seed": str(config.seed),
+    }
+
+
+def measured_facts(config: AnyConfig) -> dict[str, str]:
+    """Means over the run's ``metrics.jsonl``: what the coupling did and what it cost, and the last loss."""
+    lines = read_lines(Path(config.output_dir or "") / "metrics.jsonl")
+    mean = {name: sum(line[name] for line in lines) / len(lines) for name in lines[-1]} if lines else {}
+    if not mean:
+        return {}
+    drawn, paired = mean["pair_distance_drawn"], mean["pair_distance"]
+    coupling_ms = 1000 * config.gradient_accumulation_steps * mean["coupling_seconds"]
+    solved = {}
+    if "assignment_kept" in mean:
+        solved["assignment"] = f"at least {100 * mean['assignment_kept']:.2f} % kept, {mean['assignment_bids_per_row']:.1f} bids an image"
+        if mean["assignment_relaxations"]:
+            solved["assignment"] += f", {mean['assignment_relaxations']:.3g} relaxations a micro-batch: bids met their cap"
+    return {
+        "optimizer_steps": f"{lines[-1]['step']:g}",
+        "pair_distance": f"{drawn:.4f} drawn, {paired:.4f} paired ({mean['distance_reduction_percent']:+.2f} % reduction)",
+        "noise_marginal_drift": f"variance {mean['noise_variance_drift']:+.5f}, norm {mean['noise_norm_drift']:+.5f}",
+        "images_paired_together": f"{mean['paired_images']:.1f}",
+        **solved,
+        "coupling_time": f"{coupling_ms:.2f} ms of a {1000 * mean['step_seconds']:.1f} ms step",
+        "final_loss": f"{lines[-1]['loss']:.5f}",
+    }
+
+
+def report_start(
+    facts: dict[str, str],
+    data: str,
+    unet: UNet2DModel,
+    order: GlobalBatchOrder | StreamOrder,
+    accumulation: int,
+    start_step: int,
+    max_steps: int,
+    coupling: Coupling,
+    *,
+    told_apart: int | None = None,
+    captions: bool = False,
+) -> None:
+    """Logs what is about to run, and with numbers where the coupling biases the noise.
+
+    ``told_apart`` is how many classes or, with ``captions``, captions the network is told; by default its own number of classes.
+    """
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    adapters = f" of which {trained / 1e6:.2f} are trained" if trained < parameters else ""
+    ranks = order.global_batch_size // order.batch_size
+    epoch = f" ({order.batches_per_epoch / accumulation:.4g} an epoch)" if isfinite(order.batches_per_epoch) else ""
+    side, images = unet.config.sample_size, order.global_batch_size * accumulation
+    classes = f", {unet.config.num_class_embeds} classes" if unet.config.num_class_embeds else ""
+    for name, value in {
+        "data": data,
+        "network": f"{type(unet).__name__}, {parameters / 1e6:.2f} million parameters{adapters}, "
+        f"{unet.config.in_channels}x{side}x{side}{classes}",
+        "batch": f"{order.batch_size} images x {ranks} processes x {accumulation} micro-batches = {images} a step",
+        "steps": f"{start_step} to {max_steps}{epoch}",
+        **facts,
+    }.items():
+        logger.info("%-18s %s", name.replace("_", " "), value)
+    leak = leak_notice(coupling, (unet.config.num_class_embeds or 0) if told_apart is None else told_apart, captions=captions)
+    for notice in (bias_notice(coupling, unet.config.in_channels * side**2), leak):
+        if notice:
+            logger.warning(notice)
+
+
+def report_plan(steps: Iterator[StepStats], unet: UNet2DModel, accelerator: Accelerator, remaining: int, *, timed: int = 5) -> None:
+    """Takes a few steps that leave nothing behind and prints sizes and the time that the run would take."""
+    if remaining <= 0:
+        accelerator.print("Plan: nothing is left to train; the checkpoint is at the last step already. Nothing was written.")
+        return
+    seconds: list[float] = []
+    for stats in tqdm(islice(steps, timed + 1), total=min(timed + 1, remaining), desc="timing", leave=False):
+        seconds.append(stats.metrics["step_seconds"])
+        spent = accelerator.reduce(torch.tensor(sum(seconds), device=accelerator.device), reduction="mean")
+        if len(seconds) > 1 and spent > PLAN_SECONDS:
+            break
+    typical = median(seconds[1:] or seconds)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters()) / 2**20
+    if accelerator.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(accelerator.device) / 2**20
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    total = timedelta(seconds=round(typical * remaining))
+    accelerator.print(
+        f"Plan: {remaining} steps of {typical:.3f} s (median of {len(seconds[1:] or seconds)}) = {total}, without sampling and saving\n"
+        f"Plan: weights {weights:.1f} MiB, with AdamW and EMA {4 * weights:.1f} MiB a checkpoint; peak memory so far {memory:.0f} MiB\n"
+        f"Plan: nothing was written"
+    )
+
+
+def is_finished(config: AnyConfig, start_step: int, max_steps: int) -> bool:
+    """Whether the resumed run has nothing left to do; says so.
+
+    Raises:
+        UserError: it is not finished, and its checkpoint is beyond ``max_steps``.
+    """
+    summary = Path(config.output_dir or "") / "summary.json"
+    finished = start_step >= max_steps and summary.exists() and json.loads(summary.read_text())["step"] >= max_steps
+    if not finished and start_step > max_steps:
+        raise UserError(f"--max_train_steps {max_steps} lies before step {start_step} of the checkpoint; give {start_step} or more")
+    if finished:
+        logger.info("The run in %s is finished (step %d of %d): no step taken, nothing changed", config.output_dir, start_step, max_steps)
+    return finished
+
+
+def report_end(config: AnyConfig, step: int, facts: dict[str, str]) -> None:
+    """Writes ``summary.json``, which marks the run as finished, and prints the summary."""
+    folder = Path(config.output_dir or "")
+    measured = measured_facts(config)
+    partial = folder / f"{PARTIAL}summary.json"
+    partial.write_text(json.dumps({"step": step, **facts, **measured}, indent=1))
+    replace(partial, folder / "summary.json")
+    lines = {
+        **facts,
+        **measured,
+        "pipeline": folder,
+        **({"samples": grid_path(folder, step)} if grid_path(folder, step).exists() else {}),
+        "metrics": folder / "metrics.jsonl",
+        "restart": f"--config {folder / 'config.yaml'} --output_dir ANOTHER_FOLDER",
+    }
+    sys.stdout.write("\n".join(["Finished.", *(f"  {name.replace('_', ' '):<24}{value}" for name, value in lines.items())]) + "\n")
+
+
+def grid_path(folder: Path, step: int) -> Path:
+    """Where the samples of a step are."""
+    return folder / "samples" / f"step-{step:07d}.png"
