@@ -32,10 +32,10 @@ from immiscible.coupling import AssignmentCoupling, Coupling, IndependentCouplin
 from immiscible.data.batches import Images
 from immiscible.encoding.encoders import PixelEncoder
 from immiscible.errors import run_script
-from immiscible.method import build_scheduler
 from immiscible.objectives import DenoisingObjective
 from immiscible.process import NoiseProcess
 from immiscible.randomness import seeded_generator
+from immiscible.schedulers import build_scheduler
 from immiscible.timesteps import timestep_sampler
 from immiscible.training.loop import StopRequest, _look_ahead, train
 from immiscible.weighting import loss_weights

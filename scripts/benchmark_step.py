@@ -24,10 +24,10 @@ from immiscible.coupling import AssignmentCoupling, IndependentCoupling
 from immiscible.data.batches import Images
 from immiscible.encoding.encoders import PixelEncoder
 from immiscible.errors import run_script
-from immiscible.method import build_scheduler
 from immiscible.networks.unet import build_unet, unet_config
 from immiscible.objectives import DenoisingObjective
 from immiscible.process import NoiseProcess
+from immiscible.schedulers import build_scheduler
 from immiscible.timesteps import timestep_sampler
 from immiscible.training.loop import StopRequest, train
 from immiscible.weighting import loss_weights

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from immiscible.errors import UserError, run_script
-from immiscible.method import build_scheduler
 from immiscible.process import BETA_SCHEDULES, PREDICTION_TYPES, NoiseProcess, as_process
+from immiscible.schedulers import build_scheduler
 from immiscible.timesteps import TIMESTEP_SAMPLINGS, TimestepSampler, threshold, timestep_sampler
 from immiscible.weighting import LOSS_WEIGHTINGS, loss_weights
 

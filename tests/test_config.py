@@ -17,9 +17,10 @@ from immiscible.configs import UnconditionalConfig
 from immiscible.coupling import build_coupling
 from immiscible.errors import UserError
 from immiscible.flags import flag_value, given, parse_config, save_config
-from immiscible.method import MethodArguments, build_scheduler
+from immiscible.method import MethodArguments
 from immiscible.networks.unet import build_unet, unet_config
 from immiscible.process import NoiseProcess
+from immiscible.schedulers import build_scheduler
 from immiscible.timesteps import timestep_sampler
 from immiscible.weighting import loss_weights
 

@@ -13,8 +13,8 @@ from diffusers import UniPCMultistepScheduler as UniPC
 from diffusers.training_utils import compute_snr
 
 from immiscible.errors import UserError
-from immiscible.method import build_scheduler
 from immiscible.process import BETA_SCHEDULES, PREDICTION_TYPES, NoiseProcess, as_process, check_prediction_type
+from immiscible.schedulers import build_scheduler
 
 LINEAR = {}
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

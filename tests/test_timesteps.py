@@ -8,8 +8,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from immiscible import timesteps
 from immiscible.errors import UserError
-from immiscible.method import build_scheduler
 from immiscible.process import as_process
+from immiscible.schedulers import build_scheduler
 from immiscible.timesteps import TIMESTEP_SAMPLINGS, TimestepSampler, threshold, timestep_sampler
 
 PROCESS = as_process(DDPMScheduler())

@@ -4,8 +4,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from immiscible import weighting
 from immiscible.errors import UserError
-from immiscible.method import build_scheduler
 from immiscible.process import PREDICTION_TYPES, as_process
+from immiscible.schedulers import build_scheduler
 from immiscible.weighting import LOSS_WEIGHTINGS, from_epsilon, loss_weights
 
 LINEAR = as_process(DDPMScheduler())

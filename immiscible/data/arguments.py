@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from immiscible.data.bundled import BUNDLED
-from immiscible.flags import flag
+from immiscible.errors import UserError
+from immiscible.flags import Bounds, Names, flag
 
 CROPS = ("diffusers", "adm")
+INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 @dataclass
-class DataArguments:
-    """Which images, and how they are cropped."""
+class ImageArguments:
+    """Which images, and how they are cropped: what all scripts share.
 
-    _argument_group_name = "data"
+    What only one of them has a flag for stands here as what it is for the others: ``bundled_data``, ``label_column``, ``caption_column``,
+    ``preserve_input_precision`` and ``image_interpolation_mode``.
+    """
 
     dataset_name: str | None = flag(None, "a data set on the hub (its `train` split), or a local folder that `datasets` can load")
     dataset_config_name: str | None = flag(None, "the configuration of --dataset_name")
     train_data_dir: str | None = flag(None, "a folder of images (subfolders allowed), of parquet files or of WebDataset shards (.tar)")
-    bundled_data: str | None = flag(
-        None, "real images that install with the packages: 1,797 digits of 8x8, or random crops of photographs", choices=BUNDLED
-    )
     image_column: str = flag("image", "the column of the data set that holds the images")
-    label_column: str | None = flag(
-        None, "the column of the data set that holds the classes (ClassLabel), where a flag needs them; by default `label`"
-    )
-    cache_dir: str | None = flag(None, "where downloaded data sets are kept")
+    cache_dir: str | None = flag(None, "where downloaded data sets and models are kept")
     resolution: int = flag(64, "images are resized and cropped to this many pixels a side")
     center_crop: bool = flag(False, "crop the center instead of a random place")
     random_flip: bool = flag(False, "flip half of the images left to right")
@@ -35,7 +33,6 @@ class DataArguments:
         "diffusers: resize the short side, then cut; adm: halve by box filters, then bicubic, and cut the center, as ImageNet papers do",
         choices=CROPS,
     )
-    preserve_input_precision: bool = flag(False, "keep 16 and 32-bit images at their precision instead of converting to 8-bit")
     max_train_samples: int | None = flag(None, "train on at most this many images, a fixed random subset")
     train_subset_fraction: float | None = flag(
         None, "train on this share of the images, a fixed random subset that does not depend on --seed: 0.1 is the paper's 10 % of ImageNet"
@@ -49,47 +46,93 @@ class DataArguments:
     shuffle_buffer: int = flag(1000, "with --streaming: images of one shard that are shuffled together")
     dataloader_num_workers: int = flag(0, "processes that decode images; 0 decodes in the training process")
 
+    if TYPE_CHECKING:  # flags of one of the subclasses, constants of the other
+        bundled_data: str | None = None
+        label_column: str | None = None
+        caption_column: str | None = None
+        preserve_input_precision: bool = False
+        image_interpolation_mode: str = "bilinear"
 
-INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+    @property
+    def named_sources(self) -> list[str]:
+        """The flags that name data, of those that are given."""
+        named = ("dataset_name", "train_data_dir", "bundled_data")
+        return [f"--{name}" for name in named if getattr(self, name)]
+
+    def check(self) -> None:
+        """What these flags can get wrong.
+
+        Raises:
+            UserError: one is out of range, or they contradict each other.
+        """
+        Bounds("resolution max_train_samples shuffle_buffer", "dataloader_num_workers").check(self)
+        if len(self.named_sources) > 1:
+            raise UserError(f"{' and '.join(self.named_sources)} are given together; choose one source of images")
+        if self.train_subset_fraction is not None:
+            if not 0 < self.train_subset_fraction <= 1:
+                raise UserError(f"--train_subset_fraction must be above 0 and at most 1, not {self.train_subset_fraction}")
+            if self.max_train_samples is not None:
+                raise UserError("--train_subset_fraction and --max_train_samples both say how many images are used; give one of them")
+        if not self.streaming:
+            return
+        if not (self.dataset_name or self.train_data_dir):
+            raise UserError("--streaming is for --dataset_name or --train_data_dir; leave it out")
+        for name in ("max_train_samples", "train_subset_fraction"):
+            if getattr(self, name) is not None:
+                raise UserError(f"--{name} needs images in any order, which --streaming does not give; leave out one of them")
 
 
 @dataclass
-class TextDataArguments:
+class DataArguments(ImageArguments):
+    """Which images, and how they are cropped, for ``train_unconditional.py``."""
+
+    _argument_group_name = "data"
+    caption_column = None
+    image_interpolation_mode = "bilinear"
+
+    bundled_data: str | None = flag(
+        None,
+        "real images that install with the packages: 1,797 digits of 8x8, or random crops of photographs",
+        choices=Names("immiscible.data.bundled", "BUNDLED"),
+    )
+    label_column: str | None = flag(
+        None, "the column of the data set that holds the classes (ClassLabel), where a flag needs them; by default `label`"
+    )
+    preserve_input_precision: bool = flag(False, "keep 16 and 32-bit images at their precision instead of converting to 8-bit")
+
+    def check(self) -> None:
+        """See `ImageArguments.check`."""
+        super().check()
+        if self.label_column and self.bundled_data:
+            raise UserError("--label_column names a column of --dataset_name or --train_data_dir; bundled data needs none")
+        if self.crop == "adm" and self.preserve_input_precision:
+            raise UserError("--crop adm is defined for 8-bit images, which --preserve_input_precision avoids; leave one of them out")
+
+
+@dataclass
+class TextDataArguments(ImageArguments):
     """Which images and captions, and how the images are cropped."""
 
     _argument_group_name = "data"
+    bundled_data = label_column = None
+    preserve_input_precision = False
 
-    dataset_name: str | None = flag(None, "a data set on the hub (its `train` split), or a local folder that `datasets` can load")
-    dataset_config_name: str | None = flag(None, "the configuration of --dataset_name")
+    resolution: int = flag(512, "images are resized and cropped to this many pixels a side")
     train_data_dir: str | None = flag(
         None, "a folder of images with a metadata.jsonl that has their captions, of parquet files, or of WebDataset shards (.tar)"
     )
-    image_column: str = flag("image", "the column of the data set that holds the images")
     caption_column: str = flag(
         "text",
         "the column of the captions: text, a list of texts of which each epoch takes one, or classes (ClassLabel), whose names become "
         "the prompts, by number; for .tar shards `text` is the .txt member, any other name a key of the .json member",
     )
     proportion_empty_prompts: float = flag(0.0, "share of the images that are trained without their caption, for guidance")
-    cache_dir: str | None = flag(None, "where downloaded data sets and models are kept")
-    resolution: int = flag(512, "images are resized and cropped to this many pixels a side")
-    center_crop: bool = flag(False, "crop the center instead of a random place")
-    random_flip: bool = flag(False, "flip half of the images left to right")
     image_interpolation_mode: str = flag("lanczos", "how images are resized", choices=INTERPOLATIONS)
-    crop: str = flag(
-        "diffusers",
-        "diffusers: resize the short side, then cut; adm: halve by box filters, then bicubic, and cut the center, as ImageNet papers do",
-        choices=CROPS,
-    )
-    max_train_samples: int | None = flag(None, "train on at most this many images, a fixed random subset")
-    train_subset_fraction: float | None = flag(
-        None, "train on this share of the images, a fixed random subset that does not depend on --seed"
-    )
-    skip_bad_images: bool = flag(False, "replace unreadable images by the next one and count them, instead of stopping")
-    streaming: bool = flag(
-        False,
-        "read .tar or .parquet shards from front to back, over the network if --dataset_name is on the hub, and keep nothing on disk; "
-        "epochs are not counted, so give --max_train_steps",
-    )
-    shuffle_buffer: int = flag(1000, "with --streaming: images of one shard that are shuffled together")
-    dataloader_num_workers: int = flag(0, "processes that decode images; 0 decodes in the training process")
+
+    def check(self) -> None:
+        """See `ImageArguments.check`."""
+        super().check()
+        if not self.named_sources:
+            raise UserError("--dataset_name or --train_data_dir is required: images with captions")
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise UserError(f"--proportion_empty_prompts must be from 0 to 1, not {self.proportion_empty_prompts}")

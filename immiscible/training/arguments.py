@@ -1,29 +1,110 @@
-"""The flags of a run."""
+"""The flags of a run, and all flags that the life of a run reads."""
 
 from __future__ import annotations
 
-import logging
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path, PurePath
 
-from immiscible.flags import flag
-
-logger = logging.getLogger(__name__)
-
+from immiscible.data.arguments import ImageArguments
+from immiscible.encoding.arguments import LatentCacheArguments
+from immiscible.errors import UserError
+from immiscible.evaluation.arguments import EvaluationArguments
+from immiscible.flags import Bounds, flag
+from immiscible.method import MethodArguments
+from immiscible.networks.arguments import TrainingArguments
 
 SPACINGS = ("leading", "trailing", "linspace")
 
+# Everything a run writes into its folder, beside checkpoints, logs and its marker. Nothing else there is ever touched.
+OWN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "evaluation.jsonl",
+    "summary.json",
+    "samples",
+    "model_index.json",
+    "unet",
+    "unet_non_ema",
+    "scheduler",
+    "vae",
+    "vqvae",
+    "text_encoder",
+    "tokenizer",
+    "pytorch_lora_weights.safetensors",
+    "README.md",
+)
+
 
 @dataclass
-class RunArguments:
-    """Where the run goes, what it leaves, and how it continues."""
+class FolderArguments:
+    """Where a run goes, what it leaves, and how it continues: what all scripts share."""
 
-    _argument_group_name = "run"
-
-    output_dir: str = flag("ddpm-model-64", "the run's folder")
-    overwrite_output_dir: bool = flag(False, "delete the run that --output_dir holds (its own files only) and start anew")
-    resume_from_checkpoint: str | None = flag(None, "`latest`, or a checkpoint's path; continues bit-exactly")
+    output_dir: str | None = flag(None, "the run's folder")
+    overwrite_output_dir: bool = flag(False, "delete the run that --output_dir holds (its own files only) and start anew", saved=False)
+    resume_from_checkpoint: str | None = flag(None, "`latest`, or a checkpoint's path; continues bit-exactly", saved=False)
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; one is always left at the end")
     checkpoints_total_limit: int | None = flag(None, "keep this many checkpoints, the newest")
+    eval_batch_size: int = flag(16, "samples drawn together")
+    logging_dir: str = flag("logs", "the tracker's folder, inside --output_dir")
+    logging_steps: int = flag(10, "optimizer steps between lines of metrics.jsonl")
+    push_to_hub: bool = flag(False, "upload the pipeline, or the adapters, to the hub")
+    hub_token: str | None = flag(None, "the token for --push_to_hub", saved=False)
+    hub_model_id: str | None = flag(None, "the repository for --push_to_hub; by default the name of --output_dir")
+    hub_private_repo: bool = flag(False, "create the repository private; one that exists stays as it is")
+    plan: bool = flag(False, "print what would run, with sizes and an estimate after a few timed steps, and exit")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.output_dir or "")
+
+    @property
+    @abstractmethod
+    def tracker(self) -> str:
+        """The experiment tracker's name, of accelerate's, or none."""
+
+    @property
+    @abstractmethod
+    def tracker_flag(self) -> str:
+        """The flag that names it."""
+
+    @property
+    @abstractmethod
+    def tracker_project(self) -> str:
+        """The project in the tracker."""
+
+    @abstractmethod
+    def grid_is_due(self, step: int, passed: Callable[[int], bool]) -> bool:
+        """Whether samples are drawn after ``step``, not the last one; ``passed(epochs)``: whether a multiple of that ended in it."""
+
+    @abstractmethod
+    def pipeline_is_due(self, passed: Callable[[int], bool]) -> bool:
+        """Whether the pipeline is saved, likewise."""
+
+    def check(self) -> None:
+        """What these flags can get wrong.
+
+        Raises:
+            UserError: one is out of range, or they contradict each other.
+        """
+        Bounds("checkpointing_steps checkpoints_total_limit eval_batch_size logging_steps").check(self)
+        logs = PurePath(self.logging_dir)
+        if logs.is_absolute() or not logs.parts or ".." in logs.parts or logs.parts[0] in OWN_FILES:
+            raise UserError(f"--logging_dir {self.logging_dir} must be a folder of its own inside --output_dir, such as logs")
+        if self.resume_from_checkpoint and self.overwrite_output_dir:
+            raise UserError("--resume_from_checkpoint continues a run and --overwrite_output_dir deletes it; choose one")
+
+
+@dataclass
+class RunArguments(FolderArguments):
+    """Where the run goes, what it leaves, and how it continues, for ``train_unconditional.py``."""
+
+    _argument_group_name = "run"
+    tracker_flag, tracker_project = "--logger", "immiscible"
+
+    output_dir: str = flag("ddpm-model-64", "the run's folder")
     save_images_epochs: int = flag(10, "epochs between sample grids; 0 samples at the end only")
     save_model_epochs: int = flag(10, "epochs between saves of the pipeline; 0 saves at the end only")
     eval_batch_size: int = flag(16, "images in a sample grid")
@@ -33,26 +114,34 @@ class RunArguments:
     )
     timestep_spacing: str = flag("leading", "which of the T steps the sampler visits", choices=SPACINGS)
     logger: str = flag("tensorboard", "experiment tracker; metrics.jsonl is written with each", choices=("tensorboard", "wandb", "none"))
-    logging_dir: str = flag("logs", "the tracker's folder, inside --output_dir")
-    logging_steps: int = flag(10, "optimizer steps between lines of metrics.jsonl")
-    push_to_hub: bool = flag(False, "upload the pipeline to the hub")
-    hub_token: str | None = flag(None, "the token for --push_to_hub")
-    hub_model_id: str | None = flag(None, "the repository for --push_to_hub; by default the name of --output_dir")
-    hub_private_repo: bool = flag(False, "create the repository private")
-    plan: bool = flag(False, "print what would run, with sizes and an estimate after a few timed steps, and exit")
+
+    @property
+    def tracker(self) -> str:
+        """See `FolderArguments.tracker`."""
+        return self.logger
+
+    def grid_is_due(self, step: int, passed: Callable[[int], bool]) -> bool:
+        """See `FolderArguments.grid_is_due`."""
+        return passed(self.save_images_epochs)
+
+    def pipeline_is_due(self, passed: Callable[[int], bool]) -> bool:
+        """See `FolderArguments.pipeline_is_due`."""
+        return passed(self.save_model_epochs)
+
+    def check(self) -> None:
+        """See `FolderArguments.check`."""
+        super().check()
+        Bounds("ddpm_num_inference_steps", "save_images_epochs save_model_epochs").check(self)
 
 
 @dataclass
-class TextRunArguments:
-    """Where the run goes, what it leaves, and how it continues."""
+class TextRunArguments(FolderArguments):
+    """Where the run goes, what it leaves, and how it continues, for the Stable Diffusion scripts."""
 
     _argument_group_name = "run"
+    tracker_flag = "--report_to"
 
     output_dir: str | None = flag(None, "the run's folder; by default sd-model-finetuned, with --use_lora sd-model-finetuned-lora")
-    overwrite_output_dir: bool = flag(False, "delete the run that --output_dir holds (its own files only) and start anew")
-    resume_from_checkpoint: str | None = flag(None, "`latest`, or a checkpoint's path; continues bit-exactly")
-    checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; one is always left at the end")
-    checkpoints_total_limit: int | None = flag(None, "keep this many checkpoints, the newest")
     validation_prompts: list[str] | None = flag(None, "prompts of the sample grids")  # noqa: RUF009 (a field)
     validation_prompt: str | None = flag(None, "one prompt, of which --num_validation_images samples are drawn")
     num_validation_images: int = flag(4, "samples of --validation_prompt")
@@ -62,16 +151,54 @@ class TextRunArguments:
     )
     validation_inference_steps: int = flag(20, "steps with which samples are drawn")
     guidance_scale: float = flag(7.5, "guidance of the samples; 1 samples without")
-    eval_batch_size: int = flag(16, "samples drawn together")
     report_to: str = flag(
         "tensorboard",
         "experiment tracker, of accelerate's, or none; metrics.jsonl is written with each; tensorboard and wandb show the samples",
     )
     tracker_project_name: str = flag("text2image-fine-tune", "the project in the tracker")
-    logging_dir: str = flag("logs", "the tracker's folder, inside --output_dir")
-    logging_steps: int = flag(10, "optimizer steps between lines of metrics.jsonl")
-    push_to_hub: bool = flag(False, "upload the pipeline, or the adapters, to the hub")
-    hub_token: str | None = flag(None, "the token for --push_to_hub")
-    hub_model_id: str | None = flag(None, "the repository for --push_to_hub; by default the name of --output_dir")
-    hub_private_repo: bool = flag(False, "create the repository private; one that exists stays as it is")
-    plan: bool = flag(False, "print what would run, with sizes and an estimate after a few timed steps, and exit")
+
+    @property
+    def tracker(self) -> str:
+        """See `FolderArguments.tracker`."""
+        return self.report_to
+
+    @property
+    def tracker_project(self) -> str:
+        """See `FolderArguments.tracker_project`."""
+        return self.tracker_project_name
+
+    @property
+    def prompts(self) -> list[str]:
+        """Whose samples the grids hold."""
+        if self.validation_prompt is not None:
+            return [self.validation_prompt] * self.num_validation_images
+        return self.validation_prompts or []
+
+    def grid_is_due(self, step: int, passed: Callable[[int], bool]) -> bool:
+        """See `FolderArguments.grid_is_due`."""
+        return step % self.validation_steps == 0 if self.validation_steps else passed(self.validation_epochs or 1)
+
+    def pipeline_is_due(self, passed: Callable[[int], bool]) -> bool:
+        """Only at the end."""
+        return False
+
+    def check(self) -> None:
+        """See `FolderArguments.check`."""
+        super().check()
+        Bounds("num_validation_images validation_epochs validation_steps validation_inference_steps").check(self)
+        if self.validation_prompt is not None and self.validation_prompts is not None:
+            raise UserError("--validation_prompt and --validation_prompts are given together; choose one")
+
+
+class RunConfig(EvaluationArguments, FolderArguments, TrainingArguments, MethodArguments, LatentCacheArguments, ImageArguments):
+    """The flags that the life of a run reads, whatever is trained; `immiscible.configs` adds those of networks and samples."""
+
+    @property
+    @abstractmethod
+    def free_on_resume(self) -> frozenset[str]:
+        """The flags that may differ between a checkpoint and the run that resumes it."""
+
+    @property
+    @abstractmethod
+    def labels_for(self) -> str | None:
+        """The flag that needs the images' classes, if any does."""

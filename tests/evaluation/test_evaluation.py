@@ -16,10 +16,10 @@ from immiscible.configs import UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.evaluation.features import PixelFeatures
 from immiscible.evaluation.frechet import Evaluation
-from immiscible.method import build_scheduler
 from immiscible.networks.unet import build_unet, unet_config
 from immiscible.randomness import seeded_generator
 from immiscible.sampling.pipelines import build_pipeline, sample_images, sample_labels, told_classes
+from immiscible.schedulers import build_scheduler
 from immiscible.tasks.pixels import save_pipeline, save_samples
 
 CPU = torch.device("cpu")

@@ -17,10 +17,10 @@ from immiscible.errors import UserError
 from immiscible.evaluation.features import FEATURES, DigitsFeatures, PixelFeatures, build_features
 from immiscible.evaluation.frechet import Evaluation, FrechetDistance
 from immiscible.evaluation.validation import fixed_images, images_together, to_uint8, validation_loss
-from immiscible.method import build_scheduler
 from immiscible.networks.unet import build_unet, unet_config
 from immiscible.process import PREDICTION_TYPES, NoiseProcess
 from immiscible.sampling.pipelines import build_pipeline, metrics, sample_images
+from immiscible.schedulers import build_scheduler
 
 DIGITS = torch.from_numpy(load_digits().images)[:, None]  # uint8 [1797,1,8,8]
 PREDICTIONS = [(kind, name) for kind, names in PREDICTION_TYPES.items() for name in names]

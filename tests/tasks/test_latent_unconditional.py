@@ -22,13 +22,13 @@ from immiscible.data.transforms import image_transform
 from immiscible.encoding.encoders import LatentEncoder, PixelEncoder, latent_draw
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
-from immiscible.method import build_scheduler
 from immiscible.networks.latents import latent_downsampling, load_vae, vae_identity
 from immiscible.networks.unet import build_unet, unet_config
 from immiscible.networks.weights import PRECISIONS
 from immiscible.randomness import Draws, seeded_generator
 from immiscible.sampling.loaded import take_scheduler
 from immiscible.sampling.pipelines import build_pipeline, sample_images
+from immiscible.schedulers import build_scheduler
 
 CPU = torch.device("cpu")
 DRAWS = Draws(0, 0, 0, CPU)

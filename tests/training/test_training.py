@@ -8,10 +8,10 @@ from immiscible.coupling import AssignmentCoupling, IndependentCoupling, build_c
 from immiscible.data.batches import Images
 from immiscible.encoding.encoders import PixelEncoder
 from immiscible.errors import UserError
-from immiscible.method import build_scheduler
 from immiscible.objectives import DenoisingObjective, weighted_mse
 from immiscible.process import NoiseProcess
 from immiscible.randomness import Draws, PoolDraws, reseed_globally
+from immiscible.schedulers import build_scheduler
 from immiscible.timesteps import timestep_sampler
 from immiscible.training.loop import StopRequest, train
 from immiscible.weighting import loss_weights
