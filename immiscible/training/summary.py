@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -14,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -188,13 +188,23 @@ def report_plan(steps: Iterator[StepStats], unet: UNet2DModel, accelerator: Acce
     if accelerator.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(accelerator.device) / 2**20
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        memory = peak_memory()
     total = timedelta(seconds=round(typical * remaining))
     accelerator.print(
         f"Plan: {remaining} steps of {typical:.3f} s (median of {len(seconds[1:] or seconds)}) = {total}, without sampling and saving\n"
         f"Plan: weights {weights:.1f} MiB, with AdamW and EMA {4 * weights:.1f} MiB a checkpoint; peak memory so far {memory:.0f} MiB\n"
         f"Plan: nothing was written"
     )
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in MiB; psutil knows the peak on Windows alone."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return float(psutil.Process().memory_info().peak_wset / 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 
 
 def is_finished(config: AnyConfig, start_step: int, max_steps: int) -> bool:
