@@ -185,10 +185,8 @@ def report_plan(steps: Iterator[StepStats], unet: UNet2DModel, accelerator: Acce
             break
     typical = median(seconds[1:] or seconds)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters()) / 2**20
-    if accelerator.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(accelerator.device) / 2**20
-    else:
-        memory = peak_memory()
+    on_gpu = accelerator.device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(accelerator.device) / 2**20 if on_gpu else peak_memory()
     total = timedelta(seconds=round(typical * remaining))
     accelerator.print(
         f"Plan: {remaining} steps of {typical:.3f} s (median of {len(seconds[1:] or seconds)}) = {total}, without sampling and saving\n"
