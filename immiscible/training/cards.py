@@ -1,25 +1,129 @@
-"""What a run uploads."""
+"""Model cards: how to sample what a run leaves, and how it was trained. And its upload, whose card names the repository."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError
-from immiscible.training.folder import OWN_FILES
+from immiscible.files import PARTIAL, replace
+from immiscible.training.arguments import OWN_FILES, FolderArguments
+from immiscible.training.markdown import inline, line, table_cell
 
 if TYPE_CHECKING:
-    from immiscible.configs import AnyConfig
+    from huggingface_hub import ModelCard
+
+TEMPLATES = Path(__file__).parent
+TAG = "immiscible-diffusion"
+HERE = "THIS_FOLDER"  # stands in a card for where the model is, until a repository has it
 
 
-def push_pipeline(config: AnyConfig, step: int) -> None:
-    """Uploads the pipeline, samples, config and metrics, no checkpoints."""
+def unconditional_card(
+    *,
+    title: str,
+    pipeline: str,
+    facts: Mapping[str, str],
+    num_classes: int | None = None,
+    class_names: Sequence[str] = (),
+    repo_id: str | None = None,
+) -> ModelCard:
+    """The card of a pipeline without prompts.
+
+    Args:
+        title: the heading, the name of the run's folder.
+        pipeline: the class of diffusers that samples it.
+        facts: how it was trained, by name; ``inference_steps`` among them, which the example takes.
+        num_classes: how many classes the network is told; None if it is told none, and then the card lists none.
+        class_names: the data's names for them, by number, if it has any.
+        repo_id: "owner/name" on the hub, as `huggingface_hub.create_repo` returns it; by default the example names the folder.
+    """
+    return _card(
+        "unconditional",
+        {"pipeline_tag": "unconditional-image-generation", "tags": ["diffusers", "unconditional-image-generation", TAG]},
+        title,
+        facts,
+        repo_id,
+        pipeline=pipeline,
+        inference_steps=facts["inference_steps"],
+        num_classes=num_classes,
+        class_names=[] if num_classes is None else [line(name) for name in class_names],
+    )
+
+
+def text_to_image_card(
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    base_model: str,
+    adapters: bool = False,
+    resolution: int | None = None,
+    prediction_type: str | None = None,
+    grid: PurePath | None = None,
+    repo_id: str | None = None,
+) -> ModelCard:
+    """The card of a Stable Diffusion pipeline, or of LoRA weights for one.
+
+    Args:
+        title: the heading, the name of the run's folder.
+        facts: how it was trained, by name.
+        base_model: the checkpoint that training began with; a name on the hub goes into the metadata, a folder here does not.
+        adapters: whether these are weights for ``base_model`` and no whole pipeline.
+        resolution: side in pixels of what the adapters were trained on; the base pipeline would sample at its own.
+        prediction_type: of the adapters, where ``base_model`` has another.
+        grid: samples of the prompts, relative to the card, if there are any.
+        repo_id: as in `unconditional_card`.
+    """
+    return _card(
+        "text_to_image",
+        {
+            "pipeline_tag": "text-to-image",
+            "base_model": None if Path(base_model).exists() else base_model,  # the hub refuses a card with a path
+            "tags": ["diffusers", "stable-diffusion", "text-to-image", *(["lora"] if adapters else []), TAG],
+        },
+        title,
+        facts,
+        repo_id,
+        base_model=_quoted(base_model),
+        adapters=adapters,
+        resolution=resolution,
+        prediction_type=prediction_type,
+        grid=grid.as_posix() if grid else None,
+    )
+
+
+def _card(
+    template: str, metadata: Mapping[str, Any], title: str, facts: Mapping[str, str], repo_id: str | None, **values: Any
+) -> ModelCard:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(library_name="diffusers", **metadata)
+    rows = [f"| {table_cell(name.replace('_', ' '))} | {table_cell(value)} |" for name, value in facts.items()]
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / f"{template}_card.md.j2"),
+        title=inline(title),
+        model=_quoted(repo_id or HERE),
+        facts="\n".join(["| | |", "|---|---|", *rows]),
+        **values,
+    )
+
+
+def _quoted(text: str) -> str:
+    """A name as Python source on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def push_pipeline(config: FolderArguments, step: int) -> None:
+    """Uploads the pipeline, samples, config and metrics, no checkpoints. The card then loads the model from its repository."""
     from huggingface_hub import create_repo, upload_folder
 
-    folder = Path(config.output_dir or "")
+    folder = config.folder
     try:
         name = config.hub_model_id or folder.resolve().name
         repository = create_repo(name, private=config.hub_private_repo or None, exist_ok=True, token=config.hub_token).repo_id
+        name_repository(folder / "README.md", repository)
         upload_folder(
             repo_id=repository,
             folder_path=folder,
@@ -30,3 +134,10 @@ def push_pipeline(config: AnyConfig, step: int) -> None:
     except Exception as error:  # whatever the network, the hub or its client can do wrong; without a network it is no OSError
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--push_to_hub failed ({first_line}); the run is complete in {folder}", exit_code=1) from None
+
+
+def name_repository(card: Path, repo_id: str) -> None:
+    """Lets a card's example load the model from the hub instead of from its folder."""
+    partial = card.with_name(f"{PARTIAL}{card.name}")
+    partial.write_text(card.read_text(encoding="utf-8").replace(_quoted(HERE), _quoted(repo_id)), encoding="utf-8")
+    replace(partial, card)
