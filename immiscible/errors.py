@@ -21,6 +21,11 @@ class UserError(ValueError):
         self.exit_code = exit_code
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a line of ours: its first line, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_script(main: Callable[[Sequence[str]], None]) -> int:
     """Runs a script's ``main(argv)`` and returns its exit code; a `UserError` becomes one line on stderr, from rank 0 only."""
     try:

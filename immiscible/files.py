@@ -1,8 +1,13 @@
-"""Files that survive: written beside their final name and renamed, deleted so that no half of them stays."""
+"""Files that survive: written beside their final name and renamed, deleted so that no half of them stays under it.
+
+A kill at any moment leaves what was there before or what was to come. What it leaves beside, under names that begin with `PARTIAL` or
+`DISCARDED`, `clean_up` removes.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -12,35 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL, DISCARDED = ".partial-", ".discarded-"
-
-
 SPARE = 2**20  # bytes; a disk with less is full
-
-
-@contextmanager
-def _full_disk(path: Path) -> Iterator[None]:
-    """Inside the block torch's way of failing on a full disk, a `RuntimeError` that does not say why, is an `OSError` that does."""
-    try:
-        yield
-    except RuntimeError:
-        if shutil.disk_usage(path).free > SPARE:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-
-
-def clean_up(folder: Path) -> None:
-    """Removes what a killed process left half written or half deleted."""
-    for path in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{DISCARDED}*")]:
-        _delete(path)
-
-
-def discard(path: Path) -> None:
-    """Deletes a file or folder so that a kill in between cannot leave half of it under its name."""
-    doomed = path.with_name(f"{DISCARDED}{path.name}")
-    if doomed.exists():
-        clean_up(path.parent)
-    path.rename(doomed)
-    _delete(doomed)
 
 
 def replace(new: Path, target: Path) -> None:
@@ -52,6 +29,21 @@ def replace(new: Path, target: Path) -> None:
     _flush_one(target.parent)
 
 
+def discard(path: Path) -> None:
+    """Deletes a file or folder so that a kill in between cannot leave half of it under its name."""
+    doomed = path.with_name(f"{DISCARDED}{path.name}")
+    if doomed.exists():
+        clean_up(path.parent)
+    path.rename(doomed)
+    _delete(doomed)
+
+
+def clean_up(folder: Path) -> None:
+    """Removes what a killed process left half written or half deleted."""
+    for path in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{DISCARDED}*")]:
+        _delete(path)
+
+
 def flush(path: Path) -> None:
     """Forces a file, or all files of a folder, to the disk, readable as the umask says (safetensors makes its files private)."""
     umask = os.umask(0)
@@ -60,6 +52,56 @@ def flush(path: Path) -> None:
         if item.is_file():
             item.chmod(0o666 & ~umask)
         _flush_one(item)
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Inside the block torch's way of failing on a full disk, a `RuntimeError` that does not say why, is an `OSError` that does.
+
+    Args:
+        path: a file or folder on the disk that is written to.
+    """
+    try:
+        yield
+    except RuntimeError:
+        if shutil.disk_usage(path).free > SPARE:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """``{"bytes": size, "sha256": hexadecimal digest}`` of a file, which is read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Adds a line to a ``.jsonl`` file."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``.jsonl`` file, none if it is not there; a half-written last line is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def drop_later_lines(path: Path, start_step: int) -> list[dict[str, Any]]:
+    """Leaves and returns the lines of steps up to ``start_step``: a killed run may have written on after its last checkpoint."""
+    kept = [line for line in read_lines(path) if line["step"] <= start_step]
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    replace(partial, path)
+    return kept
 
 
 def _delete(path: Path) -> None:
@@ -73,28 +115,3 @@ def _flush_one(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _append_line(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _drop_later_lines(path: Path, start_step: int) -> list[dict[str, Any]]:
-    """Leaves and returns the lines of steps up to ``start_step``: a killed run may have written on after its last checkpoint."""
-    kept = [line for line in read_lines(path) if line["step"] <= start_step]
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    replace(partial, path)
-    return kept
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``.jsonl`` file; a half-written last line is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines

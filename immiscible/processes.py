@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-
 from immiscible.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +26,11 @@ def on_every_process(accelerator: Accelerator, work: Callable[[], None]) -> None
         failure = (str(error), error.exit_code)
     except OSError as error:
         failure = (f"cannot write {error.filename or 'the output folder'}: {error.strerror or error}", 1)
-    except SafetensorError as error:  # of a full disk too
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if not isinstance(error, SafetensorError):  # its own error, of a full disk too
+            raise
         failure = (f"cannot write the output folder: {error}", 1)
     met = [each for each in gather_object([failure]) if each]
     if met:

@@ -40,6 +40,19 @@ def reseed_globally(*parts: int | str) -> None:
     torch.manual_seed(seed)
 
 
+@contextmanager
+def preserved_randomness(device: torch.device | None = None) -> Iterator[None]:
+    """After the block the global generators of Python, NumPy, the CPU and, if it is a GPU, ``device`` are what they were before."""
+    python, array = random.getstate(), numpy.random.get_state()
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(array)
+
+
 @dataclass(frozen=True)
 class Draws:
     """The random numbers of one micro-batch.
@@ -131,16 +144,3 @@ class PoolDraws:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-@contextmanager
-def _preserved_randomness(device: torch.device | None = None) -> Iterator[None]:
-    """After the block the global generators of Python, NumPy, the CPU and, if it is a GPU, ``device`` are what they were before."""
-    python, array = random.getstate(), numpy.random.get_state()
-    gpus = [device] if device is not None and device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(gpus):
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(array)

@@ -1,4 +1,4 @@
-"""VAEs: what makes latents of images and images of latents."""
+"""VAEs: they make latents of images and images of latents, and stay as they are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from immiscible.errors import UserError
+from immiscible.errors import UserError, first_line
 from immiscible.networks.weights import weights_digest
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def load_vae(name_or_path: str, *, resolution: int, cache_dir: str | None = None
             raise UserError(f"{flag} is a {kind}, not an AutoencoderKL; give a VAE, or a checkpoint that has one in its folder `vae`")
         vae = AutoencoderKL.from_pretrained(name_or_path, **options)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{flag}: no AutoencoderKL found there, nor in a folder `vae` of it ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{flag}: no AutoencoderKL found there, nor in a folder `vae` of it ({first_line(error)})") from None
     if vae.config.shift_factor or vae.config.latents_mean:
         raise UserError(f"{flag} shifts its latents, which diffusers' unconditional pipeline does not undo; take one as Stable Diffusion's")
     if resolution % latent_downsampling(vae):

@@ -1,8 +1,7 @@
-"""Stable Diffusion 1.x and 2.x: the parts of a checkpoint, how a batch becomes latents and text states, and what a run leaves."""
+"""Stable Diffusion 1.x and 2.x: the parts of a checkpoint, where they are placed for training, adapters, and text states."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from immiscible.errors import UserError
+from immiscible.errors import UserError, first_line
+from immiscible.networks.arguments import TextModelArguments
 from immiscible.networks.latents import latent_downsampling
 from immiscible.networks.weights import PRECISIONS, weights_digest
 
@@ -22,15 +22,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from immiscible.configs import TextToImageConfig
-
-
-logger = logging.getLogger(__name__)
-
-
 PIPELINE = "StableDiffusionPipeline"
-
-
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]  # what diffusers' LoRA example adapts
 
 
@@ -68,64 +60,57 @@ class StableDiffusion:
         return {**settings, "frozen": self.digest}
 
 
-def load_stable_diffusion(config: TextToImageConfig, *, from_scratch: bool) -> StableDiffusion:
-    """The checkpoint of ``--pretrained_model_name_or_path``; ``from_scratch`` gives the U-Net fresh weights from the global generator.
+def load_stable_diffusion(arguments: TextModelArguments, *, resolution: int, cache_dir: str | None, from_scratch: bool) -> StableDiffusion:
+    """The checkpoint of ``--pretrained_model_name_or_path``, on the CPU.
 
-    The U-Net's ``sample_size`` becomes that of the run's resolution, at which pipelines then sample by default.
+    Args:
+        arguments: which checkpoint, and what it shall predict; with ``use_lora`` the digest is of the U-Net's own weights too.
+        resolution: of the run's images. The U-Net's ``sample_size`` becomes its, at which pipelines then sample by default.
+        cache_dir: where models of the hub are kept.
+        from_scratch: gives the U-Net fresh weights, drawn from the global generator.
 
     Raises:
         UserError: it cannot be loaded, is no Stable Diffusion 1.x or 2.x, or does not go with the flags.
     """
+    name = str(arguments.pretrained_model_name_or_path)
+    common = {"revision": arguments.revision, "cache_dir": cache_dir}
+    _check_family(name, common)
+    try:
+        parts = _load_parts(name, {**common, "variant": arguments.variant}, arguments.non_ema_revision or arguments.revision, from_scratch)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--pretrained_model_name_or_path {name}: cannot be loaded ({first_line(error)})", exit_code=1) from None
+    if arguments.prediction_type is not None:
+        parts.scheduler.register_to_config(prediction_type=arguments.prediction_type)
+    _check_parts(parts)
+    factor = latent_downsampling(parts.vae)
+    if resolution % factor:
+        raise UserError(f"--resolution {resolution} must be a multiple of {factor}, by which the VAE of {name} divides images")
+    parts.unet.register_to_config(sample_size=resolution // factor)
+    frozen = [parts.vae, parts.text_encoder, *([parts.unet] if arguments.use_lora else [])]
+    parts.digest = " ".join(map(weights_digest, frozen))
+    return parts
+
+
+def _load_parts(name: str, options: dict[str, Any], unet_revision: str | None, from_scratch: bool) -> StableDiffusion:
+    """The parts as they are in the checkpoint; ``options`` are those of its revision, variant and cache."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTokenizer
 
-    name = str(config.pretrained_model_name_or_path)
-    _check_family(name, config)
-    common = {"revision": config.revision, "cache_dir": config.cache_dir}
-    options = {**common, "variant": config.variant}
-    unet_options = {**options, "revision": config.non_ema_revision or config.revision}
-    try:
-        scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **common)
-        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **common)
-        vae, text_encoder = _load_frozen(name, options)
-        if from_scratch:
-            revision = unet_options["revision"]
-            settings = UNet2DConditionModel.load_config(name, subfolder="unet", revision=revision, cache_dir=config.cache_dir)
-            unet = UNet2DConditionModel.from_config(settings)
-        else:
-            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **unet_options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--pretrained_model_name_or_path {name}: cannot be loaded ({_first_line(error)})", exit_code=1) from None
-    pretrained_prediction = scheduler.config.prediction_type
-    if config.prediction_type is not None:
-        scheduler.register_to_config(prediction_type=config.prediction_type)
-    prediction = scheduler.config.prediction_type
-    if config.dream_training and prediction != "epsilon":
-        raise UserError(f"--dream_training needs epsilon-prediction, and {name} predicts {prediction}")
-    channels, latent_channels = unet.config.in_channels, vae.config.latent_channels
-    if channels != latent_channels or unet.config.class_embed_type or unet.config.num_class_embeds:
-        raise UserError(
-            f"--pretrained_model_name_or_path {name}: its U-Net takes {channels} channels or class labels, not the VAE's {latent_channels} "
-            f"channels and a prompt alone; these scripts train text-to-image checkpoints, not inpainting, upscaling or depth models"
-        )
-    width, wanted = text_encoder.config.hidden_size, unet.config.cross_attention_dim
-    if isinstance(wanted, int) and width != wanted:
-        raise UserError(
-            f"--pretrained_model_name_or_path {name}: its U-Net takes text states of width {wanted}, its text encoder gives {width}"
-        )
-    if set(tokenizer("a photograph").input_ids) <= set(tokenizer.all_special_ids):  # made up where the files of words are not there
-        raise UserError(f"--pretrained_model_name_or_path {name}: its tokenizer knows no words; is its vocabulary there?", exit_code=1)
-    factor = latent_downsampling(vae)
-    if config.resolution % factor:
-        raise UserError(f"--resolution {config.resolution} must be a multiple of {factor}, by which the VAE of {name} divides images")
-    unet.register_to_config(sample_size=config.resolution // factor)
-    frozen = [vae, text_encoder, *([unet] if config.use_lora else [])]
-    digest = " ".join(map(weights_digest, frozen))
-    return StableDiffusion(unet.float(), vae, text_encoder, tokenizer, scheduler, name, options, digest, pretrained_prediction)
+    common = {"revision": options["revision"], "cache_dir": options["cache_dir"]}
+    scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **common)
+    tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **common)
+    vae, text_encoder = load_frozen(name, options)
+    if from_scratch:
+        settings = UNet2DConditionModel.load_config(name, subfolder="unet", **{**common, "revision": unet_revision})
+        unet = UNet2DConditionModel.from_config(settings)
+    else:
+        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **{**options, "revision": unet_revision})
+    own = scheduler.config.prediction_type
+    return StableDiffusion(unet.float(), vae, text_encoder, tokenizer, scheduler, name, options, pretrained_prediction=own)
 
 
-def _load_frozen(name: str, options: dict[str, Any]) -> tuple[AutoencoderKL, CLIPTextModel]:
-    """VAE and text encoder, fp32, without gradient."""
+def load_frozen(name: str, options: dict[str, Any]) -> tuple[AutoencoderKL, CLIPTextModel]:
+    """VAE and text encoder of a checkpoint, fp32, without gradient, on the CPU; ``options`` as in `StableDiffusion`."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
@@ -136,14 +121,15 @@ def _load_frozen(name: str, options: dict[str, Any]) -> tuple[AutoencoderKL, CLI
     return vae, text_encoder
 
 
-def _check_family(name: str, config: TextToImageConfig) -> None:
+def _check_family(name: str, options: dict[str, Any]) -> None:
+    """Looks at what the checkpoint says it is; loads nothing."""
     import diffusers
 
     try:
-        found = diffusers.DiffusionPipeline.load_config(name, revision=config.revision, cache_dir=config.cache_dir)
+        found = diffusers.DiffusionPipeline.load_config(name, **options)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--pretrained_model_name_or_path {name}: no diffusers checkpoint found there ({_first_line(error)}); check the name and, "
+            f"--pretrained_model_name_or_path {name}: no diffusers checkpoint found there ({first_line(error)}); check the name and, "
             f"for one on the hub, the network",
             exit_code=1,
         ) from None
@@ -165,6 +151,63 @@ def _check_family(name: str, config: TextToImageConfig) -> None:
         )
     if not hasattr(diffusers, found["scheduler"][1]):
         raise UserError(f"--pretrained_model_name_or_path {name}: diffusers has no {found['scheduler'][1]}, with which it would be sampled")
+
+
+def _check_parts(parts: StableDiffusion) -> None:
+    """Whether they go together, and are what is trained here."""
+    unet, named = parts.unet, f"--pretrained_model_name_or_path {parts.name}"
+    channels, latent_channels = unet.config.in_channels, parts.vae.config.latent_channels
+    if channels != latent_channels or unet.config.class_embed_type or unet.config.num_class_embeds:
+        raise UserError(
+            f"{named}: its U-Net takes {channels} channels or class labels, not the VAE's {latent_channels} "
+            f"channels and a prompt alone; these scripts train text-to-image checkpoints, not inpainting, upscaling or depth models"
+        )
+    width, wanted = parts.text_encoder.config.hidden_size, unet.config.cross_attention_dim
+    if isinstance(wanted, int) and width != wanted:
+        raise UserError(f"{named}: its U-Net takes text states of width {wanted}, its text encoder gives {width}")
+    words = parts.tokenizer("a photograph").input_ids
+    if set(words) <= set(parts.tokenizer.all_special_ids):  # made up where the files of words are not there
+        raise UserError(f"{named}: its tokenizer knows no words; is its vocabulary there?", exit_code=1)
+
+
+def initial_weights(name: str, *, from_scratch: bool, rank: int | None) -> str:
+    """With which weights a U-Net begins, in words, for the start of the run and the model card.
+
+    Args:
+        name: of the checkpoint.
+        from_scratch: whether it has fresh ones.
+        rank: of its adapters; None without.
+    """
+    if from_scratch:
+        return f"random, not those of {name}, with which finetune_sd.py begins"
+    return f"those of {name}" + ("" if rank is None else f", frozen, with adapters of rank {rank}")
+
+
+def place(parts: StableDiffusion, accelerator: Accelerator, *, rank: int | None, idle: bool) -> None:
+    """Moves the parts to the device: frozen ones in the run's precision, trained weights in fp32.
+
+    Args:
+        parts: as loaded.
+        accelerator: gives device and precision.
+        rank: of the adapters that the U-Net gets; None leaves it to be trained whole.
+        idle: leave VAE and text encoder in host memory, where nothing is encoded; sampling moves them.
+
+    Raises:
+        UserError: accelerate is configured for a precision that these networks are not trained in; or peft is not installed.
+    """
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise UserError(f"--mixed_precision {accelerator.mixed_precision} is not supported here; give no, fp16 or bf16")
+    dtype = PRECISIONS[accelerator.mixed_precision]
+    place_frozen(parts, torch.device("cpu") if idle else accelerator.device, dtype)
+    if rank is not None:
+        add_adapters(parts.unet, rank, dtype)
+    parts.unet.to(accelerator.device).train()
+
+
+def place_frozen(parts: StableDiffusion, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves VAE and text encoder to ``device``, in ``dtype``."""
+    for part in (parts.vae, parts.text_encoder):
+        nn.Module.to(part, device=device, dtype=dtype)  # diffusers' own `to` warns of every cast, naming an empty list of modules
 
 
 def add_adapters(unet: UNet2DConditionModel, rank: int, dtype: torch.dtype) -> None:
@@ -190,31 +233,3 @@ def text_states(parts: StableDiffusion, captions: Sequence[str], device: torch.d
     )
     output = parts.text_encoder(words.input_ids.to(device))
     return output.last_hidden_state, output.pooler_output
-
-
-def place(parts: StableDiffusion, config: TextToImageConfig, accelerator: Accelerator) -> None:
-    """Moves the parts to the device: frozen ones in the run's precision, trained weights in fp32; adds adapters with ``--use_lora``.
-
-    A run from cached latents leaves the frozen parts in host memory (sampling moves them), unless images are held out to be encoded.
-
-    Raises:
-        UserError: accelerate is configured for a precision that these networks are not trained in.
-    """
-    if accelerator.mixed_precision not in PRECISIONS:
-        raise UserError(f"--mixed_precision {accelerator.mixed_precision} is not supported here; give no, fp16 or bf16")
-    dtype = PRECISIONS[accelerator.mixed_precision]
-    idle = config.cache_latents and config.validation_split is None
-    place_frozen(parts, torch.device("cpu") if idle else accelerator.device, dtype)
-    if config.use_lora:
-        add_adapters(parts.unet, config.rank, dtype)
-    parts.unet.to(accelerator.device).train()
-
-
-def place_frozen(parts: StableDiffusion, device: torch.device, dtype: torch.dtype) -> None:
-    """Moves VAE and text encoder to ``device``, in ``dtype``."""
-    for part in (parts.vae, parts.text_encoder):
-        nn.Module.to(part, device=device, dtype=dtype)  # diffusers' own `to` warns of every cast, naming an empty list of modules
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

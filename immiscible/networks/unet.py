@@ -1,4 +1,4 @@
-"""The networks: U-Nets of diffusers, by preset or by configuration, with their average and optimizer."""
+"""The U-Nets of diffusers, by preset or by configuration, for pixels and for latents, with or without classes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from immiscible.errors import UserError
+from immiscible.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -125,7 +125,7 @@ def build_unet(config: dict[str, Any]) -> UNet2DModel:
     try:
         return UNet2DModel.from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"--model_config_name_or_path: diffusers cannot build this U-Net ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--model_config_name_or_path: diffusers cannot build this U-Net ({first_line(error)})") from error
 
 
 def _load_config(name_or_path: str) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _load_config(name_or_path: str) -> dict[str, Any]:
         path = Path(name_or_path)
         config = json.loads(path.read_text()) if path.is_file() else UNet2DModel.load_config(name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: no UNet2DModel configuration found there ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{flag}: no UNet2DModel configuration found there ({first_line(error)})") from None
     if not isinstance(config, dict) or "block_out_channels" not in config or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise UserError(f"{flag}: not a UNet2DModel configuration")
     known = set(signature(UNet2DModel.__init__).parameters)

@@ -1,4 +1,4 @@
-"""A network's weights: their digest, precision, adapters and average."""
+"""A network's weights: saved and loaded, whole or as adapters; their average, their precision, and what tells them from others."""
 
 from __future__ import annotations
 
@@ -13,39 +13,20 @@ from torch import nn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import UNet2DModel
+    from diffusers import ModelMixin
     from diffusers.training_utils import EMAModel
 
+PRECISIONS: dict[str, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> UNet2DModel:
+
+def unwrapped(accelerator: Accelerator, model: nn.Module) -> ModelMixin:
     """The diffusers model below the wrappers of DDP and torch.compile. Without ``keep_fp32_wrapper`` it would lose its autocast."""
     return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
 
 
-def adapted(network: torch.nn.Module) -> bool:
+def adapted(network: nn.Module) -> bool:
     """Whether the network has low-rank adapters, which alone are trained then."""
     return bool(getattr(network, "peft_config", None))
-
-
-def save_adapters(network: torch.nn.Module, folder: Path) -> None:
-    """Writes the adapters as diffusers' ``load_lora_weights`` reads them: ``pytorch_lora_weights.safetensors``, fp32."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
-
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
-
-
-def load_adapters(network: torch.nn.Module, folder: Path) -> None:
-    """Puts saved adapters into a network that has some of the same shapes."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_unet_state_dict_to_peft
-    from peft.utils import set_peft_model_state_dict
-
-    state, _ = StableDiffusionPipeline.lora_state_dict(folder)
-    layers = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
-    set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(layers), adapter_name="default")
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -55,9 +36,6 @@ def weights_digest(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-PRECISIONS: dict[str, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @contextmanager
@@ -74,6 +52,43 @@ def evaluation_weights(model: nn.Module, ema: EMAModel | None) -> Iterator[None]
         if ema is not None:
             ema.restore(model.parameters())
         model.train(was_training)
+
+
+def save_network(network: ModelMixin, folder: Path, part: str) -> None:
+    """Writes what is trained of a network: all of it into the subfolder ``part`` as diffusers loads it, or its adapters into ``folder``."""
+    if adapted(network):
+        save_adapters(network, folder)
+    else:
+        network.save_pretrained(folder / part)
+
+
+def load_network(network: ModelMixin, folder: Path, part: str) -> None:
+    """Puts what `save_network` wrote of a network of the same shapes into this one, which keeps its device and precision."""
+    if adapted(network):
+        load_adapters(network, folder)
+    else:
+        network.load_state_dict(type(network).from_pretrained(folder, subfolder=part).state_dict())
+
+
+def save_adapters(network: nn.Module, folder: Path) -> None:
+    """Writes the adapters as diffusers' ``load_lora_weights`` reads them: ``pytorch_lora_weights.safetensors``, fp32."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+def load_adapters(network: nn.Module, folder: Path) -> None:
+    """Puts saved adapters into a network that has some of the same shapes."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft.utils import set_peft_model_state_dict
+
+    state, _ = StableDiffusionPipeline.lora_state_dict(folder)
+    layers = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
+    set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(layers), adapter_name="default")
 
 
 def add_metadata(path: Path, facts: dict[str, str]) -> None:
