@@ -3,7 +3,7 @@
 
 Takes every flag of diffusers' train_text_to_image.py and, with --use_lora, of its train_text_to_image_lora.py:
 
-    accelerate launch finetune_sd.py --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 --dataset_name DATA \\
+    accelerate launch finetune_sd.py --pretrained_model_name_or_path stabilityai/stable-diffusion-2-1 --dataset_name DATA \\
       --config configs/methods/immiscible.yaml
 """
 
@@ -16,14 +16,12 @@ from pathlib import Path
 from immiscible.configs import TextToImageConfig
 from immiscible.errors import run_script
 from immiscible.flags import parse_config
-from immiscible.training.session import session
 from train_text_to_image import train_text_to_image
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_config(TextToImageConfig, argv, program=Path(__file__).name, description=__doc__)
-    with session(config) as accelerator:
-        train_text_to_image(config, accelerator, from_scratch=False)
+    config = parse_config(TextToImageConfig, argv, program=Path(__file__).name, description=__doc__ or "")
+    train_text_to_image(config, from_scratch=False)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import ast
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -126,13 +126,12 @@ class Parser(argparse.ArgumentParser):
                 _add(shown, own, hints[own.name])
 
 
-def argument_groups(config_class: type) -> Iterator[type]:
+def argument_groups(config_class: type) -> list[type]:
     """The groups of a configuration, last base first: the order in which ``--help`` and a saved file show them."""
+    found: list[type] = []
     for base in reversed(config_class.__bases__):
-        if "_argument_group_name" in vars(base):
-            yield base
-        else:
-            yield from argument_groups(base)
+        found += [base] if "_argument_group_name" in vars(base) else argument_groups(base)
+    return list(dict.fromkeys(found))
 
 
 def _add(group: Any, item: Any, hint: Any) -> None:

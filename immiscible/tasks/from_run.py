@@ -9,13 +9,13 @@ from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from immiscible.configs import AnyConfig, TextToImageConfig, UnconditionalConfig
+from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
 from immiscible.method import training_scheduler
 from immiscible.networks.latents import load_vae
 from immiscible.networks.weights import weights_digest
-from immiscible.sampling.loaded import Loaded, _freeze
+from immiscible.sampling.loaded import Loaded, freeze
 from immiscible.sampling.pipelines import build_pipeline
 from immiscible.training.checkpoints import NAME, checkpoints, is_complete, read_state
 from immiscible.training.folder import MARKER
@@ -56,7 +56,7 @@ def load_model(name: str, *, weights: str | None = None, lora: str | None = None
         loaded = Loaded(_from_diffusers(name))
     if lora:
         _add_adapters(loaded.pipeline, lora)
-    _freeze(loaded.pipeline)
+    freeze(loaded.pipeline)
     return loaded
 
 
@@ -126,7 +126,7 @@ def _started_from(path: Path, config: TextToImageConfig, base: str | None, *, fr
     if base:
         config = replace_fields(config, pretrained_model_name_or_path=base, revision=None, variant=None, non_ema_revision=None)
     with _named(path):
-        parts = load_stable_diffusion(config, from_scratch=from_scratch)
+        parts = load_stable_diffusion(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
     states = [path] if NAME.fullmatch(path.resolve().name) else list(filter(is_complete, checkpoints(path)))[-1:]
     for state in states:
         _check_same(path, read_state(state)["identity"]["network"]["frozen"], parts.digest)
@@ -185,7 +185,7 @@ def _add_adapters(pipeline: DiffusionPipeline, name: str) -> None:
         raise UserError(f"--lora {name} has no adapters for this network", exit_code=1)
 
 
-def _run_config(folder: Path) -> AnyConfig:
+def _run_config(folder: Path) -> UnconditionalConfig | TextToImageConfig:
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"{folder} has no config.yaml, which says what its weights belong to; a checkpoint must stay in its run's folder")

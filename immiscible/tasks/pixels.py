@@ -1,125 +1,169 @@
-"""Pixels or latents of images, with or without classes."""
+"""Pixels of images, with or without classes, diffused as they are."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 
 from immiscible.configs import UnconditionalConfig
-from immiscible.files import PARTIAL, replace
-from immiscible.networks.weights import add_metadata, evaluation_weights
-from immiscible.sampling.pipelines import build_pipeline, image_grid, sample_images, sample_labels
-from immiscible.training.summary import grid_path
+from immiscible.data.loading import training_source
+from immiscible.data.sources import ImageSource, split_source
+from immiscible.data.streaming import Stream
+from immiscible.data.transforms import image_transform
+from immiscible.encoding.encoders import Encoder, PixelEncoder
+from immiscible.method import build_objective, training_scheduler
+from immiscible.networks.unet import build_unet, unet_config
+from immiscible.networks.weights import evaluation_weights
+from immiscible.objectives import DenoisingObjective
+from immiscible.randomness import reseed_globally
+from immiscible.sampling.pipelines import build_pipeline, sample_images, sample_labels
+from immiscible.training.cards import unconditional_card
+from immiscible.training.summary import method_facts
+from immiscible.training.task import TrainingData
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DModel
+    from accelerate import Accelerator
+    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
     from diffusers.training_utils import EMAModel
+    from huggingface_hub import ModelCard
 
 
-def save_pipeline(
-    unet: UNet2DModel,
-    ema: EMAModel | None,
-    scheduler: SchedulerMixin,
-    config: UnconditionalConfig,
-    facts: dict[str, str],
-    class_names: Sequence[str] | None = None,
-    vae: AutoencoderKL | None = None,
-) -> None:
-    """Leaves in the run's folder a pipeline that plain diffusers samples, with the model card and the method in the weights' metadata.
+@dataclass
+class UnconditionalTask:
+    """A U-Net without prompts; see `immiscible.training.task.Task`.
 
-    With EMA the pipeline holds the averaged weights, and ``unet_non_ema`` beside it the others. ``class_names`` are the data's; the
-    card of a class-conditional network lists them by number. ``vae`` decodes latents, and is saved along.
+    Args:
+        config: the run's flags.
+        scheduler: the noise process, of diffusers.
+        objective: the loss.
+        data: the images.
+        network: what is trained.
+        identity: its configuration, and the VAE's.
+        encode: of a loaded batch.
+        encode_held_out: of images that are measured on.
+        vae: decodes what the network samples; None for pixels.
     """
-    folder = Path(config.output_dir or "")
-    partial = folder / f"{PARTIAL}pipeline"
-    shutil.rmtree(partial, ignore_errors=True)
-    if ema is not None:
-        unet.save_pretrained(partial / "unet_non_ema")
-    with evaluation_weights(unet, ema):
-        pipeline = build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing, vae=vae)
-        pipeline.save_pretrained(partial)
-    num_classes = unet.config.num_class_embeds
-    names = class_names if num_classes and class_names else ()
-    for weights in partial.glob("unet*/*.safetensors"):
-        add_metadata(weights, facts)
-    (partial / "README.md").write_text(_model_card(folder.resolve().name, type(pipeline).__name__, facts, num_classes, names))
-    for item in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):  # last: it makes the folder a pipeline
-        replace(item, folder / item.name)
-    partial.rmdir()
 
+    config: UnconditionalConfig
+    scheduler: Any
+    objective: DenoisingObjective
+    data: TrainingData
+    network: UNet2DModel
+    identity: Mapping[str, Any]
+    encode: Encoder
+    encode_held_out: Encoder
+    vae: AutoencoderKL | None = None
+    facts: dict[str, str] = field(init=False)
+    part: ClassVar[str] = "unet"
+    grid_name: ClassVar[str] = "test_samples"
 
-def save_samples(
-    unet: UNet2DModel,
-    ema: EMAModel | None,
-    scheduler: SchedulerMixin,
-    config: UnconditionalConfig,
-    seed: int,
-    step: int,
-    vae: AutoencoderKL | None = None,
-) -> numpy.ndarray:
-    """Writes a grid of samples with the same noises at every step and returns them, uint8 [N, H, W, C]; a class-conditional network's
-    are in the order of classes.
-    """
-    with evaluation_weights(unet, ema):
-        pipeline = build_pipeline(unet, scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing, vae=vae)
-        images = sample_images(
-            pipeline,
-            config.eval_batch_size,
-            steps=config.ddpm_num_inference_steps,
-            seed=seed,
-            batch_size=config.eval_batch_size,
-            device=unet.device,
+    def __post_init__(self) -> None:
+        config = self.config
+        schedule = config.ddpm_beta_schedule if config.noise_process == "ddpm" else ""
+        self.facts = method_facts(config, self.objective, schedule=schedule, inference_steps=config.ddpm_num_inference_steps)
+        if self.vae:
+            self.facts["latents"] = f"of {config.vae_model_name_or_path}, scaled by {self.vae.config.scaling_factor:g}"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """See `Task`."""
+        side = self.network.config.sample_size
+        return self.network.config.in_channels, side, side
+
+    @property
+    def num_classes(self) -> int | None:
+        """See `Task`."""
+        return self.network.config.num_class_embeds
+
+    @property
+    def features(self) -> str:
+        """See `Task`."""
+        return "digits" if self.config.bundled_data == "digits" and not self.vae else "pixels"
+
+    def told_apart(self, images: float) -> tuple[int, bool]:
+        """See `Task`."""
+        return self.num_classes or 0, False
+
+    def prompts(self, count: int) -> Sequence[str]:
+        """None."""
+        return ()
+
+    def pipeline(self) -> DiffusionPipeline:
+        """See `Task`."""
+        config = self.config
+        return build_pipeline(
+            self.network, self.scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing, vae=self.vae
         )
-    labels = sample_labels(unet, len(images))
-    if labels is not None:
-        images = images[labels.argsort(stable=True).numpy()]
-    path = grid_path(Path(config.output_dir or ""), step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images).save(path)
-    return images
+
+    def samples(self, ema: EMAModel | None) -> numpy.ndarray:
+        """See `Task`; a class-conditional network's are in the order of classes."""
+        config, count = self.config, self.config.eval_batch_size
+        with evaluation_weights(self.network, ema):
+            images = sample_images(
+                self.pipeline(),
+                count,
+                steps=config.ddpm_num_inference_steps,
+                seed=int(config.seed or 0),
+                batch_size=count,
+                device=self.network.device,
+            )
+        labels = sample_labels(self.network, count)
+        return images if labels is None else images[labels.argsort(stable=True).numpy()]
+
+    def save(self, folder: Path, ema: EMAModel | None) -> None:
+        """See `Task`; with EMA the pipeline holds the averaged weights, and ``unet_non_ema`` beside it the others."""
+        if ema is not None:
+            self.network.save_pretrained(folder / "unet_non_ema")
+        with evaluation_weights(self.network, ema):
+            self.pipeline().save_pretrained(folder)
+
+    def card(self, title: str, facts: Mapping[str, str], grid: Path | None) -> ModelCard:
+        """See `Task`."""
+        kind, names = type(self.pipeline()).__name__, self.data.source.class_names or ()
+        return unconditional_card(title=title, pipeline=kind, facts=facts, num_classes=self.num_classes, class_names=names)
 
 
-def _model_card(title: str, pipeline: str, facts: dict[str, str], num_classes: int | None, class_names: Sequence[str]) -> str:
-    if num_classes is None:
-        example = f"""from diffusers import {pipeline}
-image = {pipeline}.from_pretrained("THIS_FOLDER")(num_inference_steps={facts["inference_steps"]}).images[0]"""
-    else:
-        example = f"""import torch
-from diffusers import {pipeline}
+def pixels_task(config: UnconditionalConfig, accelerator: Accelerator, seed: int) -> UnconditionalTask:
+    """The U-Net that the flags name, with fresh weights, on the images that they name.
 
-pipeline = {pipeline}.from_pretrained("THIS_FOLDER")
-labels = torch.arange({min(num_classes, 8)})  # the class of each image, by its number
+    Raises:
+        UserError: what does not fit together.
+    """
+    scheduler = training_scheduler(config)
+    objective = build_objective(config, scheduler, accelerator, image_scale=config.image_scale)
+    source, held_out = images_of_flags(config)
+    settings = network_settings(config, source, channels=source.channels)
+    network = fresh_network(settings, seed)
+    transform = image_transform(config, settings["in_channels"], seed)
+    encode = PixelEncoder(accelerator.device, config.class_conditional)
+    data = TrainingData(source, held_out, transform)
+    return UnconditionalTask(config, scheduler, objective, data, network, settings, encode, encode)
 
 
-def tell_classes(unet, args, kwargs):  # the pipeline has no argument for them
-    return args, {{**kwargs, "class_labels": labels.to(unet.device)}}
+def images_of_flags(config: UnconditionalConfig) -> tuple[ImageSource | Stream, ImageSource | None]:
+    """The images to train on, and those held out."""
+    source: Any = training_source(config, config.labels_for)
+    return split_source(source, config.validation_split) if config.validation_split else (source, None)
 
 
-pipeline.unet.register_forward_pre_hook(tell_classes, with_kwargs=True)
-images = pipeline(batch_size=len(labels), num_inference_steps={facts["inference_steps"]}).images"""
-    classes = "\nClasses:\n\n" + "".join(f"{number}. {name}\n" for number, name in enumerate(class_names)) if class_names else ""
-    if pipeline == "LDMPipeline":
-        classes = "\nThe VAE is an `AutoencoderKL` where diffusers expects a VQ model, and says so; it decodes as it should.\n" + classes
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
-    return f"""---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [diffusers, unconditional-image-generation, immiscible-diffusion]
----
+def network_settings(config: UnconditionalConfig, source: ImageSource | Stream, *, channels: int, downsampling: int = 1) -> dict[str, Any]:
+    """The U-Net's constructor arguments; see `unet_config`."""
+    return unet_config(
+        config_name_or_path=config.model_config_name_or_path,
+        preset=config.model_preset,
+        resolution=config.resolution,
+        channels=channels,
+        dropout=config.dropout,
+        num_classes=len(source.class_names or ()) if config.class_conditional else None,
+        downsampling=downsampling,
+    )
 
-# {title}
 
-```python
-{example}
-```
-{classes}
-How it was trained (`config.yaml` holds every flag):
-
-| | |
-|---|---|
-{rows}
-"""
+def fresh_network(settings: dict[str, Any], seed: int) -> UNet2DModel:
+    """Its weights are a function of the run's seed."""
+    reseed_globally(seed, "network")
+    return build_unet(settings)

@@ -1,168 +1,191 @@
-"""Text-to-image: a Stable Diffusion U-Net trained on captions."""
+"""Text-to-image: the U-Net of a Stable Diffusion checkpoint trained on captions, from random weights, from its own, or by adapters."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 import torch
-from diffusers.training_utils import EMAModel
 
-from immiscible.data.loading import load_images
-from immiscible.data.sources import ImageSource, Subset, TableImages
-from immiscible.data.streaming import Stream, load_stream
+from immiscible.configs import TextToImageConfig
+from immiscible.data.loading import captioned_source, prompt_classes
+from immiscible.data.sources import split_source
+from immiscible.data.transforms import image_transform
+from immiscible.encoding.cache import open_cache
+from immiscible.encoding.encoders import Encoder
+from immiscible.encoding.texts import TextToImageEncoder
 from immiscible.errors import UserError
-from immiscible.files import PARTIAL, replace
+from immiscible.method import build_objective
 from immiscible.networks.latents import latent_downsampling
-from immiscible.networks.stable_diffusion import StableDiffusion, _load_frozen
-from immiscible.networks.weights import adapted, add_metadata, evaluation_weights, save_adapters
-from immiscible.sampling.pipelines import build_text_pipeline, image_grid, sample_images
-from immiscible.training.summary import grid_path
+from immiscible.networks.stable_diffusion import StableDiffusion, initial_weights, load_frozen, load_stable_diffusion, place
+from immiscible.networks.weights import adapted, evaluation_weights, save_adapters
+from immiscible.objectives import DenoisingObjective
+from immiscible.randomness import reseed_globally
+from immiscible.sampling.pipelines import build_text_pipeline, sample_images
+from immiscible.training.cards import text_to_image_card
+from immiscible.training.summary import method_facts
+from immiscible.training.task import TrainingData
 
 if TYPE_CHECKING:
-    from immiscible.configs import TextToImageConfig
+    from accelerate import Accelerator
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+    from huggingface_hub import ModelCard
 
 
-def load_captioned_images(config: TextToImageConfig) -> ImageSource | Stream:
-    """The images that the flags name, with their captions.
+@dataclass
+class TextToImageTask:
+    """A U-Net that is told captions; see `immiscible.training.task.Task`.
 
-    Raises:
-        UserError: as `load_images` or, with ``--streaming``, `load_stream`; or a flag needs classes and the captions are texts.
+    Args:
+        config: the run's flags.
+        parts: of the checkpoint, placed; the network is its U-Net.
+        objective: the loss.
+        data: the images.
+        from_scratch: whether the U-Net began with random weights.
+        encode: of a loaded batch.
+        encode_held_out: of images that are measured on.
     """
-    named: dict[str, Any] = {
-        "dataset_name": config.dataset_name,
-        "dataset_config_name": config.dataset_config_name,
-        "train_data_dir": config.train_data_dir,
-        "image_column": config.image_column,
-        "caption_column": config.caption_column,
-        "cache_dir": config.cache_dir,
-    }
-    if config.streaming:
-        return load_stream(**named, label_column=config.caption_column if config.labels_for else None, labels_for=config.labels_for)
-    source = load_images(
-        **named,
-        max_train_samples=config.max_train_samples,
-        train_subset_fraction=config.train_subset_fraction,
-        skip_bad_images=config.skip_bad_images,
-    )
-    if config.labels_for is None:
-        return source
-    if prompt_classes(source, config.caption_column) is None:
-        raise UserError(
-            f"{config.labels_for} needs classes, and --caption_column {config.caption_column} holds texts: name a column of classes "
-            f"(ClassLabel); --coupling_condition centered and penalty take texts"
-        )
-    return _with_classes(source)
 
+    config: TextToImageConfig
+    parts: StableDiffusion
+    objective: DenoisingObjective
+    data: TrainingData
+    from_scratch: bool
+    encode: Encoder
+    encode_held_out: Encoder
+    facts: dict[str, str] = field(init=False)
+    part: ClassVar[str] = "unet"
+    grid_name: ClassVar[str] = "validation"
+    features: ClassVar[str] = "pixels"
+    num_classes: ClassVar[None] = None
 
-def _with_classes(source: ImageSource) -> ImageSource:
-    """The same images, their captions' classes for labels."""
-    if isinstance(source, Subset):
-        return dataclasses.replace(source, source=_with_classes(source.source))
-    assert isinstance(source, TableImages)
-    return dataclasses.replace(source, labels=source.texts)
+    def __post_init__(self) -> None:
+        config, schedule = self.config, str(self.parts.scheduler.config.beta_schedule)
+        rank = config.rank if config.use_lora else None
+        self.facts = {
+            "initial_weights": initial_weights(self.parts.name, from_scratch=self.from_scratch, rank=rank),
+            **method_facts(config, self.objective, schedule=schedule, inference_steps=config.validation_inference_steps),
+        }
 
+    @property
+    def network(self) -> UNet2DConditionModel:
+        """See `Task`."""
+        return self.parts.unet
 
-def initial_weights(config: TextToImageConfig, from_scratch: bool) -> str:
-    """With which weights the U-Net begins, for the start of the run and the model card."""
-    name = config.pretrained_model_name_or_path
-    if from_scratch:
-        return f"random, not those of {name}, with which finetune_sd.py begins"
-    return f"those of {name}" + (f", frozen, with adapters of rank {config.rank}" if config.use_lora else "")
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """See `Task`."""
+        return {"from_scratch": self.from_scratch, **self.parts.identity}
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """See `Task`."""
+        side = self.network.config.sample_size
+        return self.network.config.in_channels, side, side
 
-def save_prompt_grid(parts: StableDiffusion, ema: EMAModel | None, config: TextToImageConfig, seed: int, step: int) -> numpy.ndarray:
-    """Writes a grid of samples of the validation prompts, with the same noises at every step, and returns them, uint8 [N, H, W, 3]."""
-    with evaluation_weights(parts.unet, ema):
-        images = sample_images(
-            build_text_pipeline(parts),
-            len(config.prompts),
-            steps=config.validation_inference_steps,
-            seed=seed,
-            batch_size=config.eval_batch_size,
-            device=parts.unet.device,
-            prompts=config.prompts,
-            guidance_scale=config.guidance_scale,
-        )
-    path = grid_path(Path(config.output_dir or ""), step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images).save(path)
-    return images
+    def told_apart(self, images: float) -> tuple[int, bool]:
+        """See `Task`; every caption is taken for one of its own."""
+        classes = prompt_classes(self.data.source, self.config.caption_column)
+        return (len(classes), False) if classes else (int(images), True)
 
+    def prompts(self, count: int) -> Sequence[str]:
+        """The data's captions, from the first image on."""
+        source: Any = self.data.source
+        return [source.captions(index)[0] for index in range(min(count, len(source)))]
 
-def save_text_pipeline(parts: StableDiffusion, ema: EMAModel | None, folder: Path, facts: dict[str, str]) -> None:
-    """Leaves in ``folder`` what plain diffusers samples: the whole pipeline, or the adapters alone, with the model card.
+    def pipeline(self) -> StableDiffusionPipeline:
+        """See `Task`."""
+        return build_text_pipeline(self.parts)
 
-    The method's ``facts`` are in the card and in the metadata of the trained weights.
+    def samples(self, ema: EMAModel | None) -> numpy.ndarray | None:
+        """See `Task`: of the validation prompts."""
+        config = self.config
+        if not config.prompts:
+            return None
+        with evaluation_weights(self.network, ema):
+            return sample_images(
+                self.pipeline(),
+                len(config.prompts),
+                steps=config.validation_inference_steps,
+                seed=int(config.seed or 0),
+                batch_size=config.eval_batch_size,
+                device=self.network.device,
+                prompts=config.prompts,
+                guidance_scale=config.guidance_scale,
+            )
 
-    With EMA the pipeline holds the averaged weights. All parts are saved in fp32, those that this run rounded anew from the checkpoint.
-    """
-    partial = folder / f"{PARTIAL}pipeline"
-    shutil.rmtree(partial, ignore_errors=True)
-    if adapted(parts.unet):
-        partial.mkdir(parents=True)
-        save_adapters(parts.unet, partial)
-    else:
+    def save(self, folder: Path, ema: EMAModel | None) -> None:
+        """The whole pipeline, with EMA of the averaged weights, or the adapters alone.
+
+        All parts are saved in fp32, those that this run rounded anew from the checkpoint.
+        """
+        parts = self.parts
+        if adapted(parts.unet):
+            save_adapters(parts.unet, folder)
+            return
         if parts.vae.dtype != torch.float32:
-            vae, text_encoder = _load_frozen(parts.name, parts.options)
+            vae, text_encoder = load_frozen(parts.name, parts.options)
             parts = dataclasses.replace(parts, vae=vae, text_encoder=text_encoder)
         with evaluation_weights(parts.unet, ema):
-            build_text_pipeline(parts).save_pretrained(partial)
-    for weights in [*partial.glob("*.safetensors"), *partial.glob("unet/*.safetensors")]:
-        add_metadata(weights, facts)
-    grid = max(folder.glob("samples/step-*.png"), default=None)
-    (partial / "README.md").write_text(text_model_card(parts, folder.resolve().name, facts, grid and grid.relative_to(folder)))
-    for item in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):  # last: it makes the folder a pipeline
-        replace(item, folder / item.name)
-    partial.rmdir()
+            build_text_pipeline(parts).save_pretrained(folder)
+
+    def card(self, title: str, facts: Mapping[str, str], grid: Path | None) -> ModelCard:
+        """See `Task`."""
+        parts = self.parts
+        prediction_type = parts.scheduler.config.prediction_type
+        return text_to_image_card(
+            title=title,
+            facts=facts,
+            base_model=parts.name,
+            adapters=adapted(parts.unet),
+            resolution=parts.unet.config.sample_size * latent_downsampling(parts.vae),
+            prediction_type=prediction_type if prediction_type != parts.pretrained_prediction else None,
+            grid=grid,
+        )
 
 
-def text_model_card(parts: StableDiffusion, title: str, facts: dict[str, str], grid: Path | None) -> str:
-    """What a reader of the saved model needs: how to sample it, what that gives (``grid``, if there is one), how it was trained."""
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
-    lora, arguments = adapted(parts.unet), '"a prompt"'
-    if lora:
-        load = f'StableDiffusionPipeline.from_pretrained("{parts.name}")\npipeline.load_lora_weights("THIS_FOLDER")'
-        trained = parts.scheduler.config.prediction_type
-        if trained != parts.pretrained_prediction:
-            load += f'\npipeline.scheduler.register_to_config(prediction_type="{trained}")'
-        side = parts.unet.config.sample_size * latent_downsampling(parts.vae)
-        arguments += f", height={side}, width={side}"  # the base pipeline would sample at its own size
-    else:
-        load = 'StableDiffusionPipeline.from_pretrained("THIS_FOLDER")'
-    samples = f"\n![Samples of the validation prompts]({grid.as_posix()})\n" if grid else ""
-    base = "" if Path(parts.name).exists() else f"base_model: {parts.name}\n"  # the hub refuses a card with a path
-    tags = f"[diffusers, stable-diffusion, text-to-image, {'lora, ' if lora else ''}immiscible-diffusion]"
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-{base}tags: {tags}
----
+def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed: int, *, from_scratch: bool) -> TextToImageTask:
+    """The U-Net of ``--pretrained_model_name_or_path`` on the captioned images that the flags name.
 
-# {title}
+    Args:
+        config: the run's flags; its precision becomes accelerate's own where the flag is not given.
+        accelerator: of the session.
+        seed: the run's.
+        from_scratch: random weights in the place of the checkpoint's.
 
-```python
-from diffusers import StableDiffusionPipeline
-
-pipeline = {load}
-image = pipeline({arguments}).images[0]
-```
-{samples}
-How it was trained (`config.yaml` holds every flag):
-
-| | |
-|---|---|
-{rows}
-"""
+    Raises:
+        UserError: what does not fit together.
+    """
+    config.mixed_precision = accelerator.mixed_precision
+    loaded: Any = captioned_source(config, config.labels_for)
+    source, held_out = split_source(loaded, config.validation_split) if config.validation_split else (loaded, None)
+    reseed_globally(seed, "network")
+    parts = load_stable_diffusion(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
+    _check_dream(config, parts)
+    transform = image_transform(config, 3, seed)
+    data, cache = TrainingData(source, held_out, transform, with_captions=True), None
+    if config.cache_latents:
+        cache = open_cache(Path(str(config.latent_cache_dir)), config, parts, source, precision=config.mixed_precision)
+        data = replace(data, loaded=cache.images(source), augment=cache.transform(transform))
+    idle = config.cache_latents and held_out is None
+    place(parts, accelerator, rank=config.rank if config.use_lora else None, idle=idle)
+    objective = build_objective(config, parts.scheduler, accelerator, dream_detail_preservation=config.dream_power)
+    encode = TextToImageEncoder(
+        parts,
+        accelerator.device,
+        empty_prompts=config.proportion_empty_prompts,
+        pooled_labels=config.coupling_condition in ("centered", "penalty"),
+    )
+    encode_loaded = cache.encoder(encode) if cache else encode
+    return TextToImageTask(config, parts, objective, data, from_scratch, encode_loaded, replace(encode, empty_prompts=0.0))
 
 
-def prompt_classes(source: ImageSource | Stream, caption_column: str) -> Sequence[str] | None:
-    """The names of the classes that the caption column holds, by number; None if it holds texts."""
-    while isinstance(source, Subset):
-        source = source.source
-    texts = getattr(source, "texts", None)
-    return None if texts is None else getattr(texts.features[caption_column], "names", None)
+def _check_dream(config: TextToImageConfig, parts: StableDiffusion) -> None:
+    prediction = parts.scheduler.config.prediction_type
+    if config.dream_training and prediction != "epsilon":
+        raise UserError(f"--dream_training needs epsilon-prediction, and {parts.name} predicts {prediction}")

@@ -7,15 +7,16 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
 from immiscible.errors import UserError
-from immiscible.files import PARTIAL, _full_disk, discard, replace
-from immiscible.networks.weights import adapted, load_adapters, save_adapters, unwrapped
+from immiscible.files import PARTIAL, discard, full_disk, replace
+from immiscible.networks.weights import load_network, save_network, unwrapped
 from immiscible.processes import on_every_process
 
 if TYPE_CHECKING:
@@ -42,11 +43,13 @@ def save_checkpoint(
     identity: Mapping[str, Any],
     limit: int | None,
     coupling_state: Mapping[str, Tensor] | None = None,
+    *,
+    part: str = "unet",
 ) -> Path:
     """Writes ``folder/checkpoint-{step}``; every rank calls it.
 
-    The checkpoint holds ``unet/`` and, with EMA, ``unet_ema/`` (both load with plain diffusers), accelerate's optimizer and scaler
-    state, and `STATE_FILE` with the step, the run's identity and the size of every file.
+    The checkpoint holds the network in ``{part}/`` and, with EMA, its average in ``{part}_ema/`` (both load with plain diffusers),
+    accelerate's optimizer and scaler state, and `STATE_FILE` with the step, the run's identity and the size of every file.
 
     Args:
         accelerator: its one prepared model and its optimizer are saved.
@@ -56,6 +59,7 @@ def save_checkpoint(
         identity: what defines the run, compared on resume by `check_identity`.
         limit: this many checkpoints are kept, the newest; None keeps all.
         coupling_state: of this rank; each rank writes a file of its own if there is any.
+        part: what the network is in a pipeline.
 
     Raises:
         UserError: (exit code 1) the disk is full or fails; earlier checkpoints are as they were.
@@ -68,41 +72,49 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-    def save_models(models: list[torch.nn.Module], weights: list[Any], output_dir: str) -> None:
-        if accelerator.is_main_process:
-            network = unwrapped(accelerator, models[0])
-            if adapted(network):
-                save_adapters(network, Path(output_dir))
-            else:
-                network.save_pretrained(os.path.join(output_dir, "unet"))
-            if ema is not None:
-                ema.save_pretrained(os.path.join(output_dir, "unet_ema"))
-        weights.clear()
-
     def write() -> None:
-        hook = accelerator.register_save_state_pre_hook(save_models)
-        try:
-            with _full_disk(partial):
-                accelerator.save_state(str(partial))
-                if coupling_state:
-                    save_file(dict(coupling_state), _coupling_file(partial, accelerator))
-        finally:
-            hook.remove()
+        with full_disk(partial), _network_saved(accelerator, ema, part):
+            accelerator.save_state(str(partial))
+            if coupling_state:
+                save_file(dict(coupling_state), _coupling_file(partial, accelerator))
 
     def publish() -> None:
         if accelerator.is_main_process:
             _seal(partial, step, identity)
             replace(partial, target)
-            earlier = [path for path in checkpoints(folder) if step_of(path) < step]
-            for old in earlier[: max(0, len(earlier) - limit + 1)] if limit is not None else []:
-                discard(old)
+            _prune(folder, step, limit)
 
     for work in (prepare, write, publish):
         on_every_process(accelerator, work)
     return target
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None) -> tuple[int, dict[str, Tensor]]:
+@contextmanager
+def _network_saved(accelerator: Accelerator, ema: EMAModel | None, part: str) -> Iterator[None]:
+    """Inside the block `accelerator.save_state` writes the network and its average as diffusers does, in place of its own files."""
+
+    def save(models: list[torch.nn.Module], weights: list[Any], output_dir: str) -> None:
+        if accelerator.is_main_process:
+            save_network(unwrapped(accelerator, models[0]), Path(output_dir), part)
+            if ema is not None:
+                ema.save_pretrained(os.path.join(output_dir, f"{part}_ema"))
+        weights.clear()
+
+    hook = accelerator.register_save_state_pre_hook(save)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _prune(folder: Path, step: int, limit: int | None) -> None:
+    """Deletes what is older than the newest ``limit`` checkpoints, of which that of ``step`` is one."""
+    earlier = [path for path in checkpoints(folder) if step_of(path) < step]
+    for old in earlier[: max(0, len(earlier) - limit + 1)] if limit is not None else []:
+        discard(old)
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None, *, part: str = "unet") -> tuple[int, dict[str, Tensor]]:
     """Restores model, optimizer, scaler and EMA from a complete checkpoint; every rank calls it.
 
     Returns:
@@ -112,23 +124,20 @@ def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None) 
 
     kind: Any = None
 
-    def load_models(models: list[torch.nn.Module], input_dir: str) -> None:
+    def load(models: list[torch.nn.Module], input_dir: str) -> None:
         nonlocal kind
         network = unwrapped(accelerator, models.pop())
         kind = type(network)
-        if adapted(network):
-            load_adapters(network, Path(input_dir))
-        else:
-            network.load_state_dict(kind.from_pretrained(input_dir, subfolder="unet").state_dict())
+        load_network(network, Path(input_dir), part)
 
-    hook = accelerator.register_load_state_pre_hook(load_models)
+    hook = accelerator.register_load_state_pre_hook(load)
     try:
         accelerator.load_state(str(path))
     finally:
         hook.remove()
     if ema is not None:
         device = ema.shadow_params[0].device
-        ema.load_state_dict(EMAModel.from_pretrained(str(path / "unet_ema"), kind).state_dict())
+        ema.load_state_dict(EMAModel.from_pretrained(str(path / f"{part}_ema"), kind).state_dict())
         ema.to(device)
     file = _coupling_file(path, accelerator)
     state = load_file(file) if file.exists() else {}

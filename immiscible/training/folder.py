@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from immiscible.errors import UserError
 from immiscible.files import clean_up, discard
 from immiscible.processes import on_main_process
+from immiscible.training.arguments import OWN_FILES
 from immiscible.training.checkpoints import STATE_FILE, checkpoints, is_complete, resolve_checkpoint, step_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from immiscible.configs import AnyConfig
+    from immiscible.training.arguments import RunConfig
 
 
 logger = logging.getLogger(__name__)
@@ -29,14 +30,14 @@ MARKER = ".immiscible-run"  # a folder without it is nobody's run, whatever name
 FINISHED = "a finished run"
 
 
-def check_folder(config: AnyConfig) -> Path | None:
+def check_folder(config: RunConfig) -> Path | None:
     """The checkpoint to resume, or None for a fresh start; touches nothing.
 
     Raises:
         UserError: the output folder holds a run and neither resuming nor overwriting is asked for, or the checkpoint is missing or
             incomplete.
     """
-    folder = Path(config.output_dir or "")
+    folder = config.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; give a folder")
     held = _run_in(folder)
@@ -71,15 +72,15 @@ def check_folder(config: AnyConfig) -> Path | None:
     return resumed
 
 
-def run_identity(config: AnyConfig, *, data: str, network: dict[str, Any], processes: int) -> dict[str, Any]:
+def run_identity(config: RunConfig, *, data: str, network: dict[str, Any], processes: int) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: every flag not in ``free_on_resume``, the data, the network, the ranks."""
     flags = {f"--{name}": value for name, value in asdict(config).items() if name not in config.free_on_resume}
     return json.loads(json.dumps({**flags, "data": data, "network": network, "processes": processes}))
 
 
-def prepare_folder(config: AnyConfig, accelerator: Accelerator) -> None:
+def prepare_folder(config: RunConfig, accelerator: Accelerator) -> None:
     """Creates the output folder; removes what a killed run left half written and, with ``--overwrite_output_dir``, the old run."""
-    folder = Path(config.output_dir or "")
+    folder = config.folder
 
     def prepare() -> None:
         try:
@@ -102,23 +103,3 @@ def _run_in(folder: Path) -> str:
     if not (folder / MARKER).exists():
         return ""
     return FINISHED if (folder / "summary.json").exists() else "an unfinished run"
-
-
-# Everything a run writes into its folder, beside checkpoints, logs and its marker. Nothing else there is ever touched.
-OWN_FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "evaluation.jsonl",
-    "summary.json",
-    "samples",
-    "model_index.json",
-    "unet",
-    "unet_non_ema",
-    "scheduler",
-    "vae",
-    "vqvae",
-    "text_encoder",
-    "tokenizer",
-    "pytorch_lora_weights.safetensors",
-    "README.md",
-)

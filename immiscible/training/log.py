@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy
 
 from immiscible.evaluation.leakage import ClassLeak
-from immiscible.files import _append_line, _drop_later_lines
+from immiscible.files import append_line, drop_later_lines
 from immiscible.flags import save_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from immiscible.configs import AnyConfig
+    from immiscible.training.arguments import RunConfig
 
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class RunLog:
     ``train_seconds`` is the time spent in steps since the run began, without evaluation, sampling and saving.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, config: AnyConfig, start_step: int) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator, config: RunConfig, start_step: int) -> None:
         self._path = folder / "metrics.jsonl"
         self._accelerator = accelerator
         self._sums: dict[str, float] = {}
@@ -42,14 +42,14 @@ class RunLog:
         self.train_seconds = 0.0
         if not accelerator.is_main_process:
             return
-        for line in _drop_later_lines(self._path, start_step)[-1:]:
+        for line in drop_later_lines(self._path, start_step)[-1:]:
             self.train_seconds = line["train_seconds"]
         save_config(config, folder / "config.yaml")
-        if config.logger != "none":
+        if config.tracker != "none":
             scalars = {
                 name: value for name, value in asdict(config).items() if isinstance(value, int | float | str | bool) and name != "hub_token"
             }
-            accelerator.init_trackers(getattr(config, "tracker_project_name", "immiscible"), config=scalars)
+            accelerator.init_trackers(config.tracker_project, config=scalars)
 
     def add(self, step: int, metrics: dict[str, float], *, write: bool, leak: ClassLeak | None = None) -> dict[str, float]:
         """Collects a step's metrics; with ``write`` their means become a line, with what ``leak`` has found. Returns the means so far."""
@@ -66,7 +66,7 @@ class RunLog:
             if leak:
                 means |= {f"class_leak_{name}": value for name, value in leak.result().items() if isinstance(value, float)}
             if self._accelerator.is_main_process:
-                _append_line(self._path, {"step": step, **{name: float(f"{value:.8g}") for name, value in means.items()}})
+                append_line(self._path, {"step": step, **{name: float(f"{value:.8g}") for name, value in means.items()}})
                 self._accelerator.log(means, step=step)
         return means
 

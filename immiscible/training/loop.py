@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -113,14 +114,14 @@ def train(
     window: int = 1,
     watch: Callable[[Pairs], None] | None = None,
 ) -> Iterator[StepStats]:
-    """Trains ``model`` from ``start_step`` to ``max_steps``.
+    """Trains ``model``, prepared and in train mode as ``optimizer`` is, from ``start_step`` to ``max_steps``.
 
     Args:
         accelerator: its ``gradient_accumulation_steps`` micro-batches make one optimizer step.
-        model: prepared by ``accelerator``, in train mode.
-        optimizer: likewise.
-        objective: the loss of a micro-batch.
-        batches: this rank's micro-batches, all of one size, from the window on that ``start_step`` begins in; may raise `UserError`.
+        model: called by ``objective``.
+        optimizer: its rate is set in each step.
+        objective: pairs a micro-batch and gives its loss.
+        batches: this rank's micro-batches, from the window on in which ``start_step`` begins; may raise `UserError`.
         encode: turns one into what is diffused and what the network is told.
         batch_size: images of a micro-batch.
         seed: of every draw; step s of a resumed run draws what step s of an uninterrupted one draws.
@@ -145,32 +146,64 @@ def train(
     if ahead:
         depth = accumulation if window == 1 else accumulation + window  # a window is begun when the one before it is under way
         micro_batches = _look_ahead(micro_batches, depth, accelerator.device)
-    for step in range(start_step, max_steps):
+    update = partial(_update, accelerator, model, optimizer, objective, max_grad_norm=max_grad_norm, ema=ema, watch=watch)
+    return _steps(accelerator, micro_batches, update, range(start_step, max_steps), seed, learning_rate, stop)
+
+
+def _steps(
+    accelerator: Accelerator,
+    micro_batches: Iterator[Item],
+    update: Callable[[Sequence[Item], int, float], dict[str, float]],
+    steps: range,
+    seed: int,
+    learning_rate: Callable[[int], float],
+    stop: StopRequest,
+) -> Iterator[StepStats]:
+    """See `train`; ``update(fetched, step, rate)`` takes an optimizer step."""
+    for step in steps:
         start = time.perf_counter()
-        fetched = _fetch(micro_batches, accumulation, stop)
+        fetched = _fetch(micro_batches, accelerator.gradient_accumulation_steps, stop)
         waited = time.perf_counter() - start
         if stop.agreed(accelerator):
             return
         reseed_globally(seed, "library", step, accelerator.process_index)
-        collected = []
-        for draws, pairs, _ in fetched:
-            if watch:
-                watch(pairs)
-            with accelerator.accumulate(model):
-                loss = objective(model, pairs, draws).mean()
-                accelerator.backward(loss)
-            collected.append({"loss": loss.detach(), **pairs.statistics})
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-        metrics = _average(accelerator, collected) | {"learning_rate": learning_rate(step), "grad_norm": float(grad_norm)}
-        _check_finite(metrics, step, loss_scaled=accelerator.scaler is not None)
-        for group in optimizer.param_groups:
-            group["lr"] = metrics["learning_rate"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema is not None:
-            ema.step(model.parameters())
+        metrics = update(fetched, step, learning_rate(step))
         metrics |= {"wait_seconds": waited, "step_seconds": time.perf_counter() - start}
         yield StepStats(step + 1, metrics, fetched[-1].coupling_state)
+
+
+def _update(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    objective: DenoisingObjective,
+    fetched: Sequence[Item],
+    step: int,
+    rate: float,
+    *,
+    max_grad_norm: float,
+    ema: EMAModel | None,
+    watch: Callable[[Pairs], None] | None,
+) -> dict[str, float]:
+    """One optimizer step, from micro-batches to the EMA; returns its metrics."""
+    collected = []
+    for draws, pairs, _ in fetched:
+        if watch:
+            watch(pairs)
+        with accelerator.accumulate(model):
+            loss = objective(model, pairs, draws).mean()
+            accelerator.backward(loss)
+        collected.append({"loss": loss.detach(), **pairs.statistics})
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    metrics = _average(accelerator, collected) | {"learning_rate": rate, "grad_norm": float(grad_norm)}
+    _check_finite(metrics, step, loss_scaled=accelerator.scaler is not None)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if ema is not None:
+        ema.step(model.parameters())
+    return metrics
 
 
 def whole_windows(start: int, stop: int, window: int) -> tuple[int, int]:

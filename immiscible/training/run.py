@@ -1,86 +1,293 @@
-"""A run's folder and its life: opening it safely, logging, saving the pipeline with its method, the final summary."""
+"""The life of a run, whatever is trained: check the folder, resume, prepare, train, measure, save, sample, finish.
+
+What rank 0 does alone goes through `on_main_process`, so that its failures reach all ranks.
+"""
 
 from __future__ import annotations
 
-import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from immiscible.coupling import coupling_state, restore_coupling
+from immiscible.data.loading import batch_order, build_loader, images_of, training_images
 from immiscible.errors import UserError
 from immiscible.evaluation.leakage import ClassLeak
+from immiscible.files import PARTIAL, replace
+from immiscible.networks.optimization import build_ema, build_optimizer, learning_rate, tuned
+from immiscible.networks.weights import add_metadata
+from immiscible.processes import on_main_process
+from immiscible.sampling.pipelines import image_grid
+from immiscible.training.cards import push_pipeline
+from immiscible.training.checkpoints import check_identity, load_checkpoint, save_checkpoint
+from immiscible.training.folder import check_folder, prepare_folder, run_identity
 from immiscible.training.log import RunLog
-from immiscible.training.loop import StepStats, StopRequest
+from immiscible.training.loop import StepStats, StopRequest, train, whole_windows
+from immiscible.training.measuring import RunEvaluation
+from immiscible.training.session import settle_seed
+from immiscible.training.summary import check_batch_size, grid_path, is_finished, measured_facts, report_end, report_plan, report_start
+from immiscible.training.task import BuildTask, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
 
-    from immiscible.configs import AnyConfig
+    from immiscible.data.batches import GlobalBatchOrder
+    from immiscible.data.stream_order import StreamOrder
+    from immiscible.training.arguments import RunConfig
 
 
-logger = logging.getLogger(__name__)
-
-
-def follow(
-    steps: Iterator[StepStats],
-    config: AnyConfig,
-    accelerator: Accelerator,
-    log: RunLog,
-    stop: StopRequest,
-    *,
-    start_step: int,
-    max_steps: int,
-    state: Mapping[str, Tensor],
-    saved: bool,
-    leak: ClassLeak | None,
-    measure: Callable[[int], None],
-    save: Callable[[int, Mapping[str, Tensor]], None],
-    show: Callable[[int], None],
-) -> bool:
-    """Takes a run's steps: shows progress, writes lines, saves a checkpoint when one is due and at the end.
+def run(config: RunConfig, accelerator: Accelerator, build_task: BuildTask) -> None:
+    """Trains what ``build_task`` makes of the run's seed, from the checkpoint that the flags name or from its beginning.
 
     Args:
-        steps: from `train`.
-        config: the run's flags.
-        accelerator: every rank calls this.
-        log: of the run.
-        stop: what may end the run early.
-        start_step: optimizer steps taken before.
-        max_steps: the last step.
-        state: the coupling's at ``start_step``.
-        saved: whether the run's folder holds a checkpoint of ``start_step``.
-        leak: what is logged of the classes in the noise, if anything.
-        measure: called with each step before it may be saved, so that a run that goes on from there has its measurements.
-        save: writes a checkpoint of a step and its coupling state.
-        show: called with each step but the last after it may have been saved, for samples.
-
-    Returns:
-        whether the last step was reached; if not, a signal stopped the run, and it has said so.
+        config: the flags; the seed is written into it.
+        accelerator: of `immiscible.training.session.session`; every rank calls this.
+        build_task: makes data and network; nothing is written before all of it is known to fit together.
 
     Raises:
-        UserError: a rank met one; everything up to the last step is saved.
+        UserError: whatever a user can get wrong, on every rank.
     """
-    step = start_step
-    main = accelerator.is_main_process
-    with stop, tqdm(total=max_steps, initial=start_step, desc="training", unit="step", disable=not main) as bar:
-        for stats in steps:
-            step, state, last = stats.step, stats.coupling_state, stats.step == max_steps
-            checkpoint_due = step % config.checkpointing_steps == 0
-            means = log.add(step, stats.metrics, write=step % config.logging_steps == 0 or checkpoint_due or last, leak=leak)
-            bar.update()
-            bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-            measure(step)
-            if checkpoint_due:
-                save(step, state)
-            saved = checkpoint_due
-            if not last:
-                show(step)
-    if not saved:
-        save(step, state)
-    if stop.error:
-        raise UserError(f"{stop.error} (stopped and saved at step {step})", exit_code=1)
-    if step < max_steps:
-        accelerator.print(f"Stopped by {stop.reason} at step {step} of {max_steps}; continue with --resume_from_checkpoint latest")
-    return step == max_steps
+    resumed = check_folder(config)
+    seed = settle_seed(config, resumed)
+    task = build_task(seed)
+    state = _State.prepare(config, accelerator, task, seed)
+    if resumed:
+        state.resume(resumed)
+    stop, leak = StopRequest(), ClassLeak() if config.log_class_leak else None
+    steps = _steps(config, accelerator, task, state, stop, leak)
+    report_start(task, state.order, config.gradient_accumulation_steps, state.start_step, state.max_steps)
+    if config.plan:
+        report_plan(steps, task.network, accelerator, state.max_steps - state.start_step)
+        return
+    if is_finished(config, state.start_step, state.max_steps):
+        return
+    prepare_folder(config, accelerator)
+    life = _Life(config, accelerator, task, state, stop, leak)
+    life.begin(resumed)
+    if life.follow(steps):
+        life.finish()
+
+
+@dataclass
+class _State:
+    """What is prepared to train, and where it begins.
+
+    Args:
+        accelerator: of the run.
+        task: what is trained.
+        model: the network, wrapped for training.
+        optimizer: of its weights.
+        ema: the average of its weights, or None.
+        order: which images a rank takes for which micro-batch.
+        max_steps: optimizer steps in all.
+        identity: what must be equal for a checkpoint to be continued.
+        start_step: optimizer steps taken before.
+    """
+
+    accelerator: Accelerator
+    task: Task
+    model: nn.Module
+    optimizer: Any
+    ema: EMAModel | None
+    order: GlobalBatchOrder | StreamOrder
+    max_steps: int
+    identity: dict[str, Any]
+    start_step: int = 0
+
+    @classmethod
+    def prepare(cls, config: RunConfig, accelerator: Accelerator, task: Task, seed: int) -> _State:
+        """Of a run that begins."""
+        processes, accumulation = accelerator.num_processes, config.gradient_accumulation_steps
+        ema = build_ema(task.network, config, accelerator.device)
+        model, optimizer = accelerator.prepare(tuned(task.network, config), build_optimizer(task.network, config))
+        source, rank = task.data.source, accelerator.process_index
+        order = batch_order(source, config, batch_size=config.train_batch_size, seed=seed, rank=rank, num_processes=processes)
+        check_batch_size(config, task.objective, order.num_images, order.global_batch_size)
+        max_steps = config.max_train_steps or max(1, config.epochs * int(order.batches_per_epoch) // accumulation)
+        identity = run_identity(config, data=task.data.images.fingerprint, network=dict(task.identity), processes=processes)
+        return cls(accelerator, task, model, optimizer, ema, order, max_steps, identity)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Puts back what a checkpoint holds.
+
+        Raises:
+            UserError: it belongs to another run.
+        """
+        check_identity(checkpoint, self.identity)
+        self.start_step, restored = load_checkpoint(self.accelerator, checkpoint, self.ema, part=self.task.part)
+        restore_coupling(self.task.objective.coupling, restored)
+
+
+def _steps(
+    config: RunConfig, accelerator: Accelerator, task: Task, state: _State, stop: StopRequest, leak: ClassLeak | None
+) -> Iterator[StepStats]:
+    """The run's steps, each taken when it is asked for."""
+    order, accumulation, data = state.order, config.gradient_accumulation_steps, task.data
+    micro_batches = (state.start_step * accumulation, state.max_steps * accumulation)
+    order.start, order.stop = whole_windows(*micro_batches, config.coupling_window)
+    dataset = training_images(
+        data.images,
+        data.augment or data.transform,
+        skip_bad_images=config.skip_bad_images,
+        with_labels=config.labels_for is not None,
+        with_captions=data.with_captions,
+    )
+    loader = build_loader(dataset, order, config.dataloader_num_workers, accelerator.device)
+    return train(
+        accelerator,
+        state.model,
+        state.optimizer,
+        task.objective,
+        images_of(loader, config.skip_bad_images),
+        task.encode,
+        batch_size=config.train_batch_size,
+        seed=int(config.seed or 0),
+        start_step=state.start_step,
+        max_steps=state.max_steps,
+        learning_rate=learning_rate(config, state.optimizer, state.max_steps, accelerator.num_processes),
+        max_grad_norm=config.max_grad_norm,
+        ema=state.ema,
+        stop=stop,
+        ahead=config.look_ahead,
+        window=config.coupling_window,
+        watch=leak and (lambda pairs: leak.add(pairs.noise, pairs.labels, pairs.x0)),
+    )
+
+
+class _Life:
+    """A run whose folder is open: what is written, measured, sampled and saved, and when.
+
+    Args:
+        config: the flags.
+        accelerator: every rank has one of these.
+        task: what is trained.
+        state: of the training.
+        stop: what may end the run early.
+        leak: what is logged of the classes in the noise, if anything.
+    """
+
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, task: Task, state: _State, stop: StopRequest, leak: ClassLeak | None
+    ) -> None:
+        self._config, self._accelerator, self._task, self._state = config, accelerator, task, state
+        self._stop, self._leak, self._folder = stop, leak, config.folder
+        self._log = RunLog(self._folder, accelerator, config, state.start_step)
+        self._evaluation = RunEvaluation(config, task) if config.eval_steps else None
+        self._coupling_state = coupling_state(task.objective.coupling)
+        self._saved = False
+
+    def begin(self, resumed: Path | None) -> None:
+        """Reads what is measured against; a run that goes on in another folder than its checkpoint's has its beginning there too."""
+        if self._evaluation:
+            evaluation = self._evaluation
+            self._alone(lambda: evaluation.prepare(self._state.start_step))
+        if resumed and resumed.resolve().parent != self._folder.resolve():
+            self._save(self._state.start_step)
+        self._saved = resumed is not None
+
+    def follow(self, steps: Iterator[StepStats]) -> bool:
+        """Takes the steps: shows progress, writes lines, measures, saves a checkpoint when one is due and at the end, samples.
+
+        Returns:
+            whether the last step was reached; if not, a signal stopped the run, and it has said so.
+
+        Raises:
+            UserError: a rank met one; everything up to the last step is saved.
+        """
+        config, last = self._config, self._state.max_steps
+        step = self._state.start_step
+        bar = tqdm(total=last, initial=step, desc="training", unit="step", disable=not self._accelerator.is_main_process)
+        with self._stop, bar:
+            for stats in steps:
+                step, self._coupling_state = stats.step, stats.coupling_state
+                due = step % config.checkpointing_steps == 0
+                means = self._log.add(step, stats.metrics, write=step % config.logging_steps == 0 or due or step == last, leak=self._leak)
+                bar.update()
+                bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
+                self._measure(step)  # before saving, so that a run that goes on from there has its measurements
+                if due:
+                    self._save(step)
+                self._saved = due
+                if step < last:
+                    self._show(step)
+        if not self._saved:
+            self._save(step)
+        if self._stop.error:
+            raise UserError(f"{self._stop.error} (stopped and saved at step {step})", exit_code=1)
+        if step < last:
+            reason = f"Stopped by {self._stop.reason} at step {step} of {last}"
+            self._accelerator.print(f"{reason}; continue with --resume_from_checkpoint latest")
+        return step == last
+
+    def finish(self) -> None:
+        """The last samples, the pipeline, the summary, the upload."""
+        step = self._state.max_steps
+        self._sample(step)
+        self._save_pipeline()
+        self._alone(lambda: report_end(self._config, step, self._task.facts))
+        if self._config.push_to_hub:
+            self._alone(lambda: push_pipeline(self._config, step))
+
+    def _alone(self, work: Callable[[], None]) -> None:
+        on_main_process(self._accelerator, work)
+
+    def _measure(self, step: int) -> None:
+        evaluation, config = self._evaluation, self._config
+        if evaluation and config.eval_steps and (step % config.eval_steps == 0 or step == self._state.max_steps):
+            self._alone(lambda: evaluation(self._state.ema, step, self._log.train_seconds))
+
+    def _save(self, step: int) -> None:
+        state, limit = self._state, self._config.checkpoints_total_limit
+        held: Mapping[str, Tensor] = self._coupling_state
+        save_checkpoint(self._accelerator, self._folder, step, state.ema, state.identity, limit, held, part=self._task.part)
+
+    def _show(self, step: int) -> None:
+        """Samples and saves the pipeline where they are due after a step that is not the last."""
+
+        def passed(epochs: int) -> bool:
+            per_epoch, accumulation = self._state.order.batches_per_epoch, self._config.gradient_accumulation_steps
+            now, before = (count * accumulation // per_epoch for count in (step, step - 1))
+            return epochs > 0 and now // epochs > before // epochs
+
+        if self._config.grid_is_due(step, passed):
+            self._sample(step)
+        if self._config.pipeline_is_due(passed):
+            self._save_pipeline()
+
+    def _sample(self, step: int) -> None:
+        def sample() -> None:
+            images = self._task.samples(self._state.ema)
+            if images is None:
+                return
+            path = grid_path(self._folder, step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image_grid(images).save(path)
+            self._log.add_images(self._task.grid_name, images, step)
+
+        self._alone(sample)
+
+    def _save_pipeline(self) -> None:
+        """Leaves in the folder a pipeline that plain diffusers samples, with the card and the method in the weights' metadata."""
+
+        def save() -> None:
+            task, folder = self._task, self._folder
+            facts = {**task.facts, **measured_facts(self._config)}
+            partial = folder / f"{PARTIAL}pipeline"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            task.save(partial, self._state.ema)
+            for weights in [*partial.glob("*.safetensors"), *partial.glob(f"{task.part}*/*.safetensors")]:
+                add_metadata(weights, facts)
+            grid = max(folder.glob("samples/step-*.png"), default=None)
+            task.card(folder.resolve().name, facts, grid and grid.relative_to(folder)).save(partial / "README.md")
+            for item in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):  # last: it makes the folder a pipeline
+                replace(item, folder / item.name)
+            partial.rmdir()
+
+        self._alone(save)

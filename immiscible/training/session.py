@@ -21,14 +21,14 @@ from immiscible.training.checkpoints import read_state
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from immiscible.configs import AnyConfig
+    from immiscible.training.arguments import RunConfig
 
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def session(config: AnyConfig) -> Iterator[Accelerator]:
+def session(config: RunConfig) -> Iterator[Accelerator]:
     """The accelerator of this process, set up as the flags say, and ended on every path; rank 0 alone logs notices."""
     if config.local_rank != -1 and "RANK" in os.environ:  # without a launcher it means nothing, as in the diffusers script
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
@@ -36,7 +36,7 @@ def session(config: AnyConfig) -> Iterator[Accelerator]:
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
     _check_launcher()
-    _check_tracker(config.logger, "--report_to" if hasattr(config, "report_to") else "--logger")
+    _check_tracker(config.tracker, config.tracker_flag)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -47,7 +47,7 @@ def session(config: AnyConfig) -> Iterator[Accelerator]:
                 num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
             ),
             mixed_precision=config.mixed_precision,
-            log_with=None if config.logger == "none" else config.logger,
+            log_with=None if config.tracker == "none" else config.tracker,
             project_config=ProjectConfiguration(
                 project_dir=config.output_dir, logging_dir=os.path.join(config.output_dir or "", config.logging_dir)
             ),
@@ -97,7 +97,7 @@ def _check_tracker(name: str, flag: str) -> None:
         raise UserError(f"{flag} {name} is not installed: `pip install {name}`, or {flag} none (metrics.jsonl is always written)")
 
 
-def settle_seed(config: AnyConfig, resumed: Path | None) -> int:
+def settle_seed(config: RunConfig, resumed: Path | None) -> int:
     """The run's seed: as given, else the resumed checkpoint's, else drawn by rank 0 and shared. It is written into ``config``."""
     from accelerate.utils import broadcast_object_list
 

@@ -8,30 +8,31 @@ import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import islice
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from immiscible.assignment.solve import LARGEST_BLOCK
-from immiscible.coupling import Coupling, bias_notice, pairs_batch
+from immiscible.coupling import bias_notice, pairs_batch
 from immiscible.data.batches import GlobalBatchOrder
 from immiscible.errors import UserError
 from immiscible.evaluation.leakage import leak_notice
 from immiscible.files import PARTIAL, read_lines, replace
 from immiscible.objectives import DenoisingObjective
 from immiscible.training.loop import StepStats
+from immiscible.training.task import Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import UNet2DModel
 
-    from immiscible.configs import AnyConfig
     from immiscible.data.stream_order import StreamOrder
+    from immiscible.training.arguments import RunConfig
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 PLAN_SECONDS = 60  # of steps after which --plan takes no further one
 
 
-def check_batch_size(config: AnyConfig, objective: DenoisingObjective, images: float, global_batch: int) -> None:
+def check_batch_size(config: RunConfig, objective: DenoisingObjective, images: float, global_batch: int) -> None:
     """Warns of a batch in which pairing is void or images repeat.
 
     Raises:
@@ -69,7 +70,7 @@ def check_batch_size(config: AnyConfig, objective: DenoisingObjective, images: f
         )
 
 
-def method_facts(config: AnyConfig, objective: DenoisingObjective, *, schedule: str, inference_steps: int) -> dict[str, str]:
+def method_facts(config: RunConfig, objective: DenoisingObjective, *, schedule: str, inference_steps: int) -> dict[str, str]:
     """What is trained and how, for the start of the run, the model card and the weights' metadata.
 
     Args:
@@ -109,9 +110,9 @@ def method_facts(config: AnyConfig, objective: DenoisingObjective, *, schedule: 
     }
 
 
-def measured_facts(config: AnyConfig) -> dict[str, str]:
+def measured_facts(config: RunConfig) -> dict[str, str]:
     """Means over the run's ``metrics.jsonl``: what the coupling did and what it cost, and the last loss."""
-    lines = read_lines(Path(config.output_dir or "") / "metrics.jsonl")
+    lines = read_lines(config.folder / "metrics.jsonl")
     mean = {name: sum(line[name] for line in lines) / len(lines) for name in lines[-1]} if lines else {}
     if not mean:
         return {}
@@ -133,46 +134,32 @@ def measured_facts(config: AnyConfig) -> dict[str, str]:
     }
 
 
-def report_start(
-    facts: dict[str, str],
-    data: str,
-    unet: UNet2DModel,
-    order: GlobalBatchOrder | StreamOrder,
-    accumulation: int,
-    start_step: int,
-    max_steps: int,
-    coupling: Coupling,
-    *,
-    told_apart: int | None = None,
-    captions: bool = False,
-) -> None:
-    """Logs what is about to run, and with numbers where the coupling biases the noise.
-
-    ``told_apart`` is how many classes or, with ``captions``, captions the network is told; by default its own number of classes.
-    """
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
-    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+def report_start(task: Task, order: GlobalBatchOrder | StreamOrder, accumulation: int, start_step: int, max_steps: int) -> None:
+    """Logs what is about to run, and with numbers where the coupling biases the noise or lets it tell the class."""
+    network: Any = task.network
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     adapters = f" of which {trained / 1e6:.2f} are trained" if trained < parameters else ""
-    ranks = order.global_batch_size // order.batch_size
+    ranks, images = order.global_batch_size // order.batch_size, order.global_batch_size * accumulation
     epoch = f" ({order.batches_per_epoch / accumulation:.4g} an epoch)" if isfinite(order.batches_per_epoch) else ""
-    side, images = unet.config.sample_size, order.global_batch_size * accumulation
-    classes = f", {unet.config.num_class_embeds} classes" if unet.config.num_class_embeds else ""
+    classes = f", {task.num_classes} classes" if task.num_classes else ""
+    shape = "x".join(map(str, task.shape))
     for name, value in {
-        "data": data,
-        "network": f"{type(unet).__name__}, {parameters / 1e6:.2f} million parameters{adapters}, "
-        f"{unet.config.in_channels}x{side}x{side}{classes}",
+        "data": task.data.images.description,
+        "network": f"{type(network).__name__}, {parameters / 1e6:.2f} million parameters{adapters}, {shape}{classes}",
         "batch": f"{order.batch_size} images x {ranks} processes x {accumulation} micro-batches = {images} a step",
         "steps": f"{start_step} to {max_steps}{epoch}",
-        **facts,
+        **task.facts,
     }.items():
         logger.info("%-18s %s", name.replace("_", " "), value)
-    leak = leak_notice(coupling, (unet.config.num_class_embeds or 0) if told_apart is None else told_apart, captions=captions)
-    for notice in (bias_notice(coupling, unet.config.in_channels * side**2), leak):
+    coupling = task.objective.coupling
+    conditions, captions = task.told_apart(min(order.num_images, max_steps * images))
+    for notice in (bias_notice(coupling, prod(task.shape)), leak_notice(coupling, int(conditions), captions=captions)):
         if notice:
             logger.warning(notice)
 
 
-def report_plan(steps: Iterator[StepStats], unet: UNet2DModel, accelerator: Accelerator, remaining: int, *, timed: int = 5) -> None:
+def report_plan(steps: Iterator[StepStats], network: nn.Module, accelerator: Accelerator, remaining: int, *, timed: int = 5) -> None:
     """Takes a few steps that leave nothing behind and prints sizes and the time that the run would take."""
     if remaining <= 0:
         accelerator.print("Plan: nothing is left to train; the checkpoint is at the last step already. Nothing was written.")
@@ -184,7 +171,7 @@ def report_plan(steps: Iterator[StepStats], unet: UNet2DModel, accelerator: Acce
         if len(seconds) > 1 and spent > PLAN_SECONDS:
             break
     typical = median(seconds[1:] or seconds)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters()) / 2**20
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters()) / 2**20
     on_gpu = accelerator.device.type == "cuda"
     memory = torch.cuda.max_memory_allocated(accelerator.device) / 2**20 if on_gpu else peak_memory()
     total = timedelta(seconds=round(typical * remaining))
@@ -205,13 +192,13 @@ def peak_memory() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 
 
-def is_finished(config: AnyConfig, start_step: int, max_steps: int) -> bool:
+def is_finished(config: RunConfig, start_step: int, max_steps: int) -> bool:
     """Whether the resumed run has nothing left to do; says so.
 
     Raises:
         UserError: it is not finished, and its checkpoint is beyond ``max_steps``.
     """
-    summary = Path(config.output_dir or "") / "summary.json"
+    summary = config.folder / "summary.json"
     finished = start_step >= max_steps and summary.exists() and json.loads(summary.read_text())["step"] >= max_steps
     if not finished and start_step > max_steps:
         raise UserError(f"--max_train_steps {max_steps} lies before step {start_step} of the checkpoint; give {start_step} or more")
@@ -220,9 +207,9 @@ def is_finished(config: AnyConfig, start_step: int, max_steps: int) -> bool:
     return finished
 
 
-def report_end(config: AnyConfig, step: int, facts: dict[str, str]) -> None:
+def report_end(config: RunConfig, step: int, facts: dict[str, str]) -> None:
     """Writes ``summary.json``, which marks the run as finished, and prints the summary."""
-    folder = Path(config.output_dir or "")
+    folder = config.folder
     measured = measured_facts(config)
     partial = folder / f"{PARTIAL}summary.json"
     partial.write_text(json.dumps({"step": step, **facts, **measured}, indent=1))
