@@ -5,7 +5,6 @@ They take the page's text color and refer to nothing outside. All are drawn at o
 
 from __future__ import annotations
 
-import html
 import io
 import math
 import re
@@ -13,7 +12,10 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from immiscible.reports.comparison import UNKNOWN, Comparison
+from markupsafe import Markup
+
+from immiscible.reports.comparison import Comparison
+from immiscible.reports.ratios import UNKNOWN
 
 WIDTH, PANEL_WIDTH = 4.4, 2.2  # inches of a figure and of a small panel
 CROWD = 3  # arms beside the baseline of which every seed can still be told apart in one figure
@@ -53,7 +55,7 @@ def looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
     return chosen
 
 
-def _svg(draw: Callable[[Any], None], title: str, height: float, width: float = WIDTH) -> str:
+def _svg(draw: Callable[[Any], None], title: str, height: float, width: float = WIDTH) -> Markup:
     """What ``draw(axes)`` draws, ``width`` x ``height`` inches, as an SVG element with ``title`` for those who do not see it."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -70,9 +72,8 @@ def _svg(draw: Callable[[Any], None], title: str, height: float, width: float = 
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", svg)  # groups' names, which would be repeated from figure to figure
     size = re.search(r'viewBox="([^"]*)"', svg)
-    label = html.escape(title)
-    start = f'<svg role="img" aria-label="{label}" viewBox="{size[1] if size else ""}">'
-    return (start + svg[svg.index(">") + 1 :]).replace(INK, "currentColor")
+    start = Markup('<svg role="img" aria-label="{}" viewBox="{}">').format(title, size[1] if size else "")
+    return start + Markup(svg[svg.index(">") + 1 :].replace(INK, "currentColor"))
 
 
 def _plain_ticks(axis: Any, ticks: Sequence[float] | None = None) -> None:
@@ -155,7 +156,7 @@ def _draw_goal(axes: Any, comparison: Comparison, inference_steps: int) -> None:
         axes.axhline(threshold, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label=_label(label))
 
 
-def curve_figure(comparison: Comparison, inference_steps: int) -> str:
+def curve_figure(comparison: Comparison, inference_steps: int) -> Markup:
     """Distance against training steps: thin lines are seeds, left out where `crowded`, thick ones medians, dashes the goal."""
 
     def draw(axes: Any) -> None:
@@ -174,7 +175,7 @@ def curve_figure(comparison: Comparison, inference_steps: int) -> str:
     return _svg(draw, title, 2.9 + _legend_height([*map(_label, comparison.arms), ""]))
 
 
-def arm_figure(comparison: Comparison, arm: str, inference_steps: int) -> str:
+def arm_figure(comparison: Comparison, arm: str, inference_steps: int) -> Markup:
     """One arm's seeds and median beside the baseline's, small and untitled; such figures of all arms share their axes."""
     curves = [run.curve(inference_steps) for run in comparison.runs]
     values = [value for curve in curves for _, value in curve if 0 < value < math.inf]
@@ -195,7 +196,7 @@ def arm_figure(comparison: Comparison, arm: str, inference_steps: int) -> str:
     return _svg(draw, title, 1.6, PANEL_WIDTH)
 
 
-def ratio_figure(comparison: Comparison, inference_steps: int) -> str:
+def ratio_figure(comparison: Comparison, inference_steps: int) -> Markup:
     """The acceleration ratios: a mark per seed, a bar from the least to the greatest that are known, arrows for bounds, a line at 1."""
     look = looks(comparison)
     others = [name for name in comparison.arms if name != comparison.baseline]
@@ -227,7 +228,7 @@ def ratio_figure(comparison: Comparison, inference_steps: int) -> str:
     return _svg(draw, title, 0.8 + 0.19 * sum(1.4 + label.count("\n") for label in labels))
 
 
-def inference_figure(comparison: Comparison) -> str:
+def inference_figure(comparison: Comparison) -> Markup:
     """The last distance against the number of inference steps, lines as in `curve_figure`."""
     look, steps = looks(comparison), comparison.inference_steps
 

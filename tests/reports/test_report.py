@@ -14,25 +14,25 @@ from PIL import Image
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.flags import save_config
-from immiscible.reports.comparison import (
+from immiscible.reports.comparison import compare
+from immiscible.reports.figures import looks
+from immiscible.reports.page import html_report, markdown_report, summary, write_report
+from immiscible.reports.ratios import (
     GAIN,
     HARM,
     NO_EFFECT,
     UNCLEAR,
     UNKNOWN,
     Interval,
-    command_of,
-    compare,
     crossing,
-    group_runs,
     middle,
     ratio,
-    read_run,
     seed_ratio,
     verdict,
 )
-from immiscible.reports.figures import looks
-from immiscible.reports.page import cost_table, headline, html_report, markdown_report, seed_table, summary, summary_table, write_report
+from immiscible.reports.runs import command_of, group_runs, read_run
+from immiscible.reports.sentences import headline
+from immiscible.reports.tables import cost_table, seed_table, summary_table
 
 INF = math.inf
 

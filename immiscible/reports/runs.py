@@ -1,0 +1,201 @@
+"""A run's folder as a comparison reads it, and the arms that runs form by their flags."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import yaml
+
+from immiscible.configs import TextToImageConfig, UnconditionalConfig
+from immiscible.errors import UserError
+from immiscible.files import read_lines
+from immiscible.method import MethodArguments
+from immiscible.reports.ratios import BASELINE, Curve
+from immiscible.training.arguments import RunArguments, TextRunArguments
+from immiscible.training.checkpoints import checkpoints, is_complete, read_state
+
+# What may differ between two runs of one arm: the seed, and what says where a run goes and not what it learns.
+NOT_THE_METHOD = {item.name for group in (RunArguments, TextRunArguments) for item in fields(group)}
+NOT_THE_METHOD -= {"sampling_scheduler", "timestep_spacing"}
+NOT_THE_METHOD |= {"seed", "cache_dir", "cache_latents", "latent_cache_dir", "dataloader_num_workers", "local_rank"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder as it was read.
+
+    Attributes:
+        folder: where it is.
+        config: its flags.
+        evaluations: the lines of ``evaluation.jsonl``, one per step, in order; distances by number of inference steps.
+        metrics: the lines of ``metrics.jsonl``.
+        finished: whether ``summary.json`` says that the last step was taken.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    evaluations: Sequence[Mapping[str, Any]]
+    metrics: Sequence[Mapping[str, float]]
+    finished: bool
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything that the run drew."""
+        return int(self.config.get("seed") or 0)
+
+    @property
+    def inference_steps(self) -> set[int]:
+        """The numbers of inference steps at which every evaluation measured."""
+        return set.intersection(*(set(line["frechet_distance"]) for line in self.evaluations))
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was evaluated."""
+        return int(self.evaluations[-1]["step"])
+
+    def curve(self, inference_steps: int, time: str = "step") -> Curve:
+        """The Frechet distance against ``step`` or ``train_seconds``; values that are not finite count as infinitely bad."""
+        values = [line["frechet_distance"][inference_steps] for line in self.evaluations]
+        finite = [value if math.isfinite(value) else math.inf for value in values]
+        return [(float(line[time]), value) for line, value in zip(self.evaluations, finite, strict=True)]
+
+    def mean(self, metric: str) -> float | None:
+        """The mean of a metric over ``metrics.jsonl``; the median for seconds, which a slow first step must not move."""
+        values = [value for line in self.metrics if isinstance(value := line.get(metric), int | float)]
+        return (median if metric.endswith("seconds") else fmean)(values) if values else None
+
+
+def check_measured(folders: Sequence[Path]) -> None:
+    """Whether these are runs that were measured while they trained, before any of them is read.
+
+    Raises:
+        UserError: a folder is no run (exit code 2), or some hold no evaluations (1); all of these are named.
+    """
+    for folder in folders:
+        if not (folder / "config.yaml").is_file():
+            what = "no such folder" if not folder.exists() else "not a run's folder: it holds no config.yaml"
+            if inside := sorted(path.parent.name for path in folder.glob("*/config.yaml")):
+                what += f", but runs; name them, as {folder / inside[0]}"
+            raise UserError(f"{folder}: {what}")
+    files = {folder: folder / "evaluation.jsonl" for folder in folders}
+    if unmeasured := [folder for folder, file in files.items() if not file.exists() or not file.stat().st_size]:
+        raise _unmeasured(unmeasured)
+
+
+def _unmeasured(folders: Sequence[Path]) -> UserError:
+    again = f"--config {folders[0] / 'config.yaml'} --output_dir ANOTHER_FOLDER --eval_steps N"
+    return UserError(
+        f"{', '.join(map(str, folders))}: evaluation.jsonl is missing or empty, so there is nothing to compare; a run can be compared "
+        f"if it was trained with --eval_steps: train {'it' if len(folders) == 1 else 'each of them'} again, as {again}",
+        exit_code=1,
+    )
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+        UserError: the folder is no run (exit code 2), or holds no evaluations or broken files (1).
+    """
+    check_measured([folder])
+    with _reading(folder / "config.yaml") as path:
+        config = yaml.safe_load(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("expected lines of `flag: value`")
+        asked, _ = (int(config.get(flag) or 0) for flag in ("max_train_steps", "seed"))
+    with _reading(folder / "metrics.jsonl") as path:
+        metrics = [dict(line) for line in read_lines(path)]
+    with _reading(folder / "summary.json") as path:
+        done = int(yaml.safe_load(path.read_text())["step"]) if path.exists() else None
+    with _reading(folder / "evaluation.jsonl") as path:
+        evaluations = {line["step"]: line for line in map(_measured, read_lines(path))}
+    if not evaluations:
+        raise _unmeasured([folder])
+    run = Run(folder, config, [evaluations[step] for step in sorted(evaluations)], metrics, done is not None and done >= asked)
+    if not run.inference_steps:
+        raise UserError(f"{folder / 'evaluation.jsonl'}: no number of inference steps was measured at every step", exit_code=1)
+    return run
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Turns what goes wrong with a file of a run into one line that names it."""
+    try:
+        yield path
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read ({first_line})", exit_code=1) from None
+
+
+def _measured(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of ``evaluation.jsonl`` whose numbers are numbers; a distance that is ``null`` was not finite."""
+    needed = ("step", "train_seconds", "feature", "samples", "reference_images", "data", "frechet_distance")
+    if missing := sorted(set(needed) - line.keys()):
+        raise ValueError(f"lines without {', '.join(missing)}")
+    counts = {name: int(line[name]) for name in ("step", "samples", "reference_images")}
+    distances = {int(steps): math.nan if value is None else float(value) for steps, value in line["frechet_distance"].items()}
+    return {**line, **counts, "train_seconds": float(line["train_seconds"]), "frechet_distance": distances}
+
+
+def differing_flags(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The flags that say what is learnt and are not equal in all configs."""
+    names = dict.fromkeys(name for config in configs for name in config if name not in NOT_THE_METHOD)
+    return [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
+
+
+def group_runs(folders: Sequence[Path]) -> dict[str, list[Path]]:
+    """Runs of one script that differ in their seeds alone form an arm, named by its flags that differ from other arms' and the defaults.
+
+    Raises:
+        UserError: what `check_measured` and `read_run` raise.
+    """
+    check_measured(folders)
+    runs = {folder: read_run(folder) for folder in folders}
+    configs: dict[Path, dict[str, Any]] = {folder: {**run.config, "script": script_of(run)} for folder, run in runs.items()}
+    differing = differing_flags(list(configs.values()))
+    defaults = _defaults(next(iter(configs.values()), {}))
+    method = {item.name for item in fields(MethodArguments)}
+    arms: dict[str, list[Path]] = {}
+    for folder, config in configs.items():
+        parts = [
+            str(value) if isinstance(value, str) and name in method else f"{name}={value}"
+            for name in differing
+            if (value := config.get(name)) != defaults.get(name) and value is not None
+        ]
+        arms.setdefault(" + ".join(parts) or BASELINE, []).append(folder)
+    return arms
+
+
+def command_of(config: Mapping[str, Any], script: str = "train_unconditional.py") -> str:
+    """The command line that gives this config: every flag whose value is not the default."""
+    defaults = _defaults(config)
+    words = ["python", script]
+    for name, value in config.items():
+        if value is None or value == defaults.get(name) or name in ("resume_from_checkpoint", "overwrite_output_dir", "hub_token"):
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words += [str(item) for item in (value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def script_of(run: Run) -> str:
+    """The script that trained a run. The flags of a text run do not say whether it began with random weights; its checkpoints do."""
+    if "pretrained_model_name_or_path" not in run.config:
+        return "train_unconditional.py"
+    saved = [read_state(path) for path in checkpoints(run.folder) if is_complete(path)]
+    from_scratch = bool(saved) and saved[-1]["identity"]["network"]["from_scratch"]
+    return "train_text_to_image.py" if from_scratch else "finetune_sd.py"
+
+
+def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the script whose flags these are."""
+    blank = TextToImageConfig() if "pretrained_model_name_or_path" in config else UnconditionalConfig()
+    return {item.name: getattr(blank, item.name) for item in fields(blank)}

@@ -1,0 +1,184 @@
+"""A comparison's numbers as tables of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from immiscible.reports.comparison import Comparison
+from immiscible.reports.ratios import NOTHING, UNKNOWN, Interval, crossing, middle
+from immiscible.reports.runs import differing_flags
+from immiscible.training.markdown import inline, table_cell
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text under a caption."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """The table in Markdown, its columns aligned, so that it reads in a terminal too."""
+        rows = [[table_cell(cell) for cell in row] for row in (self.columns, *self.rows)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(self.columns))]
+        lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        return f"**{inline(self.caption)}**\n\n" + "\n".join(lines) + "\n"
+
+
+def summary_table(comparison: Comparison, inference_steps: int) -> Table:
+    """One row per arm: the verdict, the ratios, and what they were computed from, for one number of inference steps."""
+    rows, digits = [], _seconds_digits(comparison)
+    least = min(abs(run.curve(inference_steps)[-1][1]) for run in comparison.runs)
+    places = 2 if least >= 1 else 4  # of distances below 1 two digits after the point say too little
+    for name, arm in comparison.arms.items():
+        finals = [run.curve(inference_steps)[-1][1] for run in arm.runs.values()]
+        by_time = [comparison.ratios(name, inference_steps, time) for time in ("step", "train_seconds")]
+        reached = [comparison.crossings(name, inference_steps, time) for time in ("step", "train_seconds")]
+        rows.append(
+            [
+                name,
+                comparison.verdict(name, inference_steps),
+                *(_spread(ratios, 2, "x") for ratios in by_time),
+                _spread({seed: Interval(value, value) for seed, value in enumerate(finals)}, places),
+                *(middle(times.values()).show(count) if times else NOTHING for times, count in zip(reached, (0, digits), strict=True)),
+                str(len(arm.runs)) + (f" of {len(arm.runs) + len(arm.problems)}" if arm.problems else ""),
+            ]
+        )
+    threshold = comparison.threshold(inference_steps)
+    goal = NOTHING if threshold is None else f"{threshold:.3g}"
+    return Table(
+        f"At {inference_steps} inference steps: how soon each arm reaches the baseline's final {comparison.feature} of {goal} (lower is "
+        "better). Median over seeds, least to greatest in brackets",
+        ["arm", "verdict", "fewer steps", "less time", f"final {comparison.feature}", "steps to it", "seconds to it", "seeds"],
+        rows,
+    )
+
+
+def cost_table(comparison: Comparison) -> Table:
+    """What a step costs in each arm, and what its coupling did to the pairs and to the noise."""
+    metrics = {
+        "step_seconds": ("ms per step", 1000, "", 1),
+        "coupling_seconds": ("of it coupling, ms", 1000, "", 2),
+        "distance_reduction_percent": ("pair distance reduced by, %", 1, "+", 2),
+        "noise_variance_drift": ("noise variance drift", 1, "+", 4),
+        "noise_norm_drift": ("noise norm drift", 1, "+", 4),
+        "paired_images": ("images paired together", 1, "", 0),
+    }
+    means: dict[str, dict[str, float | None]] = {}
+    for name, arm in comparison.arms.items():
+        of_runs = {metric: [value for run in arm.runs.values() if (value := run.mean(metric)) is not None] for metric in metrics}
+        means[name] = {metric: median(values) if values else None for metric, values in of_runs.items()}
+    reference = means[comparison.baseline]["step_seconds"]
+    rows = []
+    for name, of_arm in means.items():
+        cells = [
+            NOTHING if (value := of_arm[metric]) is None else f"{round(value * scale, digits) + 0.0:{sign}.{digits}f}"  # no -0.0000
+            for metric, (_, scale, sign, digits) in metrics.items()
+        ]
+        seconds = of_arm["step_seconds"]
+        cells.insert(1, NOTHING if not seconds or not reference else f"{100 * (seconds / reference - 1):+.1f} %")
+        rows.append([name, *cells])
+    columns = ["arm", *(column for column, *_ in metrics.values())]
+    columns.insert(2, "against baseline")
+    return Table(
+        "What a step costs, and what the coupling did (medians over seeds; drift is 0 for noise that stays standard normal)", columns, rows
+    )
+
+
+def validation_table(comparison: Comparison) -> Table | None:
+    """The held-out loss of each arm's last step per range of timesteps; None if no run has it."""
+    levels = list(dict.fromkeys(level for run in comparison.runs for level in run.evaluations[-1].get("validation_loss") or {}))
+    if not levels:
+        return None
+    rows = []
+    for name, arm in comparison.arms.items():
+        last = [run.evaluations[-1].get("validation_loss") or {} for run in arm.runs.values()]
+        values = [[losses[level] for losses in last if level in losses] for level in levels]
+        rows.append([name, *(f"{median(value):.4g}" if value else NOTHING for value in values)])
+    return Table(
+        "Held-out loss per range of timesteps (low is little noise) at the last step: images not trained on, fixed independent noises, "
+        "unweighted; medians over seeds",
+        ["arm", *levels],
+        rows,
+    )
+
+
+def seed_table(comparison: Comparison, inference_steps: int) -> Table:
+    """Every seed of every arm with its own goal, so that each ratio can be computed again by hand."""
+    rows, digits = [], _seconds_digits(comparison)
+    for name, arm in comparison.arms.items():
+        ratios = [comparison.ratios(name, inference_steps, time) for time in ("step", "train_seconds")]
+        for seed, run in arm.runs.items():
+            goal, times = comparison.goal(seed, inference_steps), [NOTHING, NOTHING]
+            if goal is not None:
+                steps, seconds = (crossing(run.curve(inference_steps, time), goal) for time in ("step", "train_seconds"))
+                times = [steps.show(1), seconds.show(digits)]
+            shown = [values[seed].show(3) if seed in values else NOTHING for values in ratios]
+            final, trained = run.curve(inference_steps)[-1][1], f"{run.evaluations[-1]['train_seconds']:.{digits}f}"
+            goal_shown = NOTHING if goal is None else f"{goal:.4g}"
+            rows.append([name, str(seed), f"{final:.4g}", goal_shown, *times, *shown, str(run.last_step), trained])
+    return Table(
+        f"Every seed at {inference_steps} inference steps",
+        [
+            "arm",
+            "seed",
+            "final",
+            "goal",
+            "steps to goal",
+            "seconds to goal",
+            "fewer steps, x",
+            "less time, x",
+            "steps trained",
+            "seconds trained",
+        ],
+        rows,
+    )
+
+
+def _seconds_digits(comparison: Comparison) -> int:
+    """Digits after the point with which seconds of training keep about four that count."""
+    longest = max(run.evaluations[-1]["train_seconds"] for run in comparison.runs)
+    return 2 if longest < 100 else 1 if longest < 1000 else 0
+
+
+def curve_table(comparison: Comparison, inference_steps: int, most: int = 10) -> Table:
+    """The curves as numbers: each arm's median over seeds at up to ``most`` of the evaluated steps, the last among them."""
+    steps = sorted({line["step"] for arm in comparison.arms.values() for run in arm.runs.values() for line in run.evaluations})
+    stride = math.ceil(len(steps) / most) if steps else 1
+    shown = steps[::-1][::stride][::-1]
+    rows = []
+    for name, arm in comparison.arms.items():
+        curves = [dict(run.curve(inference_steps)) for run in arm.runs.values()]
+        values = [[curve[step] for curve in curves if step in curve] for step in shown]
+        rows.append([name, *(f"{median(value):.3g}" if value else NOTHING for value in values)])
+    return Table(
+        f"{comparison.feature} at {inference_steps} inference steps after so many training steps (medians)", ["arm", *map(str, shown)], rows
+    )
+
+
+def arm_table(comparison: Comparison) -> Table:
+    """What each arm is: the flags in which the arms differ."""
+    configs = {name: run.config for name, arm in comparison.arms.items() for run in (*arm.runs.values(), *arm.unfinished)}
+    flags = differing_flags(list(configs.values()))
+    rows = [
+        [name, *("" if (value := configs.get(name, {}).get(flag)) is None else str(value) for flag in flags)] for name in comparison.arms
+    ]
+    return Table("The flags in which the arms differ; all others are equal", ["arm", *flags], rows)
+
+
+def _spread(values: Mapping[int, Interval], digits: int, unit: str = "") -> str:
+    """``median (least to greatest)``."""
+    if not values:
+        return NOTHING
+    center = middle(values.values()).show(digits)
+    center += unit if center != UNKNOWN else ""
+    least = Interval(min(value.low for value in values.values()), min(value.high for value in values.values()))
+    greatest = Interval(max(value.low for value in values.values()), max(value.high for value in values.values()))
+    if len(values) == 1 or least == greatest:
+        return center
+    return f"{center} ({least.show(digits)} to {greatest.show(digits)})"
