@@ -11,9 +11,9 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from immiscible.data.sources import ImageSource, _first_line
+from immiscible.data.sources import ImageSource
 from immiscible.data.transforms import ImageTransform
-from immiscible.errors import UserError
+from immiscible.errors import UserError, first_line
 from immiscible.randomness import derive_seed, seeded_generator
 
 
@@ -103,7 +103,7 @@ def _why_unreadable(error: Exception) -> str:
         return "not an image format that Pillow knows"  # its own message names a buffer in memory
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return _first_line(error)
+    return first_line(error)
 
 
 def collate(items: Sequence[dict[str, Any]]) -> Batch:

@@ -13,18 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from immiscible.data.sources import ArrayImages, ImageSource, _first_line
-from immiscible.errors import UserError
+from immiscible.data.sources import ArrayImages, ImageSource
+from immiscible.errors import UserError, first_line
 from immiscible.randomness import derive_seed
-
-
-def load_digits() -> ArrayImages:
-    """The 1797 handwritten digits that scikit-learn installs, 8x8, their 17 grey levels spread over 0..255."""
-    with _needs("scikit-learn", "digits"):
-        digits = import_module("sklearn.datasets").load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return ArrayImages(pixels, "digits", labels=digits.target.astype(np.int64), class_names=[str(digit) for digit in range(10)])
-
 
 PHOTOGRAPHS = {
     "skimage": [
@@ -33,6 +24,14 @@ PHOTOGRAPHS = {
     ],
     "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
 }
+
+
+def load_digits() -> ArrayImages:
+    """The 1797 handwritten digits that scikit-learn installs, 8x8, their 17 grey levels spread over 0..255."""
+    with _needs("scikit-learn", "digits"):
+        digits = import_module("sklearn.datasets").load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    return ArrayImages(pixels, "digits", labels=digits.target.astype(np.int64), class_names=[str(digit) for digit in range(10)])
 
 
 @lru_cache(maxsize=1)
@@ -109,4 +108,4 @@ def _needs(packages: str, choice: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError) as error:
-        raise UserError(f"--bundled_data {choice} needs the files that {packages} install: {_first_line(error)}", exit_code=1) from error
+        raise UserError(f"--bundled_data {choice} needs the files that {packages} install: {first_line(error)}", exit_code=1) from error

@@ -1,4 +1,4 @@
-"""From flags to batches: the source that they name, the order, and the loader."""
+"""From flags to batches: the source that they name, the order of its images, and the loader."""
 
 from __future__ import annotations
 
@@ -6,33 +6,99 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from immiscible.choices import build_choice
-from immiscible.configs import UnconditionalConfig
-from immiscible.data.arguments import DataArguments
+from immiscible.data.arguments import DataArguments, ImageArguments, TextDataArguments
 from immiscible.data.batches import BadImage, Batch, GlobalBatchOrder, ImageDataset, Images, check_batch, collate
 from immiscible.data.bundled import BUNDLED
+from immiscible.data.shards import load_shards
 from immiscible.data.sources import ImageSource, Subset
 from immiscible.data.stream_order import StreamDataset, StreamOrder
 from immiscible.data.streaming import Stream, load_stream
-from immiscible.data.tables import _folder_images, _hub_images
+from immiscible.data.tables import TableImages, folder_images, hub_images
+from immiscible.data.tars import tar_files
 from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError
 from immiscible.flags import given
 from immiscible.randomness import seeded_generator
 
-if TYPE_CHECKING:
-    from immiscible.configs import AnyConfig
-
-
 logger = logging.getLogger(__name__)
+
+
+def training_source(arguments: DataArguments, labels_for: str | None) -> ImageSource | Stream:
+    """The images that the flags of ``train_unconditional.py`` name.
+
+    Args:
+        arguments: the flags.
+        labels_for: the flag that needs the images' classes; None if the run does without.
+
+    Raises:
+        UserError: as `load_images` or, with ``--streaming``, `load_stream`.
+    """
+    load = load_stream if arguments.streaming else load_images
+    data = given(arguments, DataArguments)
+    chosen: dict[str, Any] = {name: data[name] for name in signature(load).parameters if name in data}
+    return load(**chosen, labels_for=labels_for)
+
+
+def captioned_source(arguments: TextDataArguments, labels_for: str | None) -> ImageSource | Stream:
+    """The images that the flags of the Stable Diffusion scripts name, with their captions.
+
+    Args:
+        arguments: the flags.
+        labels_for: the flag that needs classes, for which the captions' are taken; None if the run does without.
+
+    Raises:
+        UserError: as `load_images` or, with ``--streaming``, `load_stream`; or classes are needed and the captions are texts.
+    """
+    named: dict[str, Any] = {
+        "dataset_name": arguments.dataset_name,
+        "dataset_config_name": arguments.dataset_config_name,
+        "train_data_dir": arguments.train_data_dir,
+        "image_column": arguments.image_column,
+        "caption_column": arguments.caption_column,
+        "cache_dir": arguments.cache_dir,
+    }
+    if arguments.streaming:
+        return load_stream(**named, label_column=arguments.caption_column if labels_for else None, labels_for=labels_for)
+    source = load_images(
+        **named,
+        max_train_samples=arguments.max_train_samples,
+        train_subset_fraction=arguments.train_subset_fraction,
+        skip_bad_images=arguments.skip_bad_images,
+    )
+    if labels_for is None:
+        return source
+    if prompt_classes(source, arguments.caption_column) is None:
+        raise UserError(
+            f"{labels_for} needs classes, and --caption_column {arguments.caption_column} holds texts: name a column of classes "
+            f"(ClassLabel); --coupling_condition centered and penalty take texts"
+        )
+    return _with_classes(source)
+
+
+def prompt_classes(source: ImageSource | Stream, caption_column: str) -> Sequence[str] | None:
+    """The names of the classes that the caption column holds, by number; None if it holds texts."""
+    while isinstance(source, Subset):
+        source = source.source
+    texts = getattr(source, "texts", None)
+    return None if texts is None else getattr(texts.features[caption_column], "names", None)
+
+
+def _with_classes(source: ImageSource) -> ImageSource:
+    """The same images, their captions' classes for labels."""
+    if isinstance(source, Subset):
+        return replace(source, source=_with_classes(source.source))
+    assert isinstance(source, TableImages)
+    return replace(source, labels=source.texts)
 
 
 def load_images(
@@ -57,7 +123,7 @@ def load_images(
         dataset_name: what `datasets.load_dataset` takes; its ``train`` split is used.
         dataset_config_name: the dataset's configuration.
         train_data_dir: a folder of images (with or without a subfolder per class), or one that holds ``.parquet`` files or WebDataset
-            shards (``.tar``, see `immiscible.data.shards`, where what is called columns here is explained for them) at any depth.
+            shards (``.tar``, see `immiscible.data.tars`, where what is called columns here is explained for them) at any depth.
         bundled_data: a key of `BUNDLED`; used when the two above are None.
         image_column: the column of images in a Hub dataset or in parquet files.
         label_column: the column of classes, a `datasets.ClassLabel`; None for the one called ``label``, if it is of that kind. An image
@@ -77,32 +143,83 @@ def load_images(
         raise UserError("--dataset_name and --train_data_dir are both given; choose one")
     if max_train_samples is not None and max_train_samples < 1:
         raise UserError(f"--max_train_samples {max_train_samples} is below 1")
+    columns = (image_column, label_column, labels_for, caption_column, cache_dir)
     if dataset_name is not None:
-        source: ImageSource = _hub_images(
-            dataset_name, dataset_config_name, image_column, label_column, labels_for, caption_column, cache_dir
-        )
-    elif train_data_dir is not None:
-        from immiscible.data.shards import load_shards, tar_files
-
-        columns = (image_column, label_column, labels_for, caption_column, cache_dir)
-        if tar_files(Path(train_data_dir).expanduser()):
-            source = load_shards(train_data_dir, *columns, skip_bad_images)
-        else:
-            source = _folder_images(train_data_dir, *columns)
+        source: ImageSource = hub_images(dataset_name, dataset_config_name, *columns)
+    elif train_data_dir is None:
+        source = _bundled_images(bundled_data, resolution, labels_for)
+    elif tar_files(Path(train_data_dir).expanduser()):
+        source = load_shards(train_data_dir, *columns, skip_bad_images)
     else:
-        source = build_choice(BUNDLED, "--bundled_data", bundled_data, resolution=resolution)
-        if labels_for and source.class_names is None:
-            raise UserError(
-                f"{labels_for} needs classes, and --bundled_data {bundled_data} has none; choose data with classes, e.g. digits"
-            )
-    if train_subset_fraction is not None:
-        max_train_samples = round(train_subset_fraction * len(source))
-        if max_train_samples < 1:
-            raise UserError(f"--train_subset_fraction {train_subset_fraction:g} of {len(source)} images leaves none; give a larger share")
-    if max_train_samples is not None and max_train_samples < len(source):
-        chosen = torch.randperm(len(source), generator=seeded_generator("max_train_samples"))[:max_train_samples]
-        source = Subset(source, chosen.tolist())
+        source = folder_images(train_data_dir, *columns)
+    return _drawn(source, max_train_samples, train_subset_fraction)
+
+
+def _bundled_images(name: str, resolution: int, labels_for: str | None) -> ImageSource:
+    source = build_choice(BUNDLED, "--bundled_data", name, resolution=resolution)
+    if labels_for and source.class_names is None:
+        raise UserError(f"{labels_for} needs classes, and --bundled_data {name} has none; choose data with classes, e.g. digits")
     return source
+
+
+def _drawn(source: ImageSource, count: int | None, share: float | None) -> ImageSource:
+    """``count`` of the images, or a ``share`` of them; all if both are None."""
+    if share is not None:
+        count = round(share * len(source))
+        if count < 1:
+            raise UserError(f"--train_subset_fraction {share:g} of {len(source)} images leaves none; give a larger share")
+    if count is None or count >= len(source):
+        return source
+    drawn = torch.randperm(len(source), generator=seeded_generator("max_train_samples"))[:count]
+    return Subset(source, drawn.tolist())
+
+
+def batch_order(
+    source: ImageSource | Stream, arguments: ImageArguments, *, batch_size: int, seed: int, rank: int, num_processes: int
+) -> GlobalBatchOrder | StreamOrder:
+    """Which images a rank takes for which micro-batch; ``stop`` is to be set.
+
+    Args:
+        source: the images.
+        arguments: of a stream ``shuffle_buffer``, ``skip_bad_images`` and ``cache_dir`` say how it is read.
+        batch_size: images a rank sees in a micro-batch.
+        seed: the run's seed.
+        rank: this process.
+        num_processes: ranks.
+
+    Raises:
+        UserError: see `StreamOrder`.
+    """
+    if not isinstance(source, Stream):
+        return GlobalBatchOrder(len(source), batch_size, seed, stop=0, rank=rank, num_processes=num_processes)
+    return StreamOrder(
+        source,
+        batch_size,
+        seed,
+        stop=0,
+        rank=rank,
+        num_processes=num_processes,
+        shuffle_buffer=arguments.shuffle_buffer,
+        skip_bad_images=arguments.skip_bad_images,
+        cache_dir=arguments.cache_dir,
+    )
+
+
+def training_images(
+    source: ImageSource | Stream,
+    transform: ImageTransform,
+    *,
+    skip_bad_images: bool = False,
+    with_labels: bool = False,
+    with_captions: bool = False,
+) -> ImageDataset | StreamDataset:
+    """What the loader loads, for the keys of `batch_order`; the arguments are those of `ImageDataset`.
+
+    Raises:
+        UserError: classes are needed, and the source has none.
+    """
+    kind: Any = StreamDataset if isinstance(source, Stream) else ImageDataset
+    return kind(source, transform, skip_bad_images, with_labels=with_labels, with_captions=with_captions)
 
 
 def build_loader(dataset: Dataset[Any], order: Iterable[list[Any]], num_workers: int, device: torch.device) -> DataLoader[dict[str, Any]]:
@@ -148,50 +265,3 @@ def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Imag
                 skipped.add(bad)
                 logger.warning("skipped image %s: %s (%d skipped so far)", bad.name, bad.reason, len(skipped))
         yield Images(batch["pixel_values"], batch["labels"], batch["captions"])
-
-
-def load_training_images(config: UnconditionalConfig) -> ImageSource | Stream:
-    """The images that the flags of ``train_unconditional.py`` name, with their classes if a flag needs them.
-
-    Raises:
-        UserError: as `load_images` or, with ``--streaming``, `load_stream`.
-    """
-    load = load_stream if config.streaming else load_images
-    data = given(config, DataArguments)
-    chosen: dict[str, Any] = {name: data[name] for name in signature(load).parameters if name in data}
-    return load(**chosen, labels_for=config.labels_for)
-
-
-def batch_order(
-    source: ImageSource | Stream, config: AnyConfig, seed: int, rank: int, num_processes: int
-) -> GlobalBatchOrder | StreamOrder:
-    """Which images a rank takes for which micro-batch; ``stop`` is to be set.
-
-    Raises:
-        UserError: see `StreamOrder`.
-    """
-    if not isinstance(source, Stream):
-        return GlobalBatchOrder(len(source), config.train_batch_size, seed, stop=0, rank=rank, num_processes=num_processes)
-    return StreamOrder(
-        source,
-        config.train_batch_size,
-        seed,
-        stop=0,
-        rank=rank,
-        num_processes=num_processes,
-        shuffle_buffer=config.shuffle_buffer,
-        skip_bad_images=config.skip_bad_images,
-        cache_dir=config.cache_dir,
-    )
-
-
-def training_images(
-    source: ImageSource | Stream, transform: ImageTransform, config: AnyConfig, *, with_captions: bool = False
-) -> ImageDataset | StreamDataset:
-    """What the loader loads, for the keys of `batch_order`.
-
-    Raises:
-        UserError: classes are needed, and the source has none.
-    """
-    kind: Any = StreamDataset if isinstance(source, Stream) else ImageDataset
-    return kind(source, transform, config.skip_bad_images, with_labels=config.labels_for is not None, with_captions=with_captions)

@@ -1,19 +1,13 @@
-"""Images to training batches: where they come from, how they become pixels, and in which order.
+"""What a source of images is, images held in memory, and parts of a source.
 
-A run's data is a function, not a state: the global batch at a position is fixed by (seed, position), and the crop and the flip of
-an image by (seed, epoch, index). So it is the same with any number of ranks and loader workers, and a resumed run begins in the
-middle of an epoch without reading what came before.
+Other sources stand in `bundled`, `tables` and `shards`; what is read in passing, and so is no `ImageSource`, in `streaming`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +17,7 @@ from PIL import Image, ImageOps
 from immiscible.errors import UserError
 from immiscible.randomness import seeded_generator
 
-logger = logging.getLogger(__name__)
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
 
 
 class ImageSource(Protocol):
@@ -69,122 +63,6 @@ def open_image(file: Any) -> Image.Image:
             return ImageOps.exif_transpose(image)
         except Exception:  # nearly any type, of EXIF data that is broken; the pixels are sound
             return image
-
-
-@dataclass(frozen=True)
-class TableImages:
-    """The images of one column of a `datasets.Dataset`, decoded here and not by `datasets`, so that an unreadable one can be named.
-
-    Args:
-        table: rows whose ``column`` is ``{"bytes": bytes | None, "path": str | None}`` or None.
-        column: the column's name.
-        origin: what the user asked for: a dataset's name or a folder.
-        fingerprint: see `ImageSource`.
-        labels: the same rows with the one column of classes, a `datasets.ClassLabel`, or None.
-        texts: the same rows with the one column of captions, or None.
-    """
-
-    table: Any
-    column: str
-    origin: str
-    fingerprint: str
-    labels: Any = None
-    texts: Any = None
-    channels: int = 3
-
-    @cached_property
-    def class_names(self) -> Sequence[str] | None:
-        """See `ImageSource`."""
-        return None if self.labels is None else next(iter(self.labels.features.values())).names
-
-    @property
-    def description(self) -> str:
-        """One line for summaries."""
-        return f"{self.origin}: {len(self)} images"
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def load(self, index: int) -> Image.Image:
-        """The decoded image, turned upright as its EXIF orientation says."""
-        cell = self.table[index][self.column]
-        if cell is None:
-            raise ValueError("the row holds no image")
-        return open_image(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
-
-    def name(self, index: int) -> str:
-        """The image's path, or its row with the file name that the table remembers."""
-        cell = self.table[index][self.column] or {"bytes": None, "path": None}
-        if cell["path"] and cell["bytes"] is None:
-            return str(cell["path"])
-        return f"row {index} of {self.origin}" + (f" ({cell['path']})" if cell["path"] else "")
-
-    def label(self, index: int) -> int:
-        """See `ImageSource`.
-
-        Raises:
-            ValueError: the row's class is empty, -1 (which `datasets` writes where it is not known) or otherwise none of the classes.
-        """
-        (label,) = self.labels[index].values()
-        if label is None or not 0 <= label < len(self.class_names or ()):
-            raise ValueError(f"its class is {label}, not a number from 0 to {len(self.class_names or ()) - 1}")
-        return label
-
-    def captions(self, index: int) -> Sequence[str]:
-        """See `ImageSource`; a class is captioned by its name, found by number.
-
-        Raises:
-            ValueError: the row has no caption, or something else in its place.
-        """
-        if self.texts is None:
-            raise ValueError("this data has no captions")
-        return self.captions_of(self._cells[index].as_py())
-
-    def all_captions(self, rows: range) -> Iterator[Sequence[str] | ValueError]:
-        """Those of rows that follow each other, or what is wrong with them; read in blocks, in a fraction of the time."""
-        for start in range(rows.start, rows.stop, 10_000):
-            ((_, values),) = self.texts[start : min(start + 10_000, rows.stop)].items()
-            for value in values:
-                try:
-                    yield self.captions_of(value)
-                except ValueError as error:
-                    yield error
-
-    @cached_property
-    def _cells(self) -> Any:
-        """The captions as one Arrow column, of which a row takes a microsecond, and from `datasets` many."""
-        (column,) = self.texts.column_names
-        return self.texts.with_format("arrow")[:][column]
-
-    @cached_property
-    def _caption_kind(self) -> tuple[str, Sequence[str]]:
-        """The column of the captions, and the names of its classes, if they are classes; `datasets` copies its features when asked."""
-        ((column, kind),) = self.texts.features.items()
-        return column, getattr(kind, "names", ())
-
-    def captions_of(self, value: Any) -> Sequence[str]:
-        """The captions in a cell of ``texts``, as `captions`."""
-        column, names = self._caption_kind
-        if isinstance(value, int):
-            value = names[value] if 0 <= value < len(names) else None
-        found = [value] if isinstance(value, str) else value
-        if not found or not all(isinstance(text, str) and text.strip() for text in found):
-            raise ValueError(f"it has no caption in column {column!r}")
-        return list(found)
-
-    def sizes(self) -> np.ndarray:
-        """Bytes of each encoded image, int64 [N], its cell's or its file's; -1 where there is none."""
-        from pyarrow import compute
-
-        found = []
-        for chunk in self.table.data.column(self.column).chunks:
-            sizes = compute.fill_null(compute.binary_length(chunk.field("bytes")), -1).to_numpy(zero_copy_only=False).astype(np.int64)
-            paths = chunk.field("path")
-            for row in np.flatnonzero(sizes < 0):
-                path = paths[int(row)].as_py()
-                sizes[row] = os.path.getsize(path) if path and os.path.exists(path) else -1
-            found.append(sizes)
-        return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -286,10 +164,6 @@ class Subset:
     def captions(self, index: int) -> Sequence[str]:
         """See `ImageSource`."""
         return self.source.captions(self.indices[index])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def split_source(source: ImageSource, fraction: float) -> tuple[Subset, Subset]:

@@ -1,4 +1,17 @@
-"""Which images of a stream a rank takes for which micro-batch."""
+"""The order of a stream: which of its images a rank takes for which micro-batch.
+
+A rank's images are a function of (seed, rank, number of ranks) and a position, as they are for other data:
+
+- In epoch e the shards stand in an order drawn from (seed, e), and rank r of W reads the shards r, r + W, r + 2W, ... of it. A rank that
+  has read its own goes on with its next epoch; so no rank waits, and none runs out of batches, whatever the sizes of the shards.
+- Within a shard, blocks of ``--shuffle_buffer`` images are shuffled by (seed, e, shard, block). A sorted shard stays sorted on
+  the scale of a block: shards should be written in random order, as img2dataset and the usual tools do.
+- Images are read by the training process and decoded by the loader's workers, whose number changes nothing.
+
+Resuming is exact: the run reads past what it has seen, without decoding it. How many images a shard holds is remembered in the cache
+folder once it has been read to its end, and such a shard is not opened again on the way. What cannot be exact: shards that changed
+under the same name.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +31,13 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from immiscible.data.batches import ImageDataset
-from immiscible.data.shards import DamagedShard
 from immiscible.data.streaming import Sample, Stream
+from immiscible.data.tars import DamagedShard
 from immiscible.data.transforms import ImageTransform
-from immiscible.errors import UserError
+from immiscible.errors import UserError, first_line
 from immiscible.randomness import derive_seed, seeded_generator
 
 logger = logging.getLogger(__name__)
-
 
 AT_HAND = 8  # images, a batch's and what follows it, of which one must be readable
 
@@ -168,8 +180,7 @@ class StreamOrder(Sampler[list[StreamKey]]):
                     len(self._damaged),
                 )
         except Exception as error:  # of the network, fsspec, Arrow
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"shard {name} cannot be read after {read} samples: {reason}", exit_code=1) from error
+            raise UserError(f"shard {name} cannot be read after {read} samples: {first_line(error)}", exit_code=1) from error
 
 
 class _ShardSizes:

@@ -1,22 +1,12 @@
-"""Training from shards that are read from front to back, over the network if need be: ``--streaming``.
+"""Shards that are read from front to back, over the network if need be, and kept nowhere: ``--streaming``.
 
-A rank's images are a function of (seed, rank, number of ranks) and a position, as they are for other data:
-
-- In epoch e the shards stand in an order drawn from (seed, e), and rank r of W reads the shards r, r + W, r + 2W, ... of it. A rank that
-  has read its own goes on with its next epoch; so no rank waits, and none runs out of batches, whatever the sizes of the shards.
-- Within a shard, blocks of ``--shuffle_buffer`` images are shuffled by (seed, e, shard, block). A sorted shard stays sorted on
-  the scale of a block: shards should be written in random order, as img2dataset and the usual tools do.
-- Images are read by the training process and decoded by the loader's workers, whose number changes nothing.
-
-Resuming is exact: the run reads past what it has seen, without decoding it. How many images a shard holds is remembered in the cache
-folder once it has been read to its end, and such a shard is not opened again on the way. What cannot be exact: shards that changed
-under the same name.
+A stream is no `ImageSource`: it has no length, and its samples come in the order in which they are written. In which order a rank sees
+them is told in `immiscible.data.stream_order`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,17 +18,14 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from immiscible.data.shards import Columns, DamagedShard, TarSample, check_first, check_label_column, content, tar_files, tar_samples
-from immiscible.data.sources import TableImages
-from immiscible.data.tables import only_images, only_labels, only_texts, parquet_files
-from immiscible.errors import UserError
-
-logger = logging.getLogger(__name__)
+from immiscible.data.tables import TableImages, only_images, only_labels, only_texts, parquet_files
+from immiscible.data.tars import Columns, DamagedShard, TarSample, check_first, check_label_column, content, tar_files, tar_samples
+from immiscible.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
 class TarStream:
-    """WebDataset shards, local or remote, read as `shards` describes; they have no classes here, as their number is not known.
+    """WebDataset shards, local or remote, read as `tars` describes; they have no classes here, as their number is not known.
 
     What it shares with the properties of `ImageSource` means the same.
 
@@ -173,8 +160,6 @@ def _fetched(cell: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 
 Sample = TarSample | TableSample  # what was read and not yet decoded; what their methods raise makes them a `BadImage`
-
-
 Stream = TarStream | TableStream  # shards that are read from front to back
 
 
@@ -204,39 +189,63 @@ def load_stream(
     Raises:
         UserError: nothing there, or it lacks what the run needs.
     """
-    import datasets
-
-    builder: Any = None
     try:
-        if dataset_name is not None:
-            builder = datasets.load_dataset_builder(dataset_name, dataset_config_name, cache_dir=cache_dir)
-            files = [str(file) for file in (builder.config.data_files or {}).get("train", ())]
-            origin = dataset_name if dataset_config_name is None else f"{dataset_name}/{dataset_config_name}"
-        else:
-            root = Path(str(train_data_dir)).expanduser().resolve()
-            if not root.is_dir():
-                raise UserError(f"--train_data_dir {train_data_dir}: no such folder")
-            origin, files = str(root), tar_files(root)
-            if not files:
-                files = [str(root / file) for file in parquet_files(root)]
-                if not files:
-                    raise UserError(
-                        f"--streaming reads .tar or .parquet files, and --train_data_dir {train_data_dir} holds none; leave out --streaming"
-                    )
-                builder = datasets.load_dataset_builder("parquet", data_files={"train": files}, cache_dir=cache_dir)
+        origin, files, builder = _found(dataset_name, dataset_config_name, train_data_dir, cache_dir)
         if files and all(file.endswith(".tar") for file in files):
             return _tar_stream(origin, files, Columns(image_column, caption_column), label_column, labels_for)
-        if hasattr(builder.config, "decode_num_threads"):
-            builder.config.decode_num_threads = 0  # the loader's workers decode
-        table: Any = builder.as_streaming_dataset(split="train")
-        if table.features is None:
-            table = table._resolve_features()
+        table = _streaming_table(builder)
     except UserError:
         raise
     except Exception as error:  # whatever the network, the Hub or the files can do wrong
         given = f"--dataset_name {dataset_name}" if dataset_name else f"--train_data_dir {train_data_dir}"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{given}: cannot stream its train split ({reason}); check the name and the network", exit_code=1) from error
+        raise UserError(
+            f"{given}: cannot stream its train split ({first_line(error)}); check the name and the network", exit_code=1
+        ) from error
+    return _table_stream(table, origin, files, image_column, label_column, labels_for, caption_column)
+
+
+def _found(
+    dataset_name: str | None, dataset_config_name: str | None, train_data_dir: str | None, cache_dir: str | None
+) -> tuple[str, list[str], Any]:
+    """What the data is called, its files, and the builder of `datasets` that reads them, or None for a folder of tars."""
+    import datasets
+
+    if dataset_name is not None:
+        builder = datasets.load_dataset_builder(dataset_name, dataset_config_name, cache_dir=cache_dir)
+        files = [str(file) for file in (builder.config.data_files or {}).get("train", ())]
+        return dataset_name if dataset_config_name is None else f"{dataset_name}/{dataset_config_name}", files, builder
+    root = Path(str(train_data_dir)).expanduser().resolve()
+    if not root.is_dir():
+        raise UserError(f"--train_data_dir {train_data_dir}: no such folder")
+    if files := tar_files(root):
+        return str(root), files, None
+    files = [str(root / file) for file in parquet_files(root)]
+    if not files:
+        raise UserError(
+            f"--streaming reads .tar or .parquet files, and --train_data_dir {train_data_dir} holds none; leave out --streaming"
+        )
+    return str(root), files, datasets.load_dataset_builder("parquet", data_files={"train": files}, cache_dir=cache_dir)
+
+
+def _streaming_table(builder: Any) -> Any:
+    """Its train split, with known columns."""
+    if hasattr(builder.config, "decode_num_threads"):
+        builder.config.decode_num_threads = 0  # the loader's workers decode
+    table = builder.as_streaming_dataset(split="train")
+    return table._resolve_features() if table.features is None else table
+
+
+def _table_stream(
+    table: Any,
+    origin: str,
+    files: Sequence[str],
+    image_column: str,
+    label_column: str | None,
+    labels_for: str | None,
+    caption_column: str | None,
+) -> TableStream:
+    import datasets
+
     only_images(table, image_column, origin)
     labels = only_labels(table, label_column, origin, labels_for)
     only_texts(table, caption_column, origin)

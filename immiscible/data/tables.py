@@ -4,21 +4,143 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from immiscible.data.sources import TableImages, _first_line
-from immiscible.errors import UserError
+import numpy as np
+from PIL import Image
+
+from immiscible.data.sources import IMAGE_EXTENSIONS, open_image
+from immiscible.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
 
-def _hub_images(
+@dataclass(frozen=True)
+class TableImages:
+    """The images of one column of a `datasets.Dataset`, decoded here and not by `datasets`, so that an unreadable one can be named.
+
+    Args:
+        table: rows whose ``column`` is ``{"bytes": bytes | None, "path": str | None}`` or None.
+        column: the column's name.
+        origin: what the user asked for: a dataset's name or a folder.
+        fingerprint: see `ImageSource`.
+        labels: the same rows with the one column of classes, a `datasets.ClassLabel`, or None.
+        texts: the same rows with the one column of captions, or None.
+    """
+
+    table: Any
+    column: str
+    origin: str
+    fingerprint: str
+    labels: Any = None
+    texts: Any = None
+    channels: int = 3
+
+    @cached_property
+    def class_names(self) -> Sequence[str] | None:
+        """See `ImageSource`."""
+        return None if self.labels is None else next(iter(self.labels.features.values())).names
+
+    @property
+    def description(self) -> str:
+        """One line for summaries."""
+        return f"{self.origin}: {len(self)} images"
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def load(self, index: int) -> Image.Image:
+        """The decoded image, turned upright as its EXIF orientation says."""
+        cell = self.table[index][self.column]
+        if cell is None:
+            raise ValueError("the row holds no image")
+        return open_image(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+
+    def name(self, index: int) -> str:
+        """The image's path, or its row with the file name that the table remembers."""
+        cell = self.table[index][self.column] or {"bytes": None, "path": None}
+        if cell["path"] and cell["bytes"] is None:
+            return str(cell["path"])
+        return f"row {index} of {self.origin}" + (f" ({cell['path']})" if cell["path"] else "")
+
+    def label(self, index: int) -> int:
+        """See `ImageSource`.
+
+        Raises:
+            ValueError: the row's class is empty, -1 (which `datasets` writes where it is not known) or otherwise none of the classes.
+        """
+        (label,) = self.labels[index].values()
+        if label is None or not 0 <= label < len(self.class_names or ()):
+            raise ValueError(f"its class is {label}, not a number from 0 to {len(self.class_names or ()) - 1}")
+        return label
+
+    def captions(self, index: int) -> Sequence[str]:
+        """See `ImageSource`; a class is captioned by its name, found by number.
+
+        Raises:
+            ValueError: the row has no caption, or something else in its place.
+        """
+        if self.texts is None:
+            raise ValueError("this data has no captions")
+        return self.captions_of(self._cells[index].as_py())
+
+    def all_captions(self, rows: range) -> Iterator[Sequence[str] | ValueError]:
+        """Those of rows that follow each other, or what is wrong with them; read in blocks, in a fraction of the time."""
+        for start in range(rows.start, rows.stop, 10_000):
+            ((_, values),) = self.texts[start : min(start + 10_000, rows.stop)].items()
+            for value in values:
+                try:
+                    yield self.captions_of(value)
+                except ValueError as error:
+                    yield error
+
+    @cached_property
+    def _cells(self) -> Any:
+        """The captions as one Arrow column, of which a row takes a microsecond, and from `datasets` many."""
+        (column,) = self.texts.column_names
+        return self.texts.with_format("arrow")[:][column]
+
+    @cached_property
+    def _caption_kind(self) -> tuple[str, Sequence[str]]:
+        """The column of the captions, and the names of its classes, if they are classes; `datasets` copies its features when asked."""
+        ((column, kind),) = self.texts.features.items()
+        return column, getattr(kind, "names", ())
+
+    def captions_of(self, value: Any) -> Sequence[str]:
+        """The captions in a cell of ``texts``, as `captions`."""
+        column, names = self._caption_kind
+        if isinstance(value, int):
+            value = names[value] if 0 <= value < len(names) else None
+        found = [value] if isinstance(value, str) else value
+        if not found or not all(isinstance(text, str) and text.strip() for text in found):
+            raise ValueError(f"it has no caption in column {column!r}")
+        return list(found)
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of each encoded image, int64 [N], its cell's or its file's; -1 where there is none."""
+        from pyarrow import compute
+
+        found = []
+        for chunk in self.table.data.column(self.column).chunks:
+            sizes = compute.fill_null(compute.binary_length(chunk.field("bytes")), -1).to_numpy(zero_copy_only=False).astype(np.int64)
+            paths = chunk.field("path")
+            for row in np.flatnonzero(sizes < 0):
+                path = paths[int(row)].as_py()
+                sizes[row] = os.path.getsize(path) if path and os.path.exists(path) else -1
+            found.append(sizes)
+        return np.concatenate(found)
+
+
+def hub_images(
     name: str,
     config: str | None,
     column: str,
@@ -27,13 +149,14 @@ def _hub_images(
     caption_column: str | None,
     cache_dir: str | None,
 ) -> TableImages:
+    """The ``train`` split of a data set on the hub; the arguments are those of `immiscible.data.loading.load_images`."""
     import datasets
 
     try:
         table = datasets.load_dataset(name, config, cache_dir=cache_dir, split="train")
     except Exception as error:  # whatever the network, the Hub or the dataset's own files can do wrong
         raise UserError(
-            f"--dataset_name {name}: cannot load its train split ({_first_line(error)}); check the name and the network", exit_code=1
+            f"--dataset_name {name}: cannot load its train split ({first_line(error)}); check the name and the network", exit_code=1
         ) from error
     origin = name if config is None else f"{name}/{config}"
     labels = only_labels(table, label_column, origin, labels_for)
@@ -41,9 +164,10 @@ def _hub_images(
     return TableImages(only_images(table, column, origin), column, origin, f"{origin}, {_summary(table)}", labels, texts)
 
 
-def _folder_images(
+def folder_images(
     folder: str, column: str, label_column: str | None, labels_for: str | None, caption_column: str | None, cache_dir: str | None
 ) -> TableImages:
+    """A local folder of images or of parquet files, likewise."""
     import datasets
 
     root = Path(folder).expanduser().resolve()
@@ -66,7 +190,7 @@ def _folder_images(
         wanted = "cannot read its .parquet files" if parquet else "no training images found in it, nor .parquet files"
         if not parquet and any(_image_files(root)):
             wanted = "cannot read its images and what their metadata.jsonl says"
-        raise UserError(f"--train_data_dir {folder}: {wanted} ({_first_line(error)})") from error
+        raise UserError(f"--train_data_dir {folder}: {wanted} ({first_line(error)})") from error
     images = only_images(table, column, str(root))
     within = f"{root}{os.sep}"
     names = parquet or [path.removeprefix(within) for path in _paths(images, column)]
@@ -93,8 +217,6 @@ def parquet_files(root: Path) -> list[str]:
 
 def _image_files(root: Path) -> Iterator[str]:
     """Relative paths of what looks like an image; hidden ones are not looked at, as by `datasets`."""
-    from immiscible.data.shards import IMAGE_EXTENSIONS
-
     endings = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from immiscible.data.arguments import ImageArguments
 from immiscible.errors import UserError
 from immiscible.randomness import derive_seed
-
-if TYPE_CHECKING:
-    from immiscible.configs import AnyConfig
-
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's 8-bit mode
 
@@ -123,17 +119,23 @@ class ImageTransform:
         return derive_seed(self.seed, "crop", side, epoch, index) % (extra + 1)
 
 
-def image_transform(config: AnyConfig, channels: int, seed: int) -> ImageTransform:
-    """What makes pixels of the images, as the flags say."""
+def image_transform(arguments: ImageArguments, channels: int, seed: int) -> ImageTransform:
+    """What makes pixels of the images, as the flags say.
+
+    Args:
+        arguments: the flags.
+        channels: of the pixels.
+        seed: the run's seed.
+    """
     return ImageTransform(
-        config.resolution,
+        arguments.resolution,
         channels,
-        config.center_crop,
-        config.random_flip,
-        config.preserve_input_precision,
+        arguments.center_crop,
+        arguments.random_flip,
+        arguments.preserve_input_precision,
         seed,
-        config.image_interpolation_mode,
-        config.crop,
+        arguments.image_interpolation_mode,
+        arguments.crop,
     )
 
 
