@@ -13,8 +13,8 @@ def final_hashes(folder: Path, step: int) -> dict[str, str]:
     return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}
 
 
-def start(script, argv, processes):
-    return script.start_ranks(argv, processes) if processes > 1 else [script.start(argv)]
+def start(script, argv, processes, **options):
+    return script.start_ranks(argv, processes, **options) if processes > 1 else [script.start(argv, **options)]
 
 
 def finish(runs):
