@@ -305,10 +305,10 @@ def test_columns(monkeypatch, tmp_path):
 
 
 def test_loader_processes(monkeypatch, tmp_path):
-    import train_text_to_image as script
+    import immiscible.training.run as life
 
-    loaders, build = [], script.build_loader
-    monkeypatch.setattr(script, "build_loader", lambda *arguments: loaders.append(build(*arguments)) or loaders[-1])
+    loaders, build = [], life.build_loader
+    monkeypatch.setattr(life, "build_loader", lambda *arguments: loaders.append(build(*arguments)) or loaders[-1])
     for count in (0, 3):
         reach(monkeypatch, tiny_text(tmp_path / "run", dataloader_num_workers=count))
     assert [loader.num_workers for loader in loaders] == [0, 3]

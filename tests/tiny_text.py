@@ -118,7 +118,7 @@ def reach(
     steps: int = 0,
     inspect: Callable[[Reached], None] | None = None,
 ) -> Reached:
-    """Runs ``train_text_to_image`` in this process up to its training loop and takes ``steps`` of it; nothing is written.
+    """Runs ``train_text_to_image.py`` in this process up to its training loop and takes ``steps`` of it; nothing is written.
 
     Args:
         monkeypatch: pytest's.
@@ -129,9 +129,10 @@ def reach(
     """
     from accelerate.state import AcceleratorState, GradientState
 
-    import train_text_to_image as script
+    import immiscible.training.run as life
     from immiscible.configs import TextToImageConfig
     from immiscible.flags import parse_config
+    from immiscible.tasks.text_to_image import text_to_image_task
     from immiscible.training.loop import train
     from immiscible.training.session import session
 
@@ -141,9 +142,14 @@ def reach(
 
     names = ("accelerator", "model", "optimizer", "objective", "batches", "encode")
     found: list[Reached] = []
+    tasks: list[Any] = []
+
+    def build(seed: int) -> Any:
+        tasks.append(text_to_image_task(config, accelerator, seed, from_scratch=from_scratch))
+        return tasks[-1]
 
     def stand_in(*arguments: Any, **options: Any) -> None:
-        reached = Reached({**dict(zip(names, arguments, strict=True)), **options})
+        reached = Reached({**dict(zip(names, arguments, strict=True)), **options, "task": tasks[-1]})
         found.append(reached)
         network, watch = reached.accelerator.unwrap_model(reached.model), reached.watch
 
@@ -167,12 +173,12 @@ def reach(
         raise _Stop
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(script, "train", stand_in)
+    monkeypatch.setattr(life, "train", stand_in)
     config = parse_config(TextToImageConfig, [str(word) for word in argv], program="a script", description="")
     reset()  # another test of this process may have left a precision behind
     try:
         with pytest.raises(_Stop), session(config) as accelerator:
-            script.train_text_to_image(config, accelerator, from_scratch=from_scratch)
+            life.run(config, accelerator, build)
     finally:
         reset()
     return found[0]

@@ -17,7 +17,7 @@ from tiny_text import data_folder, model_folder, tiny_text
 
 from immiscible.configs import UnconditionalConfig
 from immiscible.data.batches import GlobalBatchOrder, Images
-from immiscible.data.loading import build_loader, images_of, load_images, load_training_images, training_images
+from immiscible.data.loading import build_loader, images_of, load_images, training_source, training_images
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.encoders import LatentEncoder, PixelEncoder, latent_draw
 from immiscible.errors import UserError
@@ -270,8 +270,9 @@ def opened(words: list[str]):
     from immiscible.encoding.cache import open_cache
 
     config = parse_config(UnconditionalConfig, words, program="x", description="")
-    source = load_training_images(config)
-    return config, source, open_cache(config, load_vae(str(config.vae_model_name_or_path), resolution=config.resolution), source)
+    source = training_source(config, config.labels_for)
+    vae = load_vae(str(config.vae_model_name_or_path), resolution=config.resolution)
+    return config, source, open_cache(Path(config.latent_cache_dir), config, vae, source, precision=config.mixed_precision)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -285,7 +286,7 @@ def test_latents_from_a_cache_are_those_of_the_vae(script, vae, cached, tmp_path
     plain = LatentEncoder(vae, CPU, class_conditional=True, precision=PRECISIONS[precision])
     runs = []
     for images, augment, encode in ((source, transform, plain), (cache.images(source), cache.transform(transform), cache.encoder(plain))):
-        batches = images_of(build_loader(training_images(images, augment, config), order, 0, CPU), skip_bad_images=False)
+        batches = images_of(build_loader(training_images(images, augment, with_labels=True), order, 0, CPU), skip_bad_images=False)
         runs.append([encode(batch, Draws(3, step, 0, CPU)) for step, batch in enumerate(batches)])
     for wanted, found in zip(*runs, strict=True):
         assert close(found.x0, wanted.x0) and found.x0.dtype == torch.float32 and found.x0.shape == (4, 4, 4, 4)

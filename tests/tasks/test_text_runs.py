@@ -22,7 +22,6 @@ from tiny_text import ADAPTERS, FINETUNE, SCRATCH, WEIGHTS, data_folder, model_f
 from immiscible.configs import TextToImageConfig
 from immiscible.errors import UserError
 from immiscible.randomness import seeded_generator
-from immiscible.tasks.text_to_image import text_model_card
 from immiscible.training.folder import run_identity
 
 
@@ -133,11 +132,11 @@ def test_the_saved_pipeline_samples_what_the_grid_shows(runs):
 
 
 def test_the_card_says_how_to_sample(monkeypatch, tmp_path):
-    parts = reach(monkeypatch, tiny_text(tmp_path / "run", use_lora=True)).encode.parts
-    card = text_model_card(replace(parts, name="some/model"), "title", {}, None)
+    task = reach(monkeypatch, tiny_text(tmp_path / "run", use_lora=True)).task
+    card = str(replace(task, parts=replace(task.parts, name="some/model")).card("title", {}, None))
     assert "base_model: some/model\n" in card and "register_to_config" not in card
-    other = reach(monkeypatch, tiny_text(tmp_path / "run", use_lora=True, prediction_type="v_prediction")).encode.parts
-    assert 'pipeline.scheduler.register_to_config(prediction_type="v_prediction")' in text_model_card(other, "title", {}, None)
+    other = reach(monkeypatch, tiny_text(tmp_path / "run", use_lora=True, prediction_type="v_prediction")).task
+    assert 'pipeline.scheduler.register_to_config(prediction_type="v_prediction")' in str(other.card("title", {}, None))
 
 
 def test_config_yaml_restarts_the_run(script, runs, tmp_path):

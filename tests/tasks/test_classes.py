@@ -20,7 +20,9 @@ from immiscible.networks.unet import build_unet, unet_config
 from immiscible.randomness import seeded_generator
 from immiscible.sampling.pipelines import build_pipeline, sample_images, sample_labels, told_classes
 from immiscible.schedulers import build_scheduler
-from immiscible.tasks.pixels import save_pipeline, save_samples
+from immiscible.method import build_objective
+from immiscible.tasks.pixels import UnconditionalTask
+from immiscible.training.task import TrainingData
 
 CPU = torch.device("cpu")
 CLASSES = 4
@@ -154,25 +156,27 @@ def test_evaluation_samples_every_class_equally():
 # What a run leaves
 
 
-def run_config(tmp_path, **changes):
-    changes = {"eval_batch_size": 9, "ddpm_num_inference_steps": 2, "seed": 0, **changes}
-    return UnconditionalConfig(output_dir=str(tmp_path), class_conditional=True, **changes)
+def task_of(unet, prediction_type="epsilon", names=(), **changes):
+    """A task around a network, whose images have these classes."""
+    flags = {"eval_batch_size": 9, "ddpm_num_inference_steps": 2, "seed": 0, "class_conditional": True, **changes}
+    config, scheduler = UnconditionalConfig(**flags), build_scheduler("ddpm", prediction_type=prediction_type)
+    objective = build_objective(config, scheduler, SimpleNamespace(device=CPU))
+    data = TrainingData(SimpleNamespace(class_names=names), None, None)
+    return UnconditionalTask(config, scheduler, objective, data, unet, {}, None, None)
 
 
-def test_grids_are_in_the_order_of_classes(tmp_path):
-    scheduler = build_scheduler("ddpm", prediction_type="sample")
-    save_samples(Painter.from_config(config_of()), None, scheduler, run_config(tmp_path), 0, 5)
-    with Image.open(tmp_path / "samples" / "step-0000005.png") as grid:
-        cells = numpy.array(grid.convert("L"))[32::64, 32::64]
-    assert (cells / 255 * (CLASSES - 1)).round().flatten().tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
+def test_grids_are_in_the_order_of_classes():
+    images = task_of(Painter.from_config(config_of()), prediction_type="sample").samples(None)
+    assert (images[:, 4, 4, 0] / 255 * (CLASSES - 1)).round().tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_the_example_of_the_model_card_samples_classes_by_diffusers_alone(tmp_path, sampler):
     unet, scheduler = tiny_unet(), build_scheduler("ddpm")
     names = ["crane", "dog", "crane", "a | b"]
-    save_pipeline(unet, None, scheduler, run_config(tmp_path, sampling_scheduler=sampler), {"inference_steps": "3"}, names)
-    card = (tmp_path / "README.md").read_text()
+    task = task_of(unet, names=names, sampling_scheduler=sampler)
+    task.save(tmp_path, None)
+    card = str(task.card("title", {"inference_steps": "3"}, None))
     assert "\nClasses:\n\n0. crane\n1. dog\n2. crane\n3. a | b\n" in card
     assert json.loads((tmp_path / "unet" / "config.json").read_text())["num_class_embeds"] == CLASSES
     (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
@@ -187,9 +191,8 @@ def test_the_example_of_the_model_card_samples_classes_by_diffusers_alone(tmp_pa
     assert [numpy.array(image).tolist() for image in found["images"]] == [numpy.array(image).tolist() for image in expected]
 
 
-def test_the_model_card_of_an_unconditional_run_names_no_classes(tmp_path):
-    save_pipeline(tiny_unet(None), None, build_scheduler("ddpm"), run_config(tmp_path), {"inference_steps": "3"}, ["a", "b"])
-    card = (tmp_path / "README.md").read_text()
+def test_the_model_card_of_an_unconditional_run_names_no_classes():
+    card = str(task_of(tiny_unet(None), names=["a", "b"]).card("title", {"inference_steps": "3"}, None))
     assert "Classes" not in card and "class_labels" not in card
 
 
