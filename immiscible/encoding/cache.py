@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -36,8 +35,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
+from immiscible.data.arguments import ImageArguments
 from immiscible.data.shards import ShardImages
-from immiscible.data.sources import ImageSource, Subset, TableImages
+from immiscible.data.sources import ImageSource, Subset
+from immiscible.data.tables import TableImages
 from immiscible.data.transforms import ImageTransform
 from immiscible.encoding.encoders import LatentEncoder
 from immiscible.encoding.texts import TextToImageEncoder
@@ -48,23 +49,11 @@ from immiscible.networks.weights import PRECISIONS, weights_digest
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-    from immiscible.configs import AnyConfig
-    from immiscible.networks.stable_diffusion import StableDiffusion
-
     Parts: TypeAlias = StableDiffusion | AutoencoderKL
 
-
-logger = logging.getLogger(__name__)
-
-
 MANIFEST = "manifest.json"
-
-
-FORMAT = 2  # of the files; a cache of another format is refused
-
-
 INDEX = "index.safetensors"
-
+FORMAT = 2  # of the files; a cache of another format is refused
 
 # What must be equal for a cache to serve a run, in words that say which flag it is.
 MUST_AGREE = {
@@ -297,47 +286,40 @@ class CachedTextEncoder(_FromMoments, TextToImageEncoder):
         return found[0], found[1] if self.pooled_labels else None
 
 
-def open_cache(config: AnyConfig, parts: Parts, source: ImageSource) -> LatentCache:
-    """The cache of ``--latent_cache_dir``.
+def open_cache(folder: Path, data: ImageArguments, parts: Parts, source: ImageSource, *, precision: str | None) -> LatentCache:
+    """The cache in a folder, for a run that is to take its latents from there.
 
     A cache of all images serves a run on some of them, one with flips a run without, one in fp32 a run in any precision.
 
     Args:
-        config: the run's flags.
+        folder: of ``--latent_cache_dir``.
+        data: the run's flags of the data.
         parts: as loaded: their weights are hashed.
         source: the run's images, or a `Subset` of those that the cache was made of.
+        precision: what ``--mixed_precision`` of the run says, or None.
 
     Raises:
         UserError: there is no cache, it is not whole, or it is not what this run would encode; the line says what differs.
     """
-    folder = Path(str(config.latent_cache_dir))
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     make = "run scripts/precompute_latents.py with this run's flags and"
     again = f"{make} --latent_cache_dir {folder}"
     if manifest is None:
         raise UserError(f"--latent_cache_dir {folder} holds no latent cache; {again}")
-    wanted = cache_settings(config, parts, source)
+    wanted = cache_settings(data, parts, source)
     inner: ImageSource = source
     while inner.fingerprint != manifest["settings"]["data"] and isinstance(inner, Subset):
         inner = inner.source
     wanted["data"] = inner.fingerprint
-    differences = _differences(manifest["settings"], wanted)
-    if config.random_flip and not manifest["settings"]["flips"]:
-        differences.append("--random_flip is off in the cache and on here")
-    precision = _precision(config.mixed_precision)
-    if manifest["precision"] not in ("float32", precision):
-        differences.append(f"it was encoded in {manifest['precision']} and this run would encode in {precision} (--mixed_precision)")
-    if differences:
-        raise UserError(
-            f"--latent_cache_dir {folder} was not made for this run: {'; '.join(differences)}; {make} another --latent_cache_dir"
-        )
-    if not manifest["files"]:
-        raise UserError(f"--latent_cache_dir {folder} is not finished; {again} to go on")
-    for name, facts in manifest["files"].items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != facts["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
-            raise UserError(f"--latent_cache_dir {folder}: {name} {found}; {again} to mend it")
+    found = settings_that_differ(manifest["settings"], wanted)
+    if data.random_flip and not manifest["settings"]["flips"]:
+        found.append("--random_flip is off in the cache and on here")
+    here = precision_name(precision)
+    if manifest["precision"] not in ("float32", here):
+        found.append(f"it was encoded in {manifest['precision']} and this run would encode in {here} (--mixed_precision)")
+    if found:
+        raise UserError(f"--latent_cache_dir {folder} was not made for this run: {'; '.join(found)}; {make} another --latent_cache_dir")
+    _check_files(folder, manifest["files"], again)
     cache = LatentCache(folder, manifest)
     try:
         cache.check_data(inner)
@@ -346,26 +328,38 @@ def open_cache(config: AnyConfig, parts: Parts, source: ImageSource) -> LatentCa
     return cache
 
 
-def cache_settings(config: AnyConfig, parts: Parts, source: ImageSource) -> dict[str, Any]:
-    """What the bits of a cache depend on; ``data`` is the fingerprint of ``source``. Of the VAE that is its encoder alone."""
-    vae, adm = _vae(parts), config.crop == "adm"
-    interpolation = config.image_interpolation_mode + (" at the images' precision" if config.preserve_input_precision else "")
+def _check_files(folder: Path, files: Mapping[str, Any], again: str) -> None:
+    """Whether all are there with their sizes; ``again`` says how to make them."""
+    if not files:
+        raise UserError(f"--latent_cache_dir {folder} is not finished; {again} to go on")
+    for name, facts in files.items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != facts["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
+            raise UserError(f"--latent_cache_dir {folder}: {name} {found}; {again} to mend it")
+
+
+def cache_settings(data: ImageArguments, parts: Parts, source: ImageSource) -> dict[str, Any]:
+    """What the bits of a cache depend on, under the keys of `MUST_AGREE` and ``flips``. Of the VAE that is its encoder alone."""
+    vae, adm = vae_of(parts), data.crop == "adm"
+    interpolation = data.image_interpolation_mode + (" at the images' precision" if data.preserve_input_precision else "")
     return {
         "format": FORMAT,
         "vae": weights_digest(nn.ModuleList([vae.encoder, vae.quant_conv or nn.Identity()])),
         "scaling_factor": vae.config.scaling_factor,
         "text_encoder": _text_digest(parts) if isinstance(parts, StableDiffusion) else None,
-        "resolution": config.resolution,
+        "resolution": data.resolution,
         "crop": "adm" if adm else "center",
         "interpolation": None if adm else interpolation,
-        "flips": config.random_flip,
-        "image_column": config.image_column,
-        "caption_column": getattr(config, "caption_column", None),
+        "flips": data.random_flip,
+        "image_column": data.image_column,
+        "caption_column": data.caption_column,
         "data": source.fingerprint,
     }
 
 
-def _vae(parts: Parts) -> AutoencoderKL:
+def vae_of(parts: Parts) -> AutoencoderKL:
+    """Of a checkpoint, or itself."""
     return parts.vae if isinstance(parts, StableDiffusion) else parts
 
 
@@ -376,16 +370,23 @@ def _text_digest(parts: StableDiffusion) -> str:
     return f"{weights_digest(parts.text_encoder)} {tokenizer}"
 
 
-def _precision(mixed_precision: str | None) -> str:
+def precision_name(mixed_precision: str | None) -> str:
+    """Torch's name for what ``--mixed_precision`` says."""
     return str(PRECISIONS.get(mixed_precision or "no", torch.float32)).removeprefix("torch.")
 
 
-def _differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def settings_that_differ(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """In words, of what must agree."""
     different = [name for name in MUST_AGREE if cached.get(name) != wanted[name]]
     return [f"{MUST_AGREE[name]} was {cached.get(name)} in the cache and is {wanted[name]} here" for name in different]
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's `MANIFEST`; None if there is none.
+
+    Raises:
+        UserError: it is not that of a cache.
+    """
     path = folder / MANIFEST
     if not path.exists():
         return None

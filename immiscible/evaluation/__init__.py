@@ -1,1 +1,7 @@
-"""Pictures become numbers: feature networks, distances, validation loss, leakage."""
+"""How good a run is, while it trains: Frechet distances of its samples, its loss per noise level on images held out, and leakage.
+
+The measured number depends on the feature network, so every network names the number that it gives, and that name goes into every
+table. What is drawn here is drawn from fixed seeds that are not the run's: every evaluation of every run samples from the same noises
+and takes the loss on the same images, noises and timesteps. Nothing here leaves a trace in training: weights, gradients, modes and
+global generators are afterwards what they were.
+"""

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from immiscible.choices import build_choice
 from immiscible.data.bundled import load_digits
-from immiscible.errors import UserError
-from immiscible.randomness import _preserved_randomness, seeded_generator
-from immiscible.training import checkpoints
+from immiscible.errors import UserError, first_line
+from immiscible.files import PARTIAL, replace
+from immiscible.randomness import preserved_randomness, seeded_generator
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class DigitsFeatures:
 
     def __init__(self, cache_dir: Path | None = None) -> None:
         path = (cache_dir or _cache_folder()) / "digits-classifier-1.safetensors"
-        with _preserved_randomness():
+        with preserved_randomness():
             self._network = _digits_network()
             if not self._read(path):
                 logger.info("training the digits classifier that %s needs, once; it is kept in %s", self.name, path)
@@ -122,7 +122,7 @@ class DigitsFeatures:
                     raise ValueError("its contents do not match their hash")
             self._use(tensors)
         except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-            logger.warning("%s is broken (%s) and is made anew", path, str(error).partition("\n")[0])
+            logger.warning("%s is broken (%s) and is made anew", path, first_line(error))
             return False
         return True
 
@@ -130,11 +130,11 @@ class DigitsFeatures:
         """One key of metadata, for safetensors writes several in any order. Two processes write equal files; the later one stands."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=checkpoints.PARTIAL)
+            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(save(self._tensors, metadata={"sha256": _digest(self._tensors)}))
-                checkpoints.replace(Path(partial), path)
+                replace(Path(partial), path)
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(partial)

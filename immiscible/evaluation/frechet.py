@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from immiscible.errors import UserError
+from immiscible.errors import UserError, first_line
 from immiscible.evaluation.features import FeatureNetwork
-from immiscible.evaluation.validation import BATCH_SIZE
+from immiscible.evaluation.validation import BATCH_SIZE, EVALUATION_SEED
 from immiscible.networks.weights import evaluation_weights
-from immiscible.randomness import _preserved_randomness
+from immiscible.randomness import preserved_randomness
 from immiscible.sampling.pipelines import sample_images
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-
-EVALUATION_SEED = 0  # of the samples' noises and of the held-out loss: one constant for all runs, whatever their seeds
 
 
 class FrechetDistance:
@@ -93,9 +90,8 @@ def _torchmetrics_fid() -> Callable[..., Any]:
     try:
         return import_module("torchmetrics.image.fid").FrechetInceptionDistance  # its own module needs no torch-fidelity
     except Exception as error:  # torch-fidelity without torchvision, or with one for another torch, fails in several types
-        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"the Frechet distance needs torchmetrics, which cannot be imported ({reason}): "
+            f"the Frechet distance needs torchmetrics, which cannot be imported ({first_line(error)}): "
             "`pip install torchmetrics`; where torch-fidelity is installed it needs a torchvision that fits torch",
             exit_code=1,
         ) from error
@@ -148,7 +144,7 @@ class Evaluation:
             raise UserError(f"--eval_samples {samples} is too small: a covariance needs 2, a meaningful one {features.num_features + 1}")
         if not self.inference_steps or self.inference_steps[0] < 1:
             raise UserError("--eval_inference_steps needs numbers of at least 1")
-        with _preserved_randomness():
+        with preserved_randomness():
             self.distance = FrechetDistance(features, reference)
         for count, what in ((samples, "--eval_samples"), (self.distance.reference_images, "the number of reference images")):
             if count <= features.num_features:
@@ -173,7 +169,7 @@ class Evaluation:
         """
         total = self.samples * len(self.inference_steps)
         with (
-            _preserved_randomness(pipeline.unet.device),
+            preserved_randomness(pipeline.unet.device),
             evaluation_weights(pipeline.unet, ema),
             tqdm(total=total, desc="evaluating", unit="sample", delay=2, leave=False, disable=None) as bar,
         ):

@@ -14,19 +14,16 @@ from tqdm import tqdm
 from immiscible.data.batches import ImageDataset, Images, check_batch, collate
 from immiscible.data.sources import ImageSource
 from immiscible.data.transforms import ImageTransform
-from immiscible.evaluation.frechet import EVALUATION_SEED
 from immiscible.networks.weights import evaluation_weights
 from immiscible.objectives import weighted_mse
 from immiscible.process import NoiseProcess
-from immiscible.randomness import Draws, _preserved_randomness, seeded_generator
+from immiscible.randomness import Draws, preserved_randomness, seeded_generator
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
-
+EVALUATION_SEED = 0  # of the samples' noises and of the held-out loss: one constant for all runs, whatever their seeds
 REFERENCE_IMAGES = 10_000  # at most; more would cost time and hardly move the reference's mean and covariance
-
-
 BATCH_SIZE = 256  # of small images; see `images_together`
 
 
@@ -64,7 +61,7 @@ def validation_loss(
     levels = min(levels, process.num_timesteps)
     edges = [level * process.num_timesteps // levels for level in range(levels + 1)]
     losses = {}
-    with _preserved_randomness(device), evaluation_weights(model, ema), torch.no_grad():
+    with preserved_randomness(device), evaluation_weights(model, ema), torch.no_grad():
         for level, (start, stop) in enumerate(pairwise(edges)):
             total = 0.0
             for first in range(0, len(images), batch_size):

@@ -1,4 +1,4 @@
-"""Many samples of a trained model: which weights, of which prompts or classes, and exactly how many, in one folder.
+"""Many samples of a trained model, of which prompts or classes, and exactly how many, in one folder.
 
 Image i is a function of (seed, i) and what the model was told of it, whatever the number of processes: they share batches of consecutive
 images, so that each image is computed in the same company, and a folder that was cut short is completed to the same bytes. Another batch
@@ -8,7 +8,6 @@ size gives the same images up to rounding.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import zipfile
@@ -31,13 +30,7 @@ from immiscible.sampling.pipelines import sample_images
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-
-logger = logging.getLogger(__name__)
-
-
 MANIFEST, TABLE, METADATA = "manifest.json", "samples.npz", "metadata.jsonl"
-
-
 # What may differ where a folder is completed; the networks are compared by their weights, not by where these lie.
 FREE = ("command", "complete", "num_images", "batch_size", "processes", "versions", "model", "lora")
 

@@ -1,4 +1,4 @@
-"""A pipeline to sample, and its sampler."""
+"""A pipeline that is loaded to be sampled: its sampler, its size, and what tells its weights from others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from immiscible.networks.weights import weights_digest
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-
 # The choices of --scheduler. Diffusers' pipelines of pixels do not scale what a sampler with sigmas expects scaled, so they take three.
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -28,8 +27,6 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-
-
 PIXEL_PIPELINES = {"ddpm": "DDPMPipeline", "ddim": "DDIMPipeline", "dpm_solver": "DDPMPipeline"}
 
 
@@ -103,7 +100,7 @@ def image_size(loaded: Loaded, side: int | None) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-def _freeze(pipeline: DiffusionPipeline) -> None:
+def freeze(pipeline: DiffusionPipeline) -> None:
     """Makes the arithmetic the same wherever the weights came from: a CPU's last bits depend on the alignment of weights that are mapped
     from a file, and on whether they could be trained.
     """

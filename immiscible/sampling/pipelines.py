@@ -1,4 +1,4 @@
-"""Pipelines of a run, samples and grids."""
+"""Pipelines of what is trained, what they are told, samples and grids."""
 
 from __future__ import annotations
 
@@ -47,6 +47,36 @@ def build_pipeline(
     if vae is not None:
         return LDMPipeline(vqvae=vae, unet=unet, scheduler=sampling_scheduler)
     return pipeline(unet, sampling_scheduler)
+
+
+def build_text_pipeline(parts: StableDiffusion) -> StableDiffusionPipeline:
+    """The checkpoint's own pipeline with the U-Net in training, and its own sampler told the prediction type that is trained.
+
+    A sampler that cannot sample that type (PNDM and "sample") gives way to DDIM. A safety checker is left out: it would blank samples.
+    """
+    import diffusers
+
+    common = {"revision": parts.options["revision"], "cache_dir": parts.options["cache_dir"]}
+    index = diffusers.DiffusionPipeline.load_config(parts.name, **common)
+    prediction_type, kind = parts.scheduler.config.prediction_type, index["scheduler"][1]
+    options = {**common, "prediction_type": prediction_type}
+    if prediction_type == "sample" and kind == "PNDMScheduler":
+        kind, options = "DDIMScheduler", {**options, "clip_sample": False}
+    scheduler = getattr(diffusers, kind).from_pretrained(parts.name, subfolder="scheduler", **options)
+    side = parts.unet.config.sample_size
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=copy.deepcopy(parts.tokenizer),  # it has state, and the look-ahead thread uses its own
+        unet=parts.unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    # Where a checkpoint is as old as Stable Diffusion 1.4, diffusers takes any size below 64 (512 pixels) for a mistake and puts 64 there.
+    pipeline.unet.register_to_config(sample_size=side)
+    return pipeline
 
 
 def sample_images(
@@ -178,33 +208,3 @@ def image_grid(images: numpy.ndarray, *, least_side: int = 64) -> Image.Image:
     cells = [cell.resize((cell.width * factor, cell.height * factor), Image.Resampling.NEAREST) for cell in cells]
     cells += [Image.new("RGB", cells[0].size, "white")] * (rows * columns - len(cells))
     return make_image_grid(cells, rows=rows, cols=columns)
-
-
-def build_text_pipeline(parts: StableDiffusion) -> StableDiffusionPipeline:
-    """The checkpoint's own pipeline with the U-Net in training, and its own sampler told the prediction type that is trained.
-
-    A sampler that cannot sample that type (PNDM and "sample") gives way to DDIM. A safety checker is left out: it would blank samples.
-    """
-    import diffusers
-
-    common = {"revision": parts.options["revision"], "cache_dir": parts.options["cache_dir"]}
-    index = diffusers.DiffusionPipeline.load_config(parts.name, **common)
-    prediction_type, kind = parts.scheduler.config.prediction_type, index["scheduler"][1]
-    options = {**common, "prediction_type": prediction_type}
-    if prediction_type == "sample" and kind == "PNDMScheduler":
-        kind, options = "DDIMScheduler", {**options, "clip_sample": False}
-    scheduler = getattr(diffusers, kind).from_pretrained(parts.name, subfolder="scheduler", **options)
-    side = parts.unet.config.sample_size
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=copy.deepcopy(parts.tokenizer),  # it has state, and the look-ahead thread uses its own
-        unet=parts.unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    # Where a checkpoint is as old as Stable Diffusion 1.4, diffusers takes any size below 64 (512 pixels) for a mistake and puts 64 there.
-    pipeline.unet.register_to_config(sample_size=side)
-    return pipeline

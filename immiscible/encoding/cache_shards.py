@@ -1,0 +1,194 @@
+"""What goes into the shards of a cache: moments of latents, and text states of captions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from immiscible.data.arguments import ImageArguments
+from immiscible.data.batches import BadImage, ImageDataset, check_batch
+from immiscible.data.loading import build_loader
+from immiscible.data.sources import ImageSource, Subset
+from immiscible.data.tables import TableImages
+from immiscible.data.transforms import image_transform
+from immiscible.encoding.cache import caption_digest
+from immiscible.encoding.encoders import LatentEncoder
+from immiscible.encoding.texts import TextToImageEncoder
+from immiscible.errors import UserError
+from immiscible.networks.latents import latent_downsampling
+from immiscible.networks.stable_diffusion import StableDiffusion, text_states
+from immiscible.processes import on_every_process
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import AutoencoderKL
+
+Shard = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and the index and reason of each image that could not be read
+
+
+class _ByNumber(Subset):
+    """All images, named by their number: two may share a name."""
+
+    def name(self, index: int) -> str:
+        """The number."""
+        return str(index)
+
+
+@dataclass(frozen=True)
+class ImageShards:
+    """The ``moments`` of images; see `immiscible.encoding.cache`.
+
+    Args:
+        data: the flags of the runs that shall use the cache.
+        vae: whose latents they are.
+        encoder: has it.
+        source: the images.
+        device: where the VAE is.
+        batch_size: images encoded together.
+        rows_per_shard: images of a file.
+    """
+
+    data: ImageArguments
+    vae: AutoencoderKL
+    encoder: LatentEncoder | TextToImageEncoder
+    source: ImageSource
+    device: torch.device
+    batch_size: int
+    rows_per_shard: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[F, 2, C, h, w]: of the image and its mirror image, mean and log-variance."""
+        side = self.data.resolution // latent_downsampling(self.vae)
+        return 1 + self.data.random_flip, 2, self.vae.config.latent_channels, side, side
+
+    @property
+    def row_bytes(self) -> int:
+        """Of an image."""
+        return 2 * math.prod(self.shape)
+
+    def __call__(self, numbers: Sequence[int], done: Callable[[int], object]) -> Iterator[Shard]:
+        """The shards with these numbers; ``done`` is told the rows after each batch.
+
+        Raises:
+            UserError: an image cannot be read and ``skip_bad_images`` is off.
+        """
+        transform = replace(image_transform(self.data, self.vae.config.in_channels, seed=0), random_flip=False)
+        shards = [_batches(number, len(self.source), self.rows_per_shard, self.batch_size) for number in numbers]
+        keys = ([(0, index) for index in rows] for batches in shards for rows in batches)
+        dataset = ImageDataset(_ByNumber(self.source, range(len(self.source))), transform)
+        loader = iter(build_loader(dataset, keys, self.data.dataloader_num_workers, self.device))
+        for batches in shards:
+            moments: list[Tensor] = []
+            bad: dict[str, str] = {}
+            for rows in batches:
+                batch = next(loader)
+                found = {each.name: each.reason for each in batch["bad"]}
+                if found and not self.data.skip_bad_images:
+                    batch["bad"] = [BadImage(self.source.name(int(index)), reason) for index, reason in found.items()]
+                    check_batch(batch, skip_bad_images=False)
+                bad |= found
+                good = torch.tensor([str(index) not in found for index in rows])
+                moments.append(self._moments(batch["pixel_values"], good))
+                done(len(rows))
+            yield {"moments": torch.cat(moments)}, bad
+
+    @torch.no_grad()
+    def _moments(self, pixels: Tensor, good: Tensor) -> Tensor:
+        """fp16 [n, F, 2, C, h, w] on the CPU; zeros where ``good`` [n] is not set, which has as many ones as ``pixels`` has rows."""
+        moments = torch.zeros(len(good), *self.shape, dtype=torch.float16)
+        if good.any():
+            for flip in range(moments.shape[1]):
+                found = torch.stack(self.encoder.posterior(pixels.flip(-1) if flip else pixels), 1)
+                moments[good, flip] = found.to("cpu", torch.float16)
+        return moments
+
+
+@dataclass(frozen=True)
+class TextShards:
+    """The ``states`` and ``pooled`` states of captions; see `immiscible.encoding.cache`.
+
+    Args:
+        parts: of the checkpoint.
+        captions: each once.
+        device: where the text encoder is.
+        batch_size: captions encoded together.
+        rows_per_shard: captions of a file.
+    """
+
+    parts: StableDiffusion
+    captions: Sequence[str]
+    device: torch.device
+    batch_size: int
+    rows_per_shard: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a caption: its states and their pooled one."""
+        return 2 * self.parts.text_encoder.config.hidden_size * (self.parts.tokenizer.model_max_length + 1)
+
+    @torch.no_grad()
+    def __call__(self, numbers: Sequence[int], done: Callable[[int], object]) -> Iterator[Shard]:
+        """As `ImageShards`; no caption is a bad one."""
+        for number in numbers:
+            parts = []
+            for rows in _batches(number, len(self.captions), self.rows_per_shard, self.batch_size):
+                encoded = text_states(self.parts, self.captions[rows.start : rows.stop], self.device)
+                parts.append([tensor.to("cpu", torch.float16) for tensor in encoded])
+                done(len(rows))
+            states, pooled = (torch.cat(column) for column in zip(*parts, strict=True))
+            yield {"states": states, "pooled": pooled}, {}
+
+
+def _batches(number: int, rows: int, rows_per_shard: int, batch_size: int) -> list[range]:
+    """The rows of a shard, in batches."""
+    shard = range(number * rows_per_shard, min((number + 1) * rows_per_shard, rows))
+    return [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
+
+
+def distinct_captions(source: ImageSource, accelerator: Accelerator, *, skip_bad_images: bool) -> list[str]:
+    """Every caption of the data once, and the empty one, in the order of their digests. Each rank looks through a share of the images.
+
+    Raises:
+        UserError: an image has none and ``skip_bad_images`` is off; on every rank.
+    """
+    from accelerate.utils import gather_object
+
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    share = range(len(source) * rank // processes, len(source) * (rank + 1) // processes)
+    own: set[str] = set()
+
+    def collect() -> None:
+        bar = tqdm(share, desc="captions", unit="image", delay=2, disable=None if accelerator.is_main_process else True)
+        for index, found in zip(bar, _captions(source, share), strict=True):
+            if not isinstance(found, Exception):
+                own.update(found)
+            elif not skip_bad_images:
+                reason = f"{found}; remove it or pass --skip_bad_images"
+                raise UserError(f"cannot read a caption of {source.name(index)}: {reason}", exit_code=1)
+
+    on_every_process(accelerator, collect)
+    captions = sorted({""}.union(*gather_object([own])), key=caption_digest)
+    for one, other in pairwise(captions):
+        if caption_digest(one) == caption_digest(other):
+            raise UserError(f"the captions {one!r} and {other!r} have one digest; change one", exit_code=1)
+    return captions
+
+
+def _captions(source: ImageSource, rows: range) -> Iterator[Sequence[str] | Exception]:
+    """Those of each image, or what is wrong with them."""
+    if isinstance(source, TableImages):
+        yield from source.all_captions(rows)
+        return
+    for row in rows:
+        try:
+            yield source.captions(row)
+        except Exception as error:  # as in `ImageDataset`: whatever a source raises makes that image a bad one
+            yield error
