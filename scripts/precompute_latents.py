@@ -17,78 +17,82 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
-from immiscible.data.loading import load_training_images
-from immiscible.encoding.cache_writing import write_cache
 from immiscible.errors import UserError, run_script
-from immiscible.flags import flag, flag_value, parse_config
-from immiscible.networks.latents import load_vae
-from immiscible.networks.stable_diffusion import load_stable_diffusion
-from immiscible.tasks.text_to_image import load_captioned_images
-from immiscible.training.session import session
+from immiscible.flags import Bounds, flag, flag_value, parse_config
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from immiscible.encoding.cache_writing import CacheSummary
+
+NAMES_THE_MODEL = ("pretrained_model_name_or_path", "vae_model_name_or_path", "revision", "variant")
 
 
 @dataclass
 class CacheArguments:
-    """How the cache is made; stands before the configuration of a training script."""
+    """How the cache is made; stands beside the flags of a training script."""
 
     _argument_group_name = "cache"
 
     encode_batch_size: int = flag(16, "images or captions encoded together")
     rows_per_shard: int = flag(2048, "images or captions in a file; a stopped call loses at most one file per process")
 
-    @classmethod
-    def settle(cls, values: dict[str, Any]) -> None:
-        """A cache is wanted by whoever calls this.
-
-        Raises:
-            UserError: a flag of the training command does not go with one, or the folder is not named.
-        """
-        super().settle(values)
-        if values["streaming"]:
-            raise UserError("--streaming reads data in passing, and a cache needs all of it at hand (images, parquet, .tar); leave it out")
-        if values["latent_cache_dir"] is None:
-            raise UserError("--latent_cache_dir is required: the folder to fill")
-        values["cache_latents"] = True
-
     def check(self) -> None:
-        """As for the training script, and this script's own flags.
+        """What these flags can get wrong.
 
         Raises:
-            UserError: a number is below 1, or as the training script's.
+            UserError: a number is below 1.
         """
-        super().check()
-        for name in ("encode_batch_size", "rows_per_shard"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        Bounds("encode_batch_size rows_per_shard").check(self)
 
 
 @dataclass
-class TextCacheConfig(CacheArguments, TextToImageConfig):
+class TextCacheConfig(TextToImageConfig, CacheArguments):
     """The flags of train_text_to_image.py and finetune_sd.py, and this script's."""
 
+    @staticmethod
+    def settle(values: dict[str, Any]) -> None:
+        """As there, and a cache is wanted."""
+        TextToImageConfig.settle(values)
+        want_cache(values)
+
 
 @dataclass
-class ImageCacheConfig(CacheArguments, UnconditionalConfig):
+class ImageCacheConfig(UnconditionalConfig, CacheArguments):
     """The flags of train_unconditional.py, and this script's."""
+
+    @staticmethod
+    def settle(values: dict[str, Any]) -> None:
+        """As there, and a cache is wanted."""
+        UnconditionalConfig.settle(values)
+        want_cache(values)
+
+
+def want_cache(values: dict[str, Any]) -> None:
+    """A cache is wanted by whoever calls this.
+
+    Raises:
+        UserError: a flag of the training command does not go with one, or the folder is not named.
+    """
+    if values["streaming"]:
+        raise UserError("--streaming reads data in passing, and a cache needs all of it at hand (images, parquet, .tar); leave it out")
+    if values["latent_cache_dir"] is None:
+        raise UserError("--latent_cache_dir is required: the folder to fill")
+    values["cache_latents"] = True
 
 
 def main(argv: Sequence[str]) -> None:
     kind = ImageCacheConfig if flag_value(argv, "vae_model_name_or_path") else TextCacheConfig
-    config = parse_config(kind, argv, program=Path(__file__).name, description=__doc__)
+    config = parse_config(kind, argv, program=Path(__file__).name, description=__doc__ or "")
+    # After parsing, so that --help and usage errors come at once.
+    from immiscible.training.session import session
+
     with session(config) as accelerator:
         started = time.monotonic()
-        if isinstance(config, UnconditionalConfig):
-            source = load_training_images(config)
-            parts = load_vae(config.vae_model_name_or_path, resolution=config.resolution, cache_dir=config.cache_dir)
-        else:
-            source = load_captioned_images(config)
-            parts = load_stable_diffusion(config, from_scratch=True)
-            parts.unet.to("meta")  # gigabytes that nobody needs here
-        sizes = {"batch_size": config.encode_batch_size, "rows_per_shard": config.rows_per_shard}
-        made = write_cache(config, parts, source, accelerator, **sizes)
+        made = fill(config, accelerator)
         captions = f" and {made.captions:,} captions" if made.captions else ""
         bad = "".join(f"\n  skipped {each.name}: {each.reason}" for each in made.bad)
         accelerator.print(
@@ -96,6 +100,33 @@ def main(argv: Sequence[str]) -> None:
             f"{config.latent_cache_dir}: {made.made} files made, {made.kept} there already, {time.monotonic() - started:.1f} s{bad}\n"
             f"train with --cache_latents --latent_cache_dir {config.latent_cache_dir}"
         )
+
+
+def fill(config: TextCacheConfig | ImageCacheConfig, accelerator: Accelerator) -> CacheSummary:
+    """Loads the images and what encodes them, and fills the folder."""
+    from immiscible.data.loading import captioned_source, training_source
+    from immiscible.encoding.cache_writing import write_cache
+    from immiscible.networks.latents import load_vae
+    from immiscible.networks.stable_diffusion import load_stable_diffusion
+
+    common: dict[str, Any] = {"resolution": config.resolution, "cache_dir": config.cache_dir}
+    if isinstance(config, ImageCacheConfig):
+        source = training_source(config, config.labels_for)
+        parts = load_vae(str(config.vae_model_name_or_path), **common)
+    else:
+        source = captioned_source(config, config.labels_for)
+        parts = load_stable_diffusion(config, from_scratch=True, **common)
+        parts.unet.to("meta")  # gigabytes that nobody needs here
+    return write_cache(
+        Path(str(config.latent_cache_dir)),
+        config,
+        parts,
+        source,
+        accelerator,
+        model={name: getattr(config, name) for name in NAMES_THE_MODEL if hasattr(config, name)},
+        batch_size=config.encode_batch_size,
+        rows_per_shard=config.rows_per_shard,
+    )
 
 
 if __name__ == "__main__":

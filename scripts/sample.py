@@ -19,29 +19,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError, run_script
-from immiscible.processes import on_main_process
-from immiscible.sampling.folder import Request, SampleFolder, draw, file_name, read_lines
-from immiscible.sampling.loaded import SCHEDULERS, Loaded, cut_short, image_size, networks, take_scheduler
-from immiscible.tasks.from_run import load_model
+from immiscible.flags import Names, Parser
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose usage errors are one line, from one process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+    from immiscible.sampling.folder import Request, SampleFolder
+    from immiscible.sampling.loaded import Loaded
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", required=True, help="a run's folder, a checkpoint-N in one, or a diffusers pipeline, local or on the hub"
     )
@@ -60,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "--class_names", type=Path, metavar="FILE", help="as --prompts, a class a line; equal names stay classes apart, and go into arr_1"
     )
     parser.add_argument("--guidance_scale", type=float, help="with prompts or class names, required there; 1, the least, is no guidance")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler; by default what the pipeline has")
+    parser.add_argument(
+        "--scheduler", choices=Names("immiscible.sampling.loaded", "SCHEDULERS"), help="the sampler; by default what the pipeline has"
+    )
     parser.add_argument("--resolution", type=int, help="side of text-to-image samples; by default the run's, or what the network says")
     parser.add_argument("--seed", type=int, default=0, help="image i is a function of it and of i")
     parser.add_argument("--batch_size", type=int, default=16, help="images sampled together by a process")
@@ -132,21 +125,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def sample(arguments: argparse.Namespace, argv: Sequence[str], accelerator: Accelerator) -> None:
-    from accelerate.utils import gather_object
-    from diffusers.utils import logging
+    # After parsing, so that --help and usage errors come at once.
+    from immiscible.processes import on_main_process
+    from immiscible.sampling.folder import Request, SampleFolder, read_lines
+    from immiscible.sampling.loaded import image_size
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # of an AutoencoderKL in an LDMPipeline diffusers says that it expected a VQ model
     flag = "--prompts" if arguments.prompts else "--class_names"
     file = arguments.prompts or arguments.class_names
     prompts = read_lines(file, flag) if file else []
-    loaded = load_model(arguments.model, weights=arguments.weights, lora=arguments.lora, base=arguments.base)
-    check_model(arguments, loaded)
-    if arguments.scheduler:
-        loaded.pipeline = take_scheduler(loaded.pipeline, arguments.scheduler)
-    check_steps(arguments.num_inference_steps, loaded)
+    loaded = load(arguments)
     side = (arguments.resolution or loaded.side) if loaded.prompted else arguments.resolution
-    size = image_size(loaded, side)
+    folder = SampleFolder(arguments.output_dir, image_size(loaded, side))
     request = Request(
         num_images=arguments.num_images,
         steps=arguments.num_inference_steps,
@@ -156,53 +145,83 @@ def sample(arguments: argparse.Namespace, argv: Sequence[str], accelerator: Acce
         guidance_scale=1.0 if arguments.guidance_scale is None else arguments.guidance_scale,
         side=side,
     )
-    folder = SampleFolder(arguments.output_dir, size)
     classes = len(prompts) if arguments.class_names else loaded.num_classes
     manifest: dict[str, Any] = {}
 
     def prepare() -> None:
-        manifest.update(describe(arguments, argv, loaded, request, size, accelerator.num_processes))
+        manifest.update(describe(arguments, argv, loaded, request, folder.size, accelerator.num_processes))
         folder.prepare(manifest)
 
     on_main_process(accelerator, prepare)
+    notice(accelerator, loaded, request, classes)
+    start = time.perf_counter()
+    total = draw_share(accelerator, loaded, request, folder)
+    on_main_process(accelerator, lambda: finish(arguments, request, folder, manifest, classes))
+    seconds, (width, height) = timedelta(seconds=round(time.perf_counter() - start)), folder.size
+    accelerator.print(
+        f"{request.num_images} images of {width}x{height} in {arguments.output_dir}: "
+        f"{total} sampled in {seconds}, {request.num_images - total} were there"
+    )
+
+
+def load(arguments: argparse.Namespace) -> Loaded:
+    """The model with the sampler that is asked for, looked at whether it can do what the flags say."""
+    from diffusers.utils import logging
+
+    from immiscible.sampling.loaded import take_scheduler
+    from immiscible.tasks.from_run import load_model
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # of an AutoencoderKL in an LDMPipeline diffusers says that it expected a VQ model
+    loaded = load_model(arguments.model, weights=arguments.weights, lora=arguments.lora, base=arguments.base)
+    check_model(arguments, loaded)
+    if arguments.scheduler:
+        loaded.pipeline = take_scheduler(loaded.pipeline, arguments.scheduler)
+    check_steps(arguments.num_inference_steps, loaded)
+    return loaded
+
+
+def notice(accelerator: Accelerator, loaded: Loaded, request: Request, classes: int | None) -> None:
+    """Says of which classes there will be more, and which prompts are not read to their end."""
+    from immiscible.sampling.loaded import cut_short
+
     if classes and request.num_images % classes:
         more = request.num_images % classes
         accelerator.print(f"{request.num_images} images of {classes} classes: classes 0 to {more - 1} get one image more than the others")
-
+    prompts = request.prompts
     if accelerator.is_main_process and prompts and (short := cut_short(loaded.pipeline, prompts)):
         most = loaded.pipeline.tokenizer.model_max_length
         print(f"{len(short)} of {len(prompts)} prompts, first line {short[0] + 1}, are cut off after the text encoder's {most} tokens")
 
+
+def draw_share(accelerator: Accelerator, loaded: Loaded, request: Request, folder: SampleFolder) -> int:
+    """Samples this process's images that are not there yet; returns how many all processes have sampled.
+
+    Raises:
+        UserError: a process failed; on every process.
+    """
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
+
+    from immiscible.sampling.folder import draw
+
     loaded.pipeline.unet = accelerator.prepare_model(loaded.pipeline.unet, evaluation_mode=True)
-    mine = sum(map(len, request.batches(accelerator.process_index, accelerator.num_processes)))
-    written, failure, start = 0, None, time.perf_counter()
-    share = f" (process 0 of {accelerator.num_processes})" if accelerator.num_processes > 1 else ""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    mine = sum(map(len, request.batches(rank, ranks)))
+    written, failure = 0, None
+    share = f" (process 0 of {ranks})" if ranks > 1 else ""
     with tqdm(total=mine, desc=f"sampling{share}", unit="image", disable=not accelerator.is_main_process) as bar:
         try:
-            written = draw(
-                loaded.pipeline,
-                request,
-                folder,
-                device=accelerator.device,
-                rank=accelerator.process_index,
-                ranks=accelerator.num_processes,
-                progress=bar.update,
-            )
+            written = draw(loaded.pipeline, request, folder, device=accelerator.device, rank=rank, ranks=ranks, progress=bar.update)
         except UserError as error:
             failure = str(error)
         except OSError as error:
-            failure = f"cannot write {error.filename or arguments.output_dir}: {error.strerror or error}"
+            failure = f"cannot write {error.filename or folder.path}: {error.strerror or error}"
     found = gather_object([(written, failure)])
     for _, problem in found:
         if problem:
             raise UserError(problem, exit_code=1)
-    total = sum(count for count, _ in found)
-    on_main_process(accelerator, lambda: finish(arguments, request, folder, manifest, classes))
-    seconds = timedelta(seconds=round(time.perf_counter() - start))
-    accelerator.print(
-        f"{request.num_images} images of {size[0]}x{size[1]} in {arguments.output_dir}: "
-        f"{total} sampled in {seconds}, {request.num_images - total} were there"
-    )
+    return sum(count for count, _ in found)
 
 
 def describe(
@@ -211,6 +230,8 @@ def describe(
     """What defines the samples, and how they were made."""
     import diffusers
     import torch
+
+    from immiscible.sampling.loaded import networks
 
     pipeline = loaded.pipeline
     settings = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
@@ -240,6 +261,8 @@ def describe(
 
 def finish(arguments: argparse.Namespace, request: Request, folder: SampleFolder, manifest: dict[str, Any], classes: int | None) -> None:
     """Makes sure that every image is there, and writes what is written at the end."""
+    from immiscible.sampling.folder import file_name
+
     lacking = [number for number in range(request.num_images) if not (folder.path / file_name(number)).exists()]
     if lacking:
         raise UserError(f"{len(lacking)} of {request.num_images} images are missing, the first is {lacking[0]}; sample again", exit_code=1)

@@ -92,7 +92,7 @@ class SampleFolder:
     """
 
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
-        self.path, self._size = path, size
+        self.path, self.size = path, size
 
     def prepare(self, manifest: Mapping[str, Any]) -> None:
         """Creates the folder or checks that it holds a part of these samples; writes the manifest. One process calls it.
@@ -193,7 +193,7 @@ class SampleFolder:
                 image.verify()  # every chunk's checksum, up to the last chunk
         except (OSError, SyntaxError, ValueError):
             return False
-        return size == self._size
+        return size == self.size
 
 
 def file_name(number: int) -> str:
