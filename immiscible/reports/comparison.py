@@ -79,6 +79,13 @@ class Comparison:
         threshold, own = self.threshold(inference_steps), self.arms[self.baseline].runs.get(seed)
         return threshold if threshold is None or own is None else max(threshold, own.curve(inference_steps)[-1][1])
 
+    def times(self, arm: str, inference_steps: int, time: str = "step") -> dict[int, Interval]:
+        """For each seed the time to its `goal`, which every finished seed of the baseline reaches."""
+        goals = {seed: self.goal(seed, inference_steps) for seed in self.arms[arm].runs}
+        return {
+            seed: crossing(self.arms[arm].runs[seed].curve(inference_steps, time), goal) for seed, goal in goals.items() if goal is not None
+        }
+
     def crossings(self, arm: str, inference_steps: int, time: str = "step") -> dict[int, Interval]:
         """For each seed the time to the `threshold`, as `crossing` says."""
         threshold = self.threshold(inference_steps)

@@ -19,6 +19,7 @@ from immiscible.reports.ratios import UNKNOWN
 
 WIDTH, PANEL_WIDTH = 4.4, 2.2  # inches of a figure and of a small panel
 CROWD = 3  # arms beside the baseline of which every seed can still be told apart in one figure
+MOST_MARKS = 8  # on a median's line
 INK = "#123457"  # stands for the page's text color, light or dark
 # Okabe and Ito's colors, which color-blind readers tell apart; dashes and markers do it in print. No two of 66 arms share all three.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -27,6 +28,7 @@ MARKERS = "os^DvP*X<>h"
 FIGURE_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "immiscible",
+    "text.parse_math": False,  # an arm may be called $x
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
@@ -146,7 +148,9 @@ def _draw_median(axes: Any, comparison: Comparison, name: str, inference_steps: 
         by_step.setdefault(step, []).append(value)
     shared = sorted(step for step, values in by_step.items() if len(values) == len(curves))
     medians = [median(by_step[step]) for step in shared]
-    axes.plot(shared, medians, linewidth=2, markersize=5, markevery=0.2, label=_label(name), **looks(comparison)[name])
+    stride = math.ceil(len(shared) / MOST_MARKS) or 1
+    marked = ((len(shared) - 1) % stride, stride)  # counted from the last point, which always has its mark
+    axes.plot(shared, medians, linewidth=2, markersize=5, markevery=marked, label=_label(name), **looks(comparison)[name])
 
 
 def _draw_goal(axes: Any, comparison: Comparison, inference_steps: int) -> None:
@@ -216,7 +220,7 @@ def ratio_figure(comparison: Comparison, inference_steps: int) -> Markup:
             axes.plot(below, [height] * len(below), color=color, linestyle="none", marker="<", markersize=8, fillstyle="none")
             if not known + above + below:
                 axes.text(1, height, f" {UNKNOWN if values else 'no finished run'}", verticalalignment="center")
-        axes.set(xscale="log", ylim=(len(others) - 0.4, -0.6), xlabel="times fewer training steps (left of 1: harm)")
+        axes.set(xscale="log", ylim=(len(others) - 0.4, -0.6), xlabel="times sooner in training steps (left of 1: harm)")
         axes.set_xlim(min([0.8, *ends]) / 1.08, max([1.25, *ends]) * 1.08)
         axes.set_yticks(range(len(others)), labels)
         axes.tick_params(axis="y", length=0)

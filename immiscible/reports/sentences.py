@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 
 from immiscible.reports.comparison import Comparison
-from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, RULE, UNCLEAR, UNKNOWN, Interval, middle
+from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, RULE, SECONDS, UNCLEAR, UNKNOWN, Interval, middle
 from immiscible.reports.runs import differing_flags
 from immiscible.sampling.pipelines import told
 
@@ -15,56 +15,90 @@ FEW_SEEDS = 3  # with two, an arm without effect has a verdict in half of all co
 
 def headline(comparison: Comparison) -> list[str]:
     """What happened, in plain sentences; the first names the best arm or says that nothing helped."""
-    quality = f"{comparison.baseline}'s final {comparison.feature}"
-    others = [name for name in comparison.arms if name != comparison.baseline]
-    words = {(name, steps): comparison.verdict(name, steps) for name in others for steps in comparison.inference_steps}
+    failures = sum(len(arm.problems) for arm in comparison.arms.values())
+    return [
+        *_best(comparison),
+        *_harm(comparison),
+        *_listed(comparison, "No clear effect", (UNCLEAR, NO_EFFECT)),
+        *_listed(comparison, "Not known, for want of earlier evaluations", (UNKNOWN,)),
+        *([f"Not counted: {failures} {'run' if failures == 1 else 'runs'}, named below."] if failures else []),
+    ]
 
-    def factor(name: str, steps: int, time: str = "step") -> Interval:
-        return middle(comparison.ratios(name, steps, time).values())
 
-    def saving(name: str, steps: int) -> str:
-        fewer, less = (factor(name, steps, time).show(2).replace("> ", "over ") for time in ("step", "train_seconds"))
-        time = "" if less == UNKNOWN else f" ({less}x less time)"
-        return f"{fewer}x fewer training steps{time} at {steps} inference steps"
+def _others(comparison: Comparison) -> list[str]:
+    return [name for name in comparison.arms if name != comparison.baseline]
 
-    def at(name: str, word: str, text: Callable[[int], str]) -> str:
-        return " and ".join(text(steps) for steps in comparison.inference_steps if words[name, steps] == word)
+
+def _where(comparison: Comparison, arm: str, *verdicts: str) -> list[int]:
+    """The numbers of inference steps at which an arm has one of these verdicts."""
+    return [steps for steps in comparison.inference_steps if comparison.verdict(arm, steps) in verdicts]
+
+
+def _factor(comparison: Comparison, arm: str, inference_steps: int, time: str = "step") -> Interval:
+    return middle(comparison.ratios(arm, inference_steps, time).values())
+
+
+def _best(comparison: Comparison) -> list[str]:
+    """The arm that gains most over all numbers of inference steps, and any that gains more at one of them."""
+    others, quality = _others(comparison), f"{comparison.baseline}'s final {comparison.feature}"
+    if not any(comparison.arms[name].runs for name in others) or not comparison.arms[comparison.baseline].runs:
+        return ["Nothing can be said yet: it takes a finished run of the baseline and one of another arm."]
+    if all(comparison.verdict(name, steps) == UNKNOWN for name in others for steps in comparison.inference_steps):
+        return []
+    gaining = {name: where for name in others if (where := _where(comparison, name, GAIN))}
+    if not gaining:
+        return [f"Nothing helped: no arm reached {quality} sooner with every seed."]
 
     def merit(name: str) -> tuple[int, float]:
-        lows = [max(factor(name, steps).low, 0.01) for steps in comparison.inference_steps]
-        return -sum(words[name, steps] == HARM for steps in comparison.inference_steps), math.prod(lows)
+        lows = [max(_factor(comparison, name, steps).low, 0.01) for steps in comparison.inference_steps]
+        return -len(_where(comparison, name, HARM)), math.prod(lows)
 
-    gaining = [name for name in others if any(words[name, steps] == GAIN for steps in comparison.inference_steps)]
-    sentences = []
-    if not any(comparison.arms[name].runs for name in others) or not comparison.arms[comparison.baseline].runs:
-        sentences.append("Nothing can be said yet: it takes a finished run of the baseline and one of another arm.")
-    elif gaining:
-        best = max(gaining, key=merit)
-        seeds = len(comparison.arms[best].runs)
-        gains = at(best, GAIN, lambda steps: saving(best, steps))
-        sentences.append(f"Best arm: {best} reached {quality} in {gains} ({_basis(seeds)}).")
-    elif set(words.values()) != {UNKNOWN}:
-        sentences.append(f"Nothing helped: no arm reached {quality} sooner with every seed.")
-    harmed = [
-        f"{name} at {at(name, HARM, str)} inference steps"
-        for name in others
-        if HARM in {words[name, s] for s in comparison.inference_steps}
+    best = max(gaining, key=merit)
+    better: dict[int, str] = {}
+    for steps in comparison.inference_steps:
+        lows = {name: _factor(comparison, name, steps).low for name, where in gaining.items() if steps in where}
+        if lows and lows.get(best, 0.0) < max(lows.values()):
+            better[steps] = max(lows, key=lambda name: lows[name])
+    together = f" over {_numbers(comparison.inference_steps)} inference steps together" if better else ""
+    gains = " and ".join(f"{_gain(comparison, best, steps)} at {steps} inference steps" for steps in gaining[best])
+    return [
+        f"Best arm{together}: {best} reached {quality} {gains} ({_basis(len(comparison.arms[best].runs))}; {SECONDS}).",
+        *(
+            f"Best at {steps} inference steps alone: {name}, {_gain(comparison, name, steps)} ({_basis(len(comparison.arms[name].runs))})."
+            for steps, name in better.items()
+        ),
     ]
-    if harmed:
-        seeds = len(comparison.arms[comparison.baseline].runs)
-        chance = f" ({_basis(seeds)})" if seeds < FEW_SEEDS else ""
-        sentences.append(f"Harm, slower than {comparison.baseline} with every seed: {', '.join(harmed)}{chance}.")
-    for title, verdicts in (("No clear effect", (UNCLEAR, NO_EFFECT)), ("Not known, for want of earlier evaluations", (UNKNOWN,))):
-        places = {
-            name: " and ".join(str(steps) for steps in comparison.inference_steps if words[name, steps] in verdicts) for name in others
-        }
-        if any(places.values()):
-            listed = ", ".join(f"{name} at {where} inference steps" for name, where in places.items() if where)
-            sentences.append(f"{title}: {listed}.")
-    failures = sum(len(arm.problems) for arm in comparison.arms.values())
-    if failures:
-        sentences.append(f"Not counted: {failures} {'run' if failures == 1 else 'runs'}, named below.")
-    return sentences
+
+
+def _gain(comparison: Comparison, arm: str, steps: int) -> str:
+    by_step, by_second = (_factor(comparison, arm, steps, time) for time in ("step", "train_seconds"))
+    sooner, seconds = (factor.show(2).replace("> ", "over ") for factor in (by_step, by_second))
+    time = "" if seconds == UNKNOWN else f" ({seconds} in seconds{', which is later' if by_second.high < 1 else ''})"
+    return f"{sooner} times sooner in training steps{time}"
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """``5``, ``5 and 20``, ``1, 5 and 20``."""
+    *before, last = map(str, numbers)
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def _harm(comparison: Comparison) -> list[str]:
+    harmed = {name: where for name in _others(comparison) if (where := _where(comparison, name, HARM))}
+    if not harmed:
+        return []
+    seeds = len(comparison.arms[comparison.baseline].runs)
+    chance = f" ({_basis(seeds)})" if seeds < FEW_SEEDS else ""
+    return [f"Harm, slower than {comparison.baseline} with every seed: {_places(harmed)}{chance}."]
+
+
+def _listed(comparison: Comparison, words: str, verdicts: Sequence[str]) -> list[str]:
+    found = {name: where for name in _others(comparison) if (where := _where(comparison, name, *verdicts))}
+    return [f"{words}: {_places(found)}."] if found else []
+
+
+def _places(arms: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{name} at {_numbers(where)} inference steps" for name, where in arms.items())
 
 
 def _basis(seeds: int) -> str:
@@ -114,14 +148,16 @@ def reading_guide(comparison: Comparison) -> list[str]:
     )
     return [
         f"The distance is {comparison.feature}, named by its feature network; it is comparable only within this report. Lower is better.",
-        "The goal is the baseline's final quality: the mean over seeds of its last distance. 'Steps to it' is when a run first gets there; "
-        "between two evaluations the logarithm of the distance is taken as a straight line. '> n' means not within the n steps trained; "
-        "it may stand for the baseline too, of which some seeds end above their mean.",
-        "'Fewer steps' is the baseline's steps to the goal over the arm's, seed by seed: 2 means half as many, below 1 means more. A seed "
-        "whose baseline ends above the goal has that last distance as its own goal, shown under 'Every seed'. '< n' means that the arm "
-        "never got there and its ratio is below n; '> n' that it was there before its first evaluation. 'Less time' is the same in seconds "
-        "of training.",
+        "The goal is the baseline's final quality: the mean over seeds of its last distance. A seed whose baseline ends above the goal has "
+        "that last distance as its own goal, shown under 'Every seed', so that every baseline reaches its goal. 'Steps to it' is when a "
+        "run first gets there; between two evaluations the logarithm of the distance is taken as a straight line. '> n' means not within "
+        "the n steps trained.",
+        "'Sooner in steps' is the baseline's steps to the goal over the arm's, seed by seed: 2x means in half as many, below 1x means in "
+        "more. '< n' means that the arm never got there and its ratio is below n; '> n' that it was there before its first evaluation. "
+        "In brackets are the least and the greatest of the seeds: 'up to n' where the least is unknown, 'n and more' where the greatest "
+        "is. 'Sooner in seconds' is the same in seconds of training.",
         RULE + chance + " No confidence interval is given: so few seeds do not carry one.",
-        "Seconds are those of this machine as busy as it was; runs that train side by side slow one another. They leave evaluation out.",
+        "Seconds are those of this machine as busy as it was: runs that train side by side slow one another, and an arm may look cheaper "
+        "or dearer than it is. They leave evaluation out.",
         "The baseline compares with itself: its ratio is 1 by definition. Equal seeds share initial weights, batches and noises.",
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from immiscible.reports.comparison import Comparison
-from immiscible.reports.ratios import NOTHING, UNKNOWN, Interval, crossing, middle
+from immiscible.reports.ratios import NOTHING, SECONDS, UNKNOWN, Interval, middle
 from immiscible.reports.runs import differing_flags
 from immiscible.training.markdown import inline, table_cell
 
@@ -38,23 +38,23 @@ def summary_table(comparison: Comparison, inference_steps: int) -> Table:
     for name, arm in comparison.arms.items():
         finals = [run.curve(inference_steps)[-1][1] for run in arm.runs.values()]
         by_time = [comparison.ratios(name, inference_steps, time) for time in ("step", "train_seconds")]
-        reached = [comparison.crossings(name, inference_steps, time) for time in ("step", "train_seconds")]
+        reached = [comparison.times(name, inference_steps, time) for time in ("step", "train_seconds")]
         rows.append(
             [
                 name,
                 comparison.verdict(name, inference_steps),
-                *(_spread(ratios, 2, "x") for ratios in by_time),
-                _spread({seed: Interval(value, value) for seed, value in enumerate(finals)}, places),
+                *(spread(ratios, 2, "x") for ratios in by_time),
+                spread({seed: Interval(value, value) for seed, value in enumerate(finals)}, places),
                 *(middle(times.values()).show(count) if times else NOTHING for times, count in zip(reached, (0, digits), strict=True)),
                 str(len(arm.runs)) + (f" of {len(arm.runs) + len(arm.problems)}" if arm.problems else ""),
             ]
         )
     threshold = comparison.threshold(inference_steps)
-    goal = NOTHING if threshold is None else f"{threshold:.3g}"
+    goal = NOTHING if threshold is None else f"{threshold:.3g}, its mean over seeds"
     return Table(
         f"At {inference_steps} inference steps: how soon each arm reaches the baseline's final {comparison.feature} of {goal} (lower is "
-        "better). Median over seeds, least to greatest in brackets",
-        ["arm", "verdict", "fewer steps", "less time", f"final {comparison.feature}", "steps to it", "seconds to it", "seeds"],
+        f"better). Median over seeds, least to greatest in brackets; {SECONDS}",
+        ["arm", "verdict", "sooner in steps", "sooner in seconds", f"final {comparison.feature}", "steps to it", "seconds to it", "seeds"],
         rows,
     )
 
@@ -86,7 +86,9 @@ def cost_table(comparison: Comparison) -> Table:
     columns = ["arm", *(column for column, *_ in metrics.values())]
     columns.insert(2, "against baseline")
     return Table(
-        "What a step costs, and what the coupling did (medians over seeds; drift is 0 for noise that stays standard normal)", columns, rows
+        f"What a step costs ({SECONDS}), and what the coupling did (medians over seeds; drift is 0 for noise that stays standard normal)",
+        columns,
+        rows,
     )
 
 
@@ -113,17 +115,16 @@ def seed_table(comparison: Comparison, inference_steps: int) -> Table:
     rows, digits = [], _seconds_digits(comparison)
     for name, arm in comparison.arms.items():
         ratios = [comparison.ratios(name, inference_steps, time) for time in ("step", "train_seconds")]
+        reached = [comparison.times(name, inference_steps, time) for time in ("step", "train_seconds")]
         for seed, run in arm.runs.items():
-            goal, times = comparison.goal(seed, inference_steps), [NOTHING, NOTHING]
-            if goal is not None:
-                steps, seconds = (crossing(run.curve(inference_steps, time), goal) for time in ("step", "train_seconds"))
-                times = [steps.show(1), seconds.show(digits)]
+            goal = comparison.goal(seed, inference_steps)
+            times = [values[seed].show(places) if seed in values else NOTHING for values, places in zip(reached, (1, digits), strict=True)]
             shown = [values[seed].show(3) if seed in values else NOTHING for values in ratios]
             final, trained = run.curve(inference_steps)[-1][1], f"{run.evaluations[-1]['train_seconds']:.{digits}f}"
             goal_shown = NOTHING if goal is None else f"{goal:.4g}"
             rows.append([name, str(seed), f"{final:.4g}", goal_shown, *times, *shown, str(run.last_step), trained])
     return Table(
-        f"Every seed at {inference_steps} inference steps",
+        f"Every seed at {inference_steps} inference steps ({SECONDS})",
         [
             "arm",
             "seed",
@@ -131,8 +132,8 @@ def seed_table(comparison: Comparison, inference_steps: int) -> Table:
             "goal",
             "steps to goal",
             "seconds to goal",
-            "fewer steps, x",
-            "less time, x",
+            "sooner in steps, x",
+            "sooner in seconds, x",
             "steps trained",
             "seconds trained",
         ],
@@ -171,14 +172,17 @@ def arm_table(comparison: Comparison) -> Table:
     return Table("The flags in which the arms differ; all others are equal", ["arm", *flags], rows)
 
 
-def _spread(values: Mapping[int, Interval], digits: int, unit: str = "") -> str:
-    """``median (least to greatest)``."""
+def spread(values: Mapping[int, Interval], digits: int, unit: str = "") -> str:
+    """``median (least to greatest)``, or what is known of them."""
     if not values:
         return NOTHING
     center = middle(values.values()).show(digits)
     center += unit if center != UNKNOWN else ""
-    least = Interval(min(value.low for value in values.values()), min(value.high for value in values.values()))
-    greatest = Interval(max(value.low for value in values.values()), max(value.high for value in values.values()))
-    if len(values) == 1 or least == greatest:
+    low, high = min(value.low for value in values.values()), max(value.high for value in values.values())
+    if len(set(values.values())) == 1:
         return center
-    return f"{center} ({least.show(digits)} to {greatest.show(digits)})"
+    if low <= 0 and math.isinf(high):
+        return f"{center} (neither end known)"
+    if low <= 0 or math.isinf(high):
+        return f"{center} (up to {high:.{digits}f})" if low <= 0 else f"{center} ({low:.{digits}f} and more)"
+    return f"{center} ({low:.{digits}f} to {high:.{digits}f})"

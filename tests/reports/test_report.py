@@ -32,7 +32,7 @@ from immiscible.reports.ratios import (
 )
 from immiscible.reports.runs import command_of, group_runs, read_run
 from immiscible.reports.sentences import headline
-from immiscible.reports.tables import cost_table, seed_table, summary_table
+from immiscible.reports.tables import cost_table, seed_table, spread, summary_table
 
 INF = math.inf
 
@@ -222,8 +222,8 @@ def test_comparison_of_three_seeds(arms):
     assert comparison.crossings("baseline", 5)[2] == Interval(500.0, INF)
     sentences = headline(comparison)
     assert sentences[0] == (
-        "Best arm: coupled reached baseline's final FD-digits in 2.00x fewer training steps (1.67x less time) at 5 inference steps "
-        "(medians of 3 seeds)."
+        "Best arm: coupled reached baseline's final FD-digits 2.00 times sooner in training steps (1.67 in seconds) at 5 inference steps "
+        "(medians of 3 seeds; seconds of this machine, as busy as it was)."
     )
     assert sentences[1] == "Harm, slower than baseline with every seed: coupled at 20 inference steps."
     assert "No clear effect: copy at 5 and 20 inference steps." in sentences
@@ -231,10 +231,84 @@ def test_comparison_of_three_seeds(arms):
 
 def test_two_seeds_say_that_it_may_be_chance(arms):
     sentences = headline(compare({name: folders[:2] for name, folders in arms.items()}))
-    assert sentences[0].endswith("at 5 inference steps (2 seeds only, so this may be chance).")
+    assert " at 5 inference steps (2 seeds only, so this may be chance; " in sentences[0]
     assert (
         sentences[1] == "Harm, slower than baseline with every seed: coupled at 20 inference steps (2 seeds only, so this may be chance)."
     )
+
+
+def run_pair(tmp_path, name, **curves):
+    """The folders of an arm's two seeds with the same curves, whose speed at 5 and at 20 inference steps is given."""
+    return [
+        write_run(tmp_path / f"{name}-seed{seed}", {5: decay(speed=curves["five"]), 20: decay(speed=curves["twenty"])}, seed=seed)
+        for seed in range(2)
+    ]
+
+
+def test_the_headline_says_where_an_arm_is_best(tmp_path):
+    arms = {
+        "baseline": run_pair(tmp_path, "baseline", five=1, twenty=1),
+        "steady": run_pair(tmp_path, "steady", five=1.9, twenty=1.6),
+        "steep": run_pair(tmp_path, "steep", five=2.5, twenty=1.1),
+    }
+    sentences = headline(compare(arms))
+    assert sentences[0].startswith(
+        "Best arm over 5 and 20 inference steps together: steady reached baseline's final FD-digits 1.90 times sooner in training steps "
+        "(1.90 in seconds) at 5 inference steps and 1.60 times sooner in training steps (1.60 in seconds) at 20 inference steps ("
+    )
+    assert sentences[1] == (
+        "Best at 5 inference steps alone: steep, 2.50 times sooner in training steps (2.50 in seconds) "
+        "(2 seeds only, so this may be chance)."
+    )
+    assert headline(compare({name: arms[name] for name in ("baseline", "steady")}))[0].startswith("Best arm: steady reached")
+
+
+def test_an_arm_that_is_sooner_in_steps_and_later_in_seconds_is_said_to_be(tmp_path):
+    arms = {
+        "baseline": [write_run(tmp_path / "a", {5: decay()})],
+        "dear": [write_run(tmp_path / "b", {5: decay(speed=1.25)}, seconds_per_step=0.1)],
+    }
+    assert "1.25 times sooner in training steps (0.62 in seconds, which is later) at 5" in headline(compare(arms))[0]
+
+
+def test_every_baseline_reaches_its_goal(arms):
+    for seed in range(3):
+        assert compare(arms).times("baseline", 5)[seed].high <= 500
+    table = summary_table(compare(arms), 5)
+    baseline = dict(zip(table.columns, table.rows[0], strict=True))
+    assert baseline["steps to it"] == "498" and "of 0.343, its mean over seeds" in table.caption
+    assert "seconds of this machine, as busy as it was" in table.caption
+
+
+@pytest.mark.parametrize(
+    ("speeds", "shown"),
+    [
+        ((0.7, 0.8, 0.9), "< 1.00x (up to 1.00)"),  # two of them end above their goals
+        ((2, 2.5, 4), "2.50x (2.00 to 4.00)"),
+        ((2, 2, 2), "2.00x"),
+    ],
+)
+def test_a_spread_is_read_at_a_glance(tmp_path, speeds, shown):
+    arms = {"baseline": [], "other": []}
+    for seed, speed in enumerate(speeds):
+        arms["baseline"].append(write_run(tmp_path / f"a{seed}", {5: decay(scale=1 - seed / 10)}, seed=seed))
+        arms["other"].append(write_run(tmp_path / f"b{seed}", {5: decay(scale=1 - seed / 10, speed=speed)}, seed=seed))
+    table = summary_table(compare(arms), 5)
+    assert dict(zip(table.columns, table.rows[1], strict=True))["sooner in steps"] == shown
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([Interval(0.0, 0.9), exactly(1.0)], "< 0.95x (up to 1.00)"),
+        ([Interval(0.0, 0.9), Interval(0.0, 0.9)], "< 0.90x"),
+        ([exactly(1.2), exactly(1.3), Interval(2.0, INF)], "1.30x (1.20 and more)"),
+        ([Interval(0.0, 0.9), exactly(1.0), Interval(2.0, INF)], "1.00x (neither end known)"),
+        ([Interval(0.0, INF)], "not known"),
+    ],
+)
+def test_what_is_known_of_a_spread(values, shown):
+    assert spread(dict(enumerate(values)), 2, "x") == shown
 
 
 def test_half_of_what_is_not_known_is_not_known():
@@ -266,7 +340,7 @@ def test_an_arm_that_never_gets_there_is_shown_the_right_way_round(tmp_path):
     comparison = compare(arms)
     table = summary_table(comparison, 5)
     late = dict(zip(table.columns, table.rows[1], strict=True))
-    assert [late[column] for column in ("verdict", "fewer steps", "less time", "steps to it", "seconds to it")] == [
+    assert [late[column] for column in ("verdict", "sooner in steps", "sooner in seconds", "steps to it", "seconds to it")] == [
         HARM,
         "< 1.00x",
         "< 1.00x",
@@ -284,7 +358,7 @@ def test_every_ratio_can_be_computed_again_by_hand(arms):
     baseline = {row["seed"]: row for row in rows if row["arm"] == "baseline"}
     assert len(rows) == 9 and {row["goal"] for row in rows} == {"0.3425", "0.3874"}  # the mean, and seed 2's own last value
     for row in rows:
-        for time, shown in (("steps to goal", "fewer steps, x"), ("seconds to goal", "less time, x")):
+        for time, shown in (("steps to goal", "sooner in steps, x"), ("seconds to goal", "sooner in seconds, x")):
             assert float(baseline[row["seed"]][time]) / float(row[time]) == pytest.approx(float(row[shown]), rel=2e-3)
 
 
@@ -326,7 +400,7 @@ def test_too_few_evaluations_are_said_to_be_too_few(tmp_path):
     }
     comparison = compare(arms)
     assert comparison.verdict("other", 5) == UNKNOWN and comparison.verdict("other", 20) == GAIN
-    assert "over 5.00x fewer training steps (over 5.00x less time) at 20 inference steps" in headline(comparison)[0]
+    assert "over 5.00 times sooner in training steps (over 5.00 in seconds) at 20 inference steps" in headline(comparison)[0]
     assert headline(comparison)[1] == "Not known, for want of earlier evaluations: other at 5 inference steps."
     html_report(comparison)
 
@@ -361,6 +435,20 @@ def test_many_arms_have_looks_of_their_own_and_a_figure_each(arms, tmp_path):
     assert 'class="panels"' not in few and "<h1>coupled, copy, a_<wbr>long_<wbr>name_<wbr>0 against baseline</h1>" in few
 
 
+@pytest.mark.parametrize("evaluations", [1, 2, 3, 4, 8, 20])
+def test_curves_have_marks_and_the_last_point_always_has_one(tmp_path, evaluations):
+    points = [(100.0 * (number + 1), 60.0 / (number + 1)) for number in range(evaluations)]
+    arms = {"baseline": [write_run(tmp_path / "a", {5: points})], "b": [write_run(tmp_path / "b", {5: points})]}
+    figure = next(figure for figure in re.findall(r"<svg.*?</svg>", html_report(compare(arms)), re.S) if "against training steps" in figure)
+    color = looks(compare(arms))["b"]["color"].lower()
+    marks = re.findall(rf'<use xlink:href="#(\w+)" x="([\d.]+)" y="[\d.]+" style="fill: {color}', figure)
+    shape = marks[-1][0]  # the legend's is the last one, and of the median's line
+    tick = next(x for other, x in marks if other != shape)  # where the seed reaches the baseline's last value: at its own last point
+    places = [x for other, x in marks[:-1] if other == shape]
+    assert len(places) == (evaluations if evaluations <= 8 else 7)  # of twenty points every third, counted from the last
+    assert places == sorted(places, key=float) and places[-1] == tick
+
+
 @pytest.mark.parametrize("last, ticks", [(15.0, [20, 40, 60]), (2.0, [2, 5, 10, 20, 50]), (0.003, [0.01, 0.1, 1, 10])])
 def test_axes_have_a_few_plain_ticks(tmp_path, last, ticks):
     page = html_report(compare({"a": [write_run(tmp_path / "a", {5: [(100.0, 60.0), (500.0, last)]})]}))
@@ -376,7 +464,7 @@ def test_ratios_that_are_not_known_are_drawn_or_said(tmp_path):
         "killed": [write_run(tmp_path / "c", {5: decay(stop=200), 20: decay(stop=200)}, finished=False)],
     }
     page = html_report(compare(arms))
-    drawn = [figure for figure in re.findall(r"<svg.*?</svg>", page, re.S) if "times fewer training steps" in figure]
+    drawn = [figure for figure in re.findall(r"<svg.*?</svg>", page, re.S) if "times sooner in training steps" in figure]
     assert ["not known" in figure for figure in drawn] == [False, True]
     assert all("no finished run" in figure for figure in drawn)
 
@@ -426,7 +514,19 @@ def test_names_are_escaped(tmp_path):
     arms = {"<b>&": [write_run(tmp_path / "a", {5: decay()})], "x|y": [write_run(tmp_path / "b", {5: decay(speed=2)})]}
     comparison = compare(arms)
     assert "<b>&" not in html_report(comparison) and "&lt;b&gt;&amp;" in html_report(comparison)
-    assert "x\\|y" in markdown_report(comparison)
+    text = markdown_report(comparison)
+    assert "x\\|y" in text and not re.search(r"(?<!\\)<b>", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def test_names_from_a_hostile_folder_stay_text_and_its_commands_stay_code(tmp_path):
+    name = "<script>alert(1)</script> [a](http://e) $\\frac{x$"
+    arms = {"baseline": [write_run(tmp_path / "a", {5: decay()})], name: [write_run(tmp_path / "b", {5: decay(speed=2)})]}
+    comparison = compare(
+        arms, commands={tmp_path / "b": "python t.py --output_dir 'x\n```\n# y'"}, problems={tmp_path / "a": "<img src=x>"}
+    )
+    page, text = html_report(comparison), markdown_report(comparison)
+    assert "<script" not in page and "<img src=x" not in page and page.count("$\\frac{x$") > 5
+    assert not re.search(r"(?<!\\)(<script|<img|\[a)", text) and "\n````\npython t.py" in text and "# y'\n````\n" in text
 
 
 def test_the_same_runs_give_the_same_report(arms):
@@ -609,6 +709,13 @@ def test_bad_folders(arms, tmp_path):
     unmeasured = write_run(tmp_path / "unmeasured", {5: decay(), 20: decay()})
     (unmeasured / "evaluation.jsonl").unlink()
     assert "evaluation.jsonl is missing or empty" in message(unmeasured)[0] and "--eval_steps" in message(unmeasured)[0]
+    another = write_run(tmp_path / "another", {5: decay(), 20: decay()}, noise_coupling="nearest")
+    (another / "evaluation.jsonl").write_text("")
+    with pytest.raises(
+        UserError, match=f"^{unmeasured}, {another}: evaluation.jsonl is missing or empty.* train each of them again"
+    ) as caught:
+        group_runs([*arms["baseline"], unmeasured, another])  # before any is read
+    assert caught.value.exit_code == 1 and f"--config {unmeasured}/config.yaml --output_dir ANOTHER_FOLDER" in str(caught.value)
     (unmeasured / "evaluation.jsonl").write_text('{"step": 100, "frechet_distance": {"5": 1.0}}\n')
     assert "lines without data, feature, reference_images, samples, train_seconds" in message(unmeasured)[0]
     (unmeasured / "evaluation.jsonl").write_text("[1]\n")
@@ -681,6 +788,6 @@ def test_tables_read_in_a_terminal(arms):
     assert len({len(line) for line in lines[:5]}) == 1
     table = summary_table(compare(arms), 5)
     coupled = dict(zip(table.columns, table.rows[1], strict=True))
-    assert coupled["verdict"] == GAIN and coupled["fewer steps"].startswith("2.00x") and coupled["seeds"] == "3"
+    assert coupled["verdict"] == GAIN and coupled["sooner in steps"].startswith("2.00x") and coupled["seeds"] == "3"
     baseline = dict(zip(table.columns, table.rows[0], strict=True))
-    assert baseline["fewer steps"] == "1.00x" and baseline["final FD-digits"] == "0.3369 (0.3032 to 0.3874)"
+    assert baseline["sooner in steps"] == "1.00x" and baseline["final FD-digits"] == "0.3369 (0.3032 to 0.3874)"
