@@ -28,7 +28,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_unconditional.py"
-STABLE_DIFFUSION = ("train_text_to_image.py", "finetune_sd.py")
+# What scripts import once they have parsed their flags; here it is there before, so that a fork is ready at once.
+LIFE = ("immiscible.training.run", "immiscible.training.session")
+STABLE_DIFFUSION = ("immiscible.tasks.text_to_image", "immiscible.sampling.folder", "immiscible.encoding.cache_writing")
+IMPORTED_LATE = {
+    SCRIPT.name: (*LIFE, "immiscible.tasks.pixels", "immiscible.tasks.latents"),
+    "train_text_to_image.py": (*LIFE, *STABLE_DIFFUSION),
+    "finetune_sd.py": (*LIFE, *STABLE_DIFFUSION),
+    "scripts/precompute_latents.py": (*LIFE, *STABLE_DIFFUSION),
+    "scripts/sample.py": (*STABLE_DIFFUSION, "immiscible.tasks.from_run"),
+}
 
 # One thread, so that forked children and several ranks on few cores compute as they should; the CPU also where there is a GPU.
 ENVIRONMENT = {
@@ -227,7 +236,10 @@ def accelerate_launch(*words: Any, program: str = SCRIPT.name) -> list[str]:
 def entry(program: str) -> Callable[[Sequence[str]], None]:
     """The ``main`` of a script, imported with what it needs while it runs."""
     path = ROOT / program
-    if program in STABLE_DIFFUSION:
+    needed = IMPORTED_LATE.get(program, ())
+    for module in needed:
+        importlib.import_module(module)
+    if set(STABLE_DIFFUSION) <= set(needed):
         from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
         from peft import LoraConfig  # noqa: F401
         from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401

@@ -7,16 +7,9 @@ import json
 import tarfile
 
 import numpy as np
-import pytest
 from PIL import Image
-from test_shards import RANDOM
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+RANDOM = np.random.default_rng(0)
 
 
 def png(side=8, mode="RGB", kind="PNG", seed=None):

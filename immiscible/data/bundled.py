@@ -100,7 +100,8 @@ class PhotoCrops:
         raise ValueError("photo_crops has no captions")
 
 
-BUNDLED: dict[str, Callable[..., ImageSource]] = {"digits": load_digits, "photo_crops": PhotoCrops}
+# By what --bundled_data is called; each takes the resolution of the run.
+BUNDLED: dict[str, Callable[[int], ImageSource]] = {"digits": lambda resolution: load_digits(), "photo_crops": PhotoCrops}
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from immiscible.choices import build_choice
 from immiscible.data.arguments import DataArguments, ImageArguments, TextDataArguments
 from immiscible.data.batches import BadImage, Batch, GlobalBatchOrder, ImageDataset, Images, check_batch, collate
 from immiscible.data.bundled import BUNDLED
@@ -156,7 +155,9 @@ def load_images(
 
 
 def _bundled_images(name: str, resolution: int, labels_for: str | None) -> ImageSource:
-    source = build_choice(BUNDLED, "--bundled_data", name, resolution=resolution)
+    if name not in BUNDLED:
+        raise UserError(f"--bundled_data {name!r} is unknown; known: {', '.join(BUNDLED)}")
+    source = BUNDLED[name](resolution)
     if labels_for and source.class_names is None:
         raise UserError(f"{labels_for} needs classes, and --bundled_data {name} has none; choose data with classes, e.g. digits")
     return source

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 from tqdm import tqdm
 
-from immiscible.choices import build_choice
 from immiscible.data.bundled import load_digits
 from immiscible.errors import UserError, first_line
 from immiscible.files import PARTIAL, replace
@@ -142,7 +141,11 @@ class DigitsFeatures:
             logger.warning("cannot keep the digits classifier in %s (%s): it will be trained again", path.parent, error.strerror)
 
 
-FEATURES: dict[str, Callable[..., FeatureNetwork]] = {"digits": DigitsFeatures, "pixels": PixelFeatures}
+# By what --eval_features calls them; each takes the channels and the side in pixels of the images.
+FEATURES: dict[str, Callable[[int, int], FeatureNetwork]] = {
+    "digits": lambda channels, resolution: DigitsFeatures(),
+    "pixels": PixelFeatures,
+}
 
 
 def build_features(name: str, *, channels: int, resolution: int) -> FeatureNetwork:
@@ -151,7 +154,9 @@ def build_features(name: str, *, channels: int, resolution: int) -> FeatureNetwo
     Raises:
         UserError: the name is unknown.
     """
-    return build_choice(FEATURES, "--eval_features", name, channels=channels, resolution=resolution)
+    if name not in FEATURES:
+        raise UserError(f"--eval_features {name!r} is unknown; known: {', '.join(FEATURES)}")
+    return FEATURES[name](channels, resolution)
 
 
 def _cache_folder() -> Path:

@@ -11,25 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-import immiscible.data.sources as data
 from immiscible.configs import UnconditionalConfig
+from immiscible.data import bundled
 from immiscible.data.batches import BadImage, GlobalBatchOrder, ImageDataset, check_batch, collate
 from immiscible.data.bundled import BUNDLED
 from immiscible.data.loading import build_loader, images_of, load_images
-from immiscible.data.sources import ArrayImages, Subset, TableImages, split_source
+from immiscible.data.sources import ArrayImages, Subset, split_source
+from immiscible.data.tables import TableImages
 from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def noise(height, width, *channels):
@@ -253,7 +247,7 @@ def test_photo_crops_are_a_function_of_the_index():
     assert (len(source), source.channels) == (8192, 3)
     before = [np.array(source.load(i)) for i in (0, 17, 8191)]
     torch.manual_seed(5)
-    data._photographs.cache_clear()
+    bundled._photographs.cache_clear()
     again = load_images(bundled_data="photo_crops", resolution=32)
     assert all(np.array_equal(a, again.load(i)) for a, i in zip(before, (0, 17, 8191), strict=True))
     pixels = [ImageTransform(32, seed=seed)(source.load(3), epoch, 3) for seed in (0, 1) for epoch in (0, 1)]
@@ -268,11 +262,11 @@ def test_photo_crops_larger_than_the_photographs():
 
 
 def test_missing_photographs_are_the_users_line(monkeypatch):
-    monkeypatch.setattr(data, "PHOTOGRAPHS", {"skimage": ["data/no_such.png"]})
-    data._photographs.cache_clear()
+    monkeypatch.setattr(bundled, "PHOTOGRAPHS", {"skimage": ["data/no_such.png"]})
+    bundled._photographs.cache_clear()
     with pytest.raises(UserError, match=r"photo_crops.*scikit-image"):
         load_images(bundled_data="photo_crops")
-    data._photographs.cache_clear()
+    bundled._photographs.cache_clear()
 
 
 def test_unknown_bundled_data_lists_the_choices():

@@ -24,9 +24,6 @@ from immiscible.errors import UserError
 CPU = torch.device("cpu")
 
 
-RANDOM = np.random.default_rng(0)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Two shards of five and three samples, beside what else img2dataset leaves."""

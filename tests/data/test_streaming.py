@@ -16,18 +16,18 @@ import pytest
 import torch
 from kills import final_hashes, finish, kill, metrics, start
 from launch import run_command, tiny
-from tars import captioned, numbered, png, write_tar  # noqa: F401(a fixture)
+from tars import captioned, numbered, png, write_tar
 
-import immiscible.data.streaming as streaming
 from immiscible.configs import UnconditionalConfig
 from immiscible.data.loading import build_loader, images_of, load_images
-from immiscible.data.shards import Columns, tar_samples
-from immiscible.data.shards import content as read_member
 from immiscible.data.stream_order import StreamDataset, StreamOrder
 from immiscible.data.streaming import TarStream, load_stream
+from immiscible.data.tars import Columns, tar_samples
+from immiscible.data.tars import content as read_member
 from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
+from immiscible.randomness import seeded_generator
 
 CPU = torch.device("cpu")
 COUNTS = (5, 3, 4, 1, 6)  # samples of each shard
@@ -64,9 +64,7 @@ def test_an_epoch_of_all_ranks_is_every_image_once(folder, tmp_path, ranks, buff
         order = order_of(stream_of(folder), tmp_path, stop=sum(COUNTS) * epochs, rank=rank, num_processes=ranks, shuffle_buffer=buffer)
         own = [row for (row,) in positions(order)]
         for epoch in range(epochs):
-            shards = torch.randperm(len(COUNTS), generator=streaming.seeded_generator(7, "shards", epoch, len(COUNTS)))[
-                rank::ranks
-            ].tolist()
+            shards = torch.randperm(len(COUNTS), generator=seeded_generator(7, "shards", epoch, len(COUNTS))).tolist()[rank::ranks]
             wanted = [(shard, row) for shard in shards for row in range(COUNTS[shard])]
             found, own = own[: len(wanted)], own[len(wanted) :]
             assert [shard for shard, _ in found] == [shard for shard, _ in wanted]  # a shard after another
@@ -94,8 +92,8 @@ def test_a_position_is_reached_exactly_whether_or_not_sizes_are_known(folder, tm
 
 
 def test_shards_of_known_size_are_passed_unopened(folder, tmp_path, monkeypatch):
-    opened, read = [], streaming.TarStream.read
-    monkeypatch.setattr(streaming.TarStream, "read", lambda self, shard: opened.append(shard) or read(self, shard))
+    opened, read = [], TarStream.read
+    monkeypatch.setattr(TarStream, "read", lambda self, shard: opened.append(shard) or read(self, shard))
     stream = stream_of(folder)
     list(order_of(stream, tmp_path, stop=2 * sum(COUNTS)))
     opened.clear()
@@ -402,7 +400,7 @@ def test_what_is_wrong_with_the_first_samples_is_told_when_they_are_met(folder, 
 def test_shards_without_images_end_the_run(tmp_path):
     write_tar(tmp_path / "s" / "0.tar", captioned(0, 1))
     write_tar(tmp_path / "s" / "1.tar", {})
-    rank = torch.randperm(2, generator=streaming.seeded_generator(7, "shards", 0, 2)).tolist().index(1)
+    rank = torch.randperm(2, generator=seeded_generator(7, "shards", 0, 2)).tolist().index(1)
     with pytest.raises(UserError, match=f"the shards of process {rank} hold no images"):
         list(order_of(stream_of(tmp_path / "s"), tmp_path, stop=1, rank=rank, num_processes=2))
 

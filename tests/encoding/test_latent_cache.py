@@ -17,15 +17,17 @@ from PIL import Image
 from safetensors import SafetensorError
 from tars import write_tar
 
+from immiscible.configs import TextToImageConfig
 from immiscible.data.batches import GlobalBatchOrder, ImageDataset
-from immiscible.data.loading import build_loader, images_of
+from immiscible.data.loading import build_loader, captioned_source, images_of
 from immiscible.data.transforms import ImageTransform
+from immiscible.encoding import cache_shards, cache_writing
+from immiscible.encoding.cache import open_cache
 from immiscible.errors import UserError
+from immiscible.flags import parse_config
 from immiscible.randomness import Draws
 
 IMAGES = 12
-
-
 CPU = torch.device("cpu")
 
 
@@ -82,19 +84,18 @@ def run_flags(sd: dict[str, Path], folder: Path, **changes) -> list[str]:
 
 def parts_of(sd: dict[str, Path], *extra: str):
     """A run's flags, its source, model and opened cache."""
-    from immiscible.encoding.cache import open_cache
-    from immiscible.networks.stable_diffusion import load_stable_diffusion
-    from immiscible.tasks.text_to_image import load_captioned_images
-
     config = parsed(sd, *extra)
-    source, parts = load_captioned_images(config), load_stable_diffusion(config, from_scratch=True)
-    return config, source, parts, open_cache(config, parts, source)
+    source, parts = captioned_source(config, None), load_parts(config)
+    return config, source, parts, open_cache(sd["cache"], config, parts, source, precision=config.mixed_precision)
+
+
+def load_parts(config):
+    from immiscible.networks.stable_diffusion import load_stable_diffusion
+
+    return load_stable_diffusion(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=True)
 
 
 def parsed(sd: dict[str, Path], *extra: str):
-    from immiscible.configs import TextToImageConfig
-    from immiscible.flags import parse_config
-
     return parse_config(TextToImageConfig, [*argv(sd), "--cache_latents", *extra], program="x", description="")
 
 
@@ -310,16 +311,11 @@ def test_killed_and_resumed_is_never_killed(script, tiny_sd, tmp_path, lora):
 
 
 def refused(sd: dict[str, Path], **changes) -> str:
-    from immiscible.configs import TextToImageConfig
-    from immiscible.encoding.cache import open_cache
-    from immiscible.flags import parse_config
-    from immiscible.networks.stable_diffusion import load_stable_diffusion
-    from immiscible.tasks.text_to_image import load_captioned_images
-
     words = argv(sd, **{"cache_latents": True, **changes})
     with pytest.raises(UserError) as caught:
         config = parse_config(TextToImageConfig, words, program="x", description="")
-        open_cache(config, load_stable_diffusion(config, from_scratch=True), load_captioned_images(config))
+        source = captioned_source(config, None)
+        open_cache(Path(config.latent_cache_dir), config, load_parts(config), source, precision=config.mixed_precision)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -427,10 +423,8 @@ def test_a_checkpoint_of_cached_latents_is_not_continued_from_images(tiny_sd, tm
 
 
 def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(tiny_sd, tmp_path, monkeypatch):
-    from immiscible.encoding import cache as latent_cache
-
     sd, made = {**tiny_sd, "cache": tmp_path / "cache"}, []
-    make = latent_cache._Writer._make
+    make = cache_writing._Writer._make
 
     def interrupted(self, name, *rest):
         if len(made) == 2:
@@ -438,13 +432,13 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(tiny_sd, tmp_p
         made.append(name)
         make(self, name, *rest)
 
-    monkeypatch.setattr(latent_cache._Writer, "_make", interrupted)
+    monkeypatch.setattr(cache_writing._Writer, "_make", interrupted)
     with pytest.raises(KeyboardInterrupt):
         precompute(argv(sd))
     assert "is not finished" in refused(sd)
     (sd["cache"] / ".partial-latents-00002.safetensors").write_text("half")
     before = {name: (sd["cache"] / name).stat().st_ino for name in made}
-    monkeypatch.setattr(latent_cache._Writer, "_make", make)
+    monkeypatch.setattr(cache_writing._Writer, "_make", make)
     precompute(argv(sd))
     assert len(before) == 2 and all((sd["cache"] / name).stat().st_ino == inode for name, inode in before.items())
     assert hashes(sd["cache"]) == hashes(tiny_sd["cache"])
@@ -452,25 +446,23 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(tiny_sd, tmp_p
 
 def test_a_cache_is_not_whole_while_it_is_mended(tiny_sd, tmp_path, monkeypatch):
     """The first of its texts are of the new captions then, the others and their index of the old ones."""
-    from immiscible.encoding import cache as latent_cache
-
     folder = shutil.copytree(tiny_sd["images"], tmp_path / "images")
     sd = {**tiny_sd, "images": folder, "cache": tmp_path / "cache"}
     precompute(argv(sd))
     (folder / "metadata.jsonl").write_text((folder / "metadata.jsonl").read_text().replace("picture", "photograph"))
-    make = latent_cache._Writer._make
+    make = cache_writing._Writer._make
 
     def interrupted(self, name, *rest):
         if name == "texts-00001.safetensors":
             raise KeyboardInterrupt
         make(self, name, *rest)
 
-    monkeypatch.setattr(latent_cache._Writer, "_make", interrupted)
+    monkeypatch.setattr(cache_writing._Writer, "_make", interrupted)
     with pytest.raises(KeyboardInterrupt):
         precompute(argv(sd))
     (folder / "metadata.jsonl").write_text((tiny_sd["images"] / "metadata.jsonl").read_text())
     assert "is not finished" in refused(sd)
-    monkeypatch.setattr(latent_cache._Writer, "_make", make)
+    monkeypatch.setattr(cache_writing._Writer, "_make", make)
     precompute(argv(sd))
     assert hashes(sd["cache"]) == hashes(tiny_sd["cache"])
 
@@ -492,14 +484,12 @@ def test_two_calls_do_not_fill_one_folder(tiny_sd, tmp_path):
 
 
 def test_a_disk_that_fills_up_is_one_line(tiny_sd, tmp_path, monkeypatch):
-    from immiscible.encoding import cache as latent_cache
-
     def fail(tensors, path, **options):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     sd = {**tiny_sd, "cache": tmp_path / "cache"}
     with monkeypatch.context() as full:
-        full.setattr(latent_cache, "save_file", fail)
+        full.setattr(cache_writing, "save_file", fail)
         with pytest.raises(UserError, match=r"cannot write .*latents-00000\.safetensors: .*No space left on device") as caught:
             precompute(argv(sd))
     assert caught.value.exit_code == 1
@@ -546,9 +536,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_work(tiny_sd, tmp_path, 
 
 
 def test_two_captions_of_one_digest_are_an_error(tiny_sd, tmp_path, monkeypatch):
-    from immiscible.encoding import cache as latent_cache
-
-    monkeypatch.setattr(latent_cache, "caption_digest", lambda caption: len(caption))
+    monkeypatch.setattr(cache_shards, "caption_digest", lambda caption: len(caption))
     with pytest.raises(UserError, match="have one digest"):
         precompute(argv({**tiny_sd, "cache": tmp_path / "cache"}))
 

@@ -8,18 +8,22 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors.torch import save
 from torch import nn
 
 from immiscible.data.bundled import load_digits
 from immiscible.data.sources import split_source
 from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError
+from immiscible.evaluation import features as features_module
+from immiscible.evaluation import frechet
 from immiscible.evaluation.features import FEATURES, DigitsFeatures, PixelFeatures, build_features
 from immiscible.evaluation.frechet import Evaluation, FrechetDistance
-from immiscible.evaluation.validation import fixed_images, images_together, to_uint8, validation_loss
+from immiscible.evaluation.validation import EVALUATION_SEED, fixed_images, images_together, to_uint8, validation_loss
 from immiscible.networks.unet import build_unet, unet_config
 from immiscible.process import PREDICTION_TYPES, NoiseProcess
-from immiscible.sampling.pipelines import build_pipeline, metrics, sample_images
+from immiscible.randomness import preserved_randomness
+from immiscible.sampling.pipelines import build_pipeline, sample_images
 from immiscible.schedulers import build_scheduler
 
 DIGITS = torch.from_numpy(load_digits().images)[:, None]  # uint8 [1797,1,8,8]
@@ -129,7 +133,7 @@ def test_a_broken_torchmetrics_is_one_clear_line(monkeypatch):
     def fail(name):
         raise ModuleNotFoundError("No module named 'torchvision'")
 
-    monkeypatch.setattr(metrics, "import_module", fail)
+    monkeypatch.setattr(frechet, "import_module", fail)
     with pytest.raises(UserError, match=r"needs torchmetrics, which cannot be imported .*torchvision.*pip install"):
         FrechetDistance(Passed(2), [])
 
@@ -165,10 +169,10 @@ def test_a_broken_cache_is_made_anew(cache, digits_features, tmp_path, monkeypat
         "one bit": content[:-1] + bytes([content[-1] ^ 1]),
         "foreign": b"not safetensors at all",
         "empty": b"",
-        "other shapes": metrics.save({"scale": torch.ones(1)}, metadata={"sha256": metrics._digest({"scale": torch.ones(1)})}),
+        "other shapes": save({"scale": torch.ones(1)}, metadata={"sha256": features_module._digest({"scale": torch.ones(1)})}),
     }[damage]
     (tmp_path / whole.name).write_bytes(broken)
-    monkeypatch.setattr(metrics, "_train_digits_classifier", lambda: digits_features._tensors)
+    monkeypatch.setattr(features_module, "_train_digits_classifier", lambda: digits_features._tensors)
     features = DigitsFeatures(tmp_path)
     assert "is broken" in caplog.text and "made anew" in caplog.text
     assert (tmp_path / whole.name).read_bytes() == content
@@ -176,14 +180,14 @@ def test_a_broken_cache_is_made_anew(cache, digits_features, tmp_path, monkeypat
 
 
 def test_a_cache_is_read_and_not_trained_again(cache, digits_features, monkeypatch):
-    monkeypatch.setattr(metrics, "_train_digits_classifier", lambda: pytest.fail("trained again"))
+    monkeypatch.setattr(features_module, "_train_digits_classifier", lambda: pytest.fail("trained again"))
     again = DigitsFeatures(cache)
     assert again.accuracy == digits_features.accuracy and torch.equal(again(DIGITS), digits_features(DIGITS))
 
 
 def test_without_a_place_for_the_cache_it_still_works(digits_features, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(metrics, "_train_digits_classifier", lambda: digits_features._tensors)
+    monkeypatch.setattr(features_module, "_train_digits_classifier", lambda: digits_features._tensors)
     DigitsFeatures(tmp_path / "file")
     assert "cannot keep the digits classifier" in caplog.text
 
@@ -214,7 +218,7 @@ def test_features_for_other_images_are_refused(digits_features):
 
 
 def test_features_are_built_by_name(cache, digits_features, monkeypatch):
-    monkeypatch.setattr(metrics, "_cache_folder", lambda: cache)
+    monkeypatch.setattr(features_module, "_cache_folder", lambda: cache)
     assert list(FEATURES) == ["digits", "pixels"]
     assert build_features("digits", channels=1, resolution=8).name == "FD-digits"
     pixels = build_features("pixels", channels=3, resolution=32)
@@ -246,7 +250,7 @@ def test_evaluation_is_the_distance_of_the_samples(caplog):
     assert result["feature"] == "FD-pixels-8x8" and result["samples"] == 20 and result["reference_images"] == 1797
     assert list(result["frechet_distance"]) == ["2", "3"]
     unet.eval()
-    images = sample_images(pipeline, 20, steps=3, seed=metrics.EVALUATION_SEED, batch_size=20, device=torch.device("cpu"))
+    images = sample_images(pipeline, 20, steps=3, seed=EVALUATION_SEED, batch_size=20, device=torch.device("cpu"))
     expected = reference_distance(PixelFeatures(1, 8)(DIGITS), PixelFeatures(1, 8)(torch.from_numpy(images).permute(0, 3, 1, 2)))
     assert result["frechet_distance"]["3"] == pytest.approx(expected, rel=1e-2)  # a rounding at 1/2 may go either way
     random.seed(5), torch.manual_seed(5)
@@ -312,7 +316,7 @@ def test_measuring_leaves_the_gpu_generator_alone():
     evaluation, pipeline = evaluation_of(unet, samples=4)
     before = random_state()
     evaluation(pipeline)
-    with metrics._preserved_randomness(torch.device("cuda")):
+    with preserved_randomness(torch.device("cuda")):
         torch.randn(3, device="cuda")
     assert random_state() == before
 
