@@ -13,6 +13,8 @@ import pytest
 from launch import ROOT
 
 from immiscible.errors import UserError
+from immiscible.reports import grid as runs
+from immiscible.reports import plan
 
 SCRIPT = ROOT / "scripts" / "compare.py"
 
@@ -73,9 +75,7 @@ while step < steps:
 def script():
     spec = importlib.util.spec_from_file_location("compare_script", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up
     spec.loader.exec_module(module)
-    module.POLL_SECONDS = 0.02
     return module
 
 
@@ -83,6 +83,7 @@ def script():
 def grid(tmp_path, monkeypatch):
     """Writes the fake script, a task and methods; gives the command line of a comparison of some methods."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "POLL_SECONDS", 0.02)
     Path("fake.py").write_text(FAKE)
     Path("task.yaml").write_text("max_train_steps: 100\neval_steps: 10\n")
     for name, text in {
@@ -115,7 +116,7 @@ def test_a_grid_is_trained_and_reported(script, grid, capsys):
     script.main(grid("plain", "fast"))
     assert sorted(starts()) == ["fast-seed0", "fast-seed1", "plain-seed0", "plain-seed1"]
     shown = capsys.readouterr().out
-    assert "Best arm: fast reached plain's final FD-digits in 2.00x fewer training steps" in shown
+    assert "Best arm: fast reached plain's final FD-digits 2.00 times sooner in training steps" in shown
     assert "report in out/report.html" in shown and "| fast " in shown
     text = Path("out/report.md").read_text()
     for seed in range(2):
@@ -254,8 +255,10 @@ def test_a_killed_comparison_leaves_a_run_that_is_not_disturbed_and_then_continu
         wait_for(lambda: Path("out/wait-seed0/state.json").exists())
         process.kill()
         process.wait()
-        with pytest.raises(UserError, match="another comparison, or a run that one left behind, is training in out"):
+        left = r"another comparison, or a run that one left behind, is training in out \(process \d+\)"
+        with pytest.raises(UserError, match=left) as caught:
             script.main(command)
+        assert re.search(r"process (\d+)", str(caught.value))[1] in alive(fake)
     finally:
         process.kill()
         for number in alive(fake):
@@ -269,7 +272,7 @@ def test_a_killed_comparison_leaves_a_run_that_is_not_disturbed_and_then_continu
 
 def test_two_comparisons_do_not_train_in_one_folder(script, grid):
     Path("out/logs").mkdir(parents=True)
-    with script.locked(Path("out")), pytest.raises(UserError, match="another comparison") as caught:
+    with runs.locked(Path("out")), pytest.raises(UserError, match="another comparison") as caught:
         script.main(grid("plain", "fast"))
     assert caught.value.exit_code == 1 and not starts()
     script.main(grid("plain", "fast"))
@@ -348,11 +351,88 @@ def test_usage_errors(script, grid, words, message):
     assert not Path("out").exists()
 
 
-def test_flags_are_found_where_they_are_set(script, grid):
-    value = script.flag_value
+def test_flags_are_found_where_they_are_set(grid):
+    value = plan.flag_value
     Path("a.yaml").write_text("eval_steps: 5\nlist: [1, 2]\n")
     Path("b.yaml").write_text("eval_steps:\n")
     assert value("eval_steps", [Path("a.yaml"), Path("b.yaml")], []) == "5"
     assert value("eval_steps", [Path("a.yaml")], ["--x", "--eval_steps", "7"]) == "7"
     assert value("eval_steps", [Path("b.yaml")], ["--eval_steps=9"]) == "9"
     assert value("eval_steps", [Path("b.yaml")], ["--other", "eval_steps"]) is None
+    assert value("eval_steps", [], ["--eval-steps", "9", "--x"]) == "9"
+    assert value("log_class_leak", [], ["--log_class_leak", "--x", "1"]) == value("log_class_leak", [], ["--log_class_leak"]) == "true"
+
+
+def commands():
+    """The commands of the arms as the report shows them, seed 0."""
+    text = Path("out/report.md").read_text()
+    return {name: line for name in ("plain", "skewed", "paired") for line in text.splitlines() if f"out/{name}-seed0 " in line}
+
+
+def test_arms_go_without_shared_flags_that_they_do_not_use(script, grid, capsys):
+    Path("skewed.yaml").write_text("speed: 2\ntimestep_sampling: asymmetric\n")
+    Path("paired.yaml").write_text("speed: 1\nnoise_coupling: assignment\ncoupling_metric: squared_l2\n")
+    shared = ["--", "--asymmetric_k", "9", "--coupling-condition=penalty", "--coupling_condition_ratio", "0.1", "--mode", "none"]
+    script.main(grid("plain", "skewed", "paired", seeds=[0], more=shared))
+    shown = capsys.readouterr().out
+    assert "--asymmetric_k 9 is left out for plain, paired: it is used by --timestep_sampling asymmetric" in shown
+    assert "--coupling-condition=penalty is left out for plain, skewed: it is used by --noise_coupling assignment" in shown
+    assert "--coupling_condition_ratio 0.1 is left out for plain, skewed: it is used by " in shown
+    found = commands()
+    assert found["plain"].endswith(" latest --mode none")
+    assert found["skewed"].endswith(" latest --asymmetric_k 9 --mode none")
+    assert found["paired"].endswith(" latest --coupling-condition=penalty --coupling_condition_ratio 0.1 --mode none")
+
+
+def test_a_shared_flag_that_no_arm_uses_is_an_error(script, grid):
+    with pytest.raises(UserError, match=r"^--asymmetric_k 9 after `--` is used by --timestep_sampling .*, and by none of the arms"):
+        script.main(grid("plain", "fast", more=["--", "--asymmetric_k", "9"]))
+    assert not Path("out").exists()
+    script.main(grid("plain", seeds=[0], more=["--", "--asymmetric_k", "5"]))  # its default, which changes nothing
+
+
+def test_an_arms_own_flag_that_it_does_not_use_is_left_to_its_run(script, grid):
+    Path("plain.yaml").write_text("speed: 1\nasymmetric_k: 9\n")
+    Path("skewed.yaml").write_text("speed: 2\ntimestep_sampling: asymmetric\n")
+    script.main(grid("plain", "skewed", seeds=[0], more=["--", "--asymmetric_k", "7"]))
+    assert "plain.yaml" in commands()["plain"] and "--asymmetric_k" not in commands()["plain"]
+
+
+def test_a_run_that_refuses_its_own_flag_is_named(script, grid):
+    """The real script, whose error this is."""
+    Path("task.yaml").write_text("bundled_data: digits\nmax_train_steps: 1\neval_steps: 1\n")
+    Path("plain.yaml").write_text("asymmetric_k: 9\n")
+    words = grid("plain", seeds=[0])
+    words[words.index("fake.py")] = str(ROOT / "train_unconditional.py")
+    with pytest.raises(UserError, match="no run has been measured"):
+        script.main(words)
+    assert "--asymmetric_k belongs to --timestep_sampling asymmetric" in Path("out/logs/plain-seed0.log").read_text()
+
+
+def test_every_run_that_was_never_measured_is_named_before_any_is_read(script, grid):
+    script.main(grid("plain", "fast", seeds=[0]))
+    for name in ("one", "other"):
+        shutil.copytree("out/fast-seed0", name)
+        (Path(name) / "evaluation.jsonl").unlink()
+    (Path("out/plain-seed0") / "metrics.jsonl").write_text("[1]\n")  # would be the first error if it were read
+    for names in ([], ["--names", "a", "b", "c"]):
+        with pytest.raises(UserError, match=r"^one, other: evaluation.jsonl is missing or empty.* --eval_steps") as caught:
+            script.main(["--runs", "out/plain-seed0", "one", "other", *names])
+        assert caught.value.exit_code == 1
+
+
+HELP = f"""
+import runpy, sys
+sys.argv = ["compare.py", "--help"]
+try:
+    runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+print("loaded:", *sorted({{"diffusers", "transformers", "accelerate", "datasets", "matplotlib", "jinja2", "numba"}} & sys.modules.keys()))
+"""
+
+
+def test_help_says_what_runs_must_have_and_loads_nothing_heavy():
+    shown = subprocess.run([sys.executable, "-c", HELP], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert shown.stdout.endswith("loaded:\n"), shown.stdout + shown.stderr
+    assert "each of which was trained with --eval_steps" in shown.stdout
