@@ -1,0 +1,76 @@
+"""Runs for comparisons: curves, and the folders that they leave."""
+
+import html
+import json
+import math
+import re
+
+import pytest
+from PIL import Image
+
+from immiscible.configs import TextToImageConfig, UnconditionalConfig
+from immiscible.flags import save_config
+from immiscible.reports.ratios import Interval
+
+INF = math.inf
+
+
+def decay(stop=500, every=100, speed=1.0, scale=1.0):
+    """A curve that falls by a factor of e in 100 steps at speed 1, evaluated every ``every`` steps."""
+    return [(float(step), scale * 50 * math.exp(-speed * step / 100)) for step in range(every, stop + 1, every)]
+
+
+def exactly(value):
+    return Interval(value, value)
+
+
+def words(page):
+    """A page's text without its tags."""
+    return html.unescape(re.sub(r"<[^>]+>", "", page))
+
+
+def noisy(generator, stop=500):
+    """A curve that falls on average, with noise and ties, at steps that are not evenly spaced."""
+    steps = sorted(generator.sample(range(1, stop), 8))
+    return [(float(step), max(0.1, round(30 * math.exp(-step / 200) * generator.uniform(0.6, 1.5), 1))) for step in steps]
+
+
+def near(interval, value, tolerance=1e-9):
+    return interval.low == interval.high == pytest.approx(value, rel=tolerance)
+
+
+def write_run(folder, curves, *, seed=0, finished=True, dimension=None, line=None, seconds_per_step=0.05, metric=None, text=False, **flags):
+    """A folder as a training script leaves it; ``curves`` by number of inference steps."""
+    (folder / "samples").mkdir(parents=True)
+    data = {"pretrained_model_name_or_path": "sd", "train_data_dir": "photos"} if text else {"bundled_data": "digits"}
+    values = {**data, "resolution": 8, "prediction_type": "v_prediction", "max_train_steps": 500, **flags}
+    config = TextToImageConfig if text else UnconditionalConfig
+    save_config(config(seed=seed, output_dir=str(folder), **values), folder / "config.yaml")
+    common = {"feature": "FD-digits", "samples": 1500, "reference_images": 1797, "data": "abc", "weights": "ema"}
+    common |= {"validation_loss": {"0-499": 0.2, "500-999": 0.1}, **({"num_features": dimension} if dimension else {}), **(line or {})}
+    with (folder / "evaluation.jsonl").open("w") as file:
+        for number, (step, _) in enumerate(next(iter(curves.values()))):
+            distances = {str(steps): curve[number][1] for steps, curve in curves.items()}
+            seconds = step * seconds_per_step
+            file.write(json.dumps({"step": int(step), "train_seconds": seconds, **common, "frechet_distance": distances}) + "\n")
+    metrics = {"step_seconds": seconds_per_step, "coupling_seconds": 0.005, "distance_reduction_percent": 9.5}
+    metrics |= {"noise_variance_drift": 0.01, "noise_norm_drift": -0.02, "paired_images": 256, "loss": 0.1, **(metric or {})}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, **metrics}) + "\n" for step in (10, 20)))
+    if finished:
+        (folder / "summary.json").write_text(json.dumps({"step": 500}))
+        Image.new("RGB", (64, 64), "navy").save(folder / "samples" / "step-0000500.png")
+    return folder
+
+
+def run_pair(tmp_path, name, **curves):
+    """The folders of an arm's two seeds with the same curves, whose speed at 5 and at 20 inference steps is given."""
+    return [
+        write_run(tmp_path / f"{name}-seed{seed}", {5: decay(speed=curves["five"]), 20: decay(speed=curves["twenty"])}, seed=seed)
+        for seed in range(2)
+    ]
+
+
+def leave_checkpoint(folder, from_scratch):
+    (folder / "checkpoint-500").mkdir()
+    state = {"step": 500, "identity": {"network": {"from_scratch": from_scratch}}, "files": {}}
+    (folder / "checkpoint-500" / "training_state.json").write_text(json.dumps(state))

@@ -1,0 +1,95 @@
+import pytest
+from compared import INF, decay, exactly, words, write_run
+
+from immiscible.reports.comparison import compare
+from immiscible.reports.page import html_report, markdown_report, summary
+from immiscible.reports.ratios import GAIN, HARM, Interval
+from immiscible.reports.sentences import headline
+from immiscible.reports.tables import cost_table, seed_table, spread, summary_table
+
+
+def test_every_baseline_reaches_its_goal(arms):
+    for seed in range(3):
+        assert compare(arms).times("baseline", 5)[seed].high <= 500
+    table = summary_table(compare(arms), 5)
+    baseline = dict(zip(table.columns, table.rows[0], strict=True))
+    assert baseline["steps to it"] == "498" and "of 0.343, its mean over seeds" in table.caption
+    assert "seconds of this machine, as busy as it was" in table.caption
+
+
+@pytest.mark.parametrize(
+    ("speeds", "shown"),
+    [
+        ((0.7, 0.8, 0.9), "< 1.00x (up to 1.00)"),  # two of them end above their goals
+        ((2, 2.5, 4), "2.50x (2.00 to 4.00)"),
+        ((2, 2, 2), "2.00x"),
+    ],
+)
+def test_a_spread_is_read_at_a_glance(tmp_path, speeds, shown):
+    arms = {"baseline": [], "other": []}
+    for seed, speed in enumerate(speeds):
+        arms["baseline"].append(write_run(tmp_path / f"a{seed}", {5: decay(scale=1 - seed / 10)}, seed=seed))
+        arms["other"].append(write_run(tmp_path / f"b{seed}", {5: decay(scale=1 - seed / 10, speed=speed)}, seed=seed))
+    table = summary_table(compare(arms), 5)
+    assert dict(zip(table.columns, table.rows[1], strict=True))["sooner in steps"] == shown
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([Interval(0.0, 0.9), exactly(1.0)], "< 0.95x (up to 1.00)"),
+        ([Interval(0.0, 0.9), Interval(0.0, 0.9)], "< 0.90x"),
+        ([exactly(1.2), exactly(1.3), Interval(2.0, INF)], "1.30x (1.20 and more)"),
+        ([Interval(0.0, 0.9), exactly(1.0), Interval(2.0, INF)], "1.00x (neither end known)"),
+        ([Interval(0.0, INF)], "not known"),
+    ],
+)
+def test_what_is_known_of_a_spread(values, shown):
+    assert spread(dict(enumerate(values)), 2, "x") == shown
+
+
+def test_an_arm_that_never_gets_there_is_shown_the_right_way_round(tmp_path):
+    arms = {
+        "baseline": [write_run(tmp_path / f"a{seed}", {5: decay()}, seed=seed) for seed in range(2)],
+        "late": [write_run(tmp_path / f"b{seed}", {5: decay(speed=0.5)}, seed=seed) for seed in range(2)],
+    }
+    comparison = compare(arms)
+    table = summary_table(comparison, 5)
+    late = dict(zip(table.columns, table.rows[1], strict=True))
+    assert [late[column] for column in ("verdict", "sooner in steps", "sooner in seconds", "steps to it", "seconds to it")] == [
+        HARM,
+        "< 1.00x",
+        "< 1.00x",
+        "> 500",
+        "> 25.00",
+    ]
+    assert "late at 5 inference steps" in headline(comparison)[1] and headline(comparison)[1].startswith("Harm")
+    for report in (words(html_report(comparison)), markdown_report(comparison)):
+        assert "< 1.00x" in report and "> 500" in report and "> 1.00x" not in report
+
+
+def test_every_ratio_can_be_computed_again_by_hand(arms):
+    table = seed_table(compare(arms), 5)
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    baseline = {row["seed"]: row for row in rows if row["arm"] == "baseline"}
+    assert len(rows) == 9 and {row["goal"] for row in rows} == {"0.3425", "0.3874"}  # the mean, and seed 2's own last value
+    for row in rows:
+        for time, shown in (("steps to goal", "sooner in steps, x"), ("seconds to goal", "sooner in seconds, x")):
+            assert float(baseline[row["seed"]][time]) / float(row[time]) == pytest.approx(float(row[shown]), rel=2e-3)
+
+
+def test_no_drift_is_shown_without_a_sign_of_its_own(tmp_path):
+    table = cost_table(compare({"a": [write_run(tmp_path / "a", {5: decay()}, metric={"noise_norm_drift": -4e-8})]}))
+    shown = dict(zip(table.columns, table.rows[0], strict=True))
+    assert shown["noise norm drift"] == "+0.0000" and shown["noise variance drift"] == "+0.0100"
+
+
+def test_tables_read_in_a_terminal(arms):
+    shown = summary(compare(arms))
+    lines = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines[:5]}) == 1
+    table = summary_table(compare(arms), 5)
+    coupled = dict(zip(table.columns, table.rows[1], strict=True))
+    assert coupled["verdict"] == GAIN and coupled["sooner in steps"].startswith("2.00x") and coupled["seeds"] == "3"
+    baseline = dict(zip(table.columns, table.rows[0], strict=True))
+    assert baseline["sooner in steps"] == "1.00x" and baseline["final FD-digits"] == "0.3369 (0.3032 to 0.3874)"
