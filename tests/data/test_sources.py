@@ -1,0 +1,39 @@
+"""Images opened, and a source split in two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from immiscible.data.bundled import load_digits
+from immiscible.data.loading import load_images
+from immiscible.data.sources import split_source
+from immiscible.errors import UserError
+
+
+def test_photographs_taken_sideways_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # orientation: rotate by 90 degrees
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert load_images(train_data_dir=str(tmp_path)).load(0).size == (4, 8)
+
+
+def test_broken_exif_data_spoils_no_image(tmp_path):
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.png", exif=b"Exif\0\0what is this")
+    assert load_images(train_data_dir=str(tmp_path)).load(0).size == (8, 4)
+
+
+def test_split_is_a_fixed_partition():
+    source = load_digits()
+    train, held_out = split_source(source, 0.1)
+    assert (len(train), len(held_out)) == (1617, 180)
+    assert sorted([*train.indices, *held_out.indices]) == list(range(1797))
+    torch.manual_seed(4)
+    assert split_source(source, 0.1)[1].indices == held_out.indices
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.5, 1.5, 1e-6, 1 - 1e-6])
+def test_a_split_with_an_empty_side_is_refused(fraction):
+    with pytest.raises(UserError, match=r"--validation_split .* of 1797 images leaves none on one side"):
+        split_source(load_digits(), fraction)
