@@ -11,15 +11,35 @@ from immiscible.errors import UserError
 Built = TypeVar("Built")
 
 
-def build_choice(table: Mapping[str, Callable[..., Built]], flag: str, name: str, *args: Any, **options: Any) -> Built:
-    """Calls ``table[name](*args, ...)`` with those of ``options`` that this constructor has a parameter for.
+def build_choice(table: Mapping[str, Callable[..., Built]], call: str, name: str, *args: Any, **options: Any) -> Built:
+    """Calls ``table[name](*args, **options)``.
 
-    One flat set of options serves every entry of a table, and an entry declares what it uses by its signature alone.
+    Args:
+        table: constructors by name.
+        call: the public function that was called, for messages.
+        name: the entry.
+        *args: what every entry takes first.
+        **options: the entry's own options.
 
     Raises:
-        UserError: ``name`` is not in the table; the message lists what is.
+        UserError: ``name`` is not in the table, or its constructor has no such option; the message lists what there is.
     """
     if name not in table:
-        raise UserError(f"{flag} {name!r} is unknown; known: {', '.join(table)}")
-    parameters = inspect.signature(table[name]).parameters
-    return table[name](*args, **{key: value for key, value in options.items() if key in parameters})
+        raise UserError(f"{call}({name!r}) is unknown; known: {', '.join(table)}")
+    known = option_names(table[name], len(args))
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        has = f"its options are {', '.join(known)}" if known else "it has none"
+        raise UserError(f"{call}({name!r}) has no option {' and no option '.join(unknown)}; {has}")
+    return table[name](*args, **options)
+
+
+def option_names(constructor: Callable[..., Any], positional: int = 0) -> tuple[str, ...]:
+    """What an entry can be told by name beyond its first ``positional`` parameters: its signature alone declares it."""
+    return tuple(inspect.signature(constructor).parameters)[positional:]
+
+
+def used_options(constructor: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a flat set of ``options``, such as all flags of a script, that ``constructor`` has a parameter for."""
+    known = option_names(constructor)
+    return {name: value for name, value in options.items() if name in known}

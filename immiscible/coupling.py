@@ -4,14 +4,14 @@ A coupling is called as ``coupling(x0, noise=None, *, timesteps=None, labels=Non
 image, in x0's order, shape, dtype and device. With independent pairs the best prediction from pure noise points at the data's mean;
 with a coupling it points at the mean weighted by q(x0 | noise), so that less of the first sampling steps is spent on averages
 (Immiscible Diffusion, algorithm 1, read with its reviewers). To add one: a function or small dataclass with this call, and an entry
-in `COUPLINGS`.
+in `COUPLINGS`. One that carries something from batch to batch has ``state_dict`` and ``load_state_dict`` too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from immiscible.choices import build_choice
 from immiscible.errors import UserError
 
 SCORES = ("l2", "dot")
-
 
 TYPICAL_LENGTH = 0.55  # |x0| / sqrt(D) that `bias_notice` assumes: photographs scaled to [-1, 1] have about this
 
@@ -56,8 +55,25 @@ class Coupling(Protocol):
         ...
 
 
+class _Stateless:
+    """For couplings that carry nothing from batch to batch: what ``accelerator.register_for_checkpointing`` asks for."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to restore.
+
+        Raises:
+            UserError: the state is another coupling's.
+        """
+        if state:
+            raise UserError(f"{type(self).__name__} has no state, but {', '.join(state)} was saved: by another coupling")
+
+
 @dataclass(frozen=True)
-class IndependentCoupling:
+class IndependentCoupling(_Stateless):
     """Plain diffusion: image i keeps noise i."""
 
     def __call__(
@@ -89,7 +105,7 @@ class AssignmentCoupling:
             ``penalty``; see `immiscible.assignment.conditions`.
         condition_ratio: of ``penalty``, 0 to 1; see `penalty_weight`.
         state: what ``centered`` has learned of the conditions' means, empty otherwise. A call that changes it replaces it by a new mapping
-            of new tensors, so one taken earlier stays as it was; assigning one restores it.
+            of new tensors, so one taken earlier stays as it was.
     """
 
     metric: str = "l2"
@@ -102,13 +118,13 @@ class AssignmentCoupling:
 
     def __post_init__(self) -> None:
         known = {"metric": METRICS, "dtype": COST_DTYPES, "solver": SOLVERS, "condition": CONDITIONS}
-        for flag, names in known.items():
-            if getattr(self, flag) not in names:
-                raise UserError(f"--coupling_{flag} {getattr(self, flag)!r} is unknown; known: {', '.join(names)}")
+        for argument, names in known.items():
+            if getattr(self, argument) not in names:
+                raise UserError(f"`{argument}` {getattr(self, argument)!r} is unknown; known: {', '.join(names)}")
         if self.metric == "l1" and self.dtype == "int8":
-            raise UserError("--coupling_metric l1 is no inner product and has no int8 form; give --coupling_dtype float32")
+            raise UserError("`metric` l1 is no inner product and has no int8 form; give `dtype` float32")
         if not 0 <= self.condition_ratio <= 1:
-            raise UserError(f"--coupling_condition_ratio must be from 0 to 1, not {self.condition_ratio}")
+            raise UserError(f"`condition_ratio` must be from 0 to 1, not {self.condition_ratio}")
 
     def __call__(
         self,
@@ -148,6 +164,20 @@ class AssignmentCoupling:
         """What stands for the noises [N, ...] in the cost."""
         return noise
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """`state`: ``mean`` and ``count`` of classes, ``gram`` and ``cross`` of text states, or nothing."""
+        return dict(self.state)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a `state_dict`.
+
+        Raises:
+            UserError: the state is another coupling's.
+        """
+        if set(state) not in (set(), {"mean", "count"}, {"gram", "cross"}):
+            raise UserError(f"`condition` centered keeps mean and count, or gram and cross, but {', '.join(state)} was saved")
+        self.state = dict(state)
+
 
 @dataclass
 class FlippedAssignmentCoupling(AssignmentCoupling):
@@ -163,7 +193,7 @@ class FlippedAssignmentCoupling(AssignmentCoupling):
 
 
 @dataclass(frozen=True)
-class NearestCoupling:
+class NearestCoupling(_Stateless):
     """Each image takes the best of k candidate noises (Improved Immiscible Diffusion, arXiv 2505.18521, algorithm 1).
 
     Needs no batch, but biases the marginal: ``l2`` picks short noises (variance 0.95 at D=3072, k=64), ``dot`` keeps their length and
@@ -191,9 +221,9 @@ class NearestCoupling:
 
     def __post_init__(self) -> None:
         if self.candidates < 1:
-            raise UserError(f"--coupling_candidates must be at least 1, not {self.candidates}")
+            raise UserError(f"`candidates` must be at least 1, not {self.candidates}")
         if self.score not in SCORES:
-            raise UserError(f"--coupling_score {self.score!r} is unknown; known: {', '.join(SCORES)}")
+            raise UserError(f"`score` {self.score!r} is unknown; known: {', '.join(SCORES)}")
 
     def __call__(
         self,
@@ -226,15 +256,14 @@ class NearestCoupling:
         """See `bias_notice`; the numbers are means over simulated (g, c) of images of one typical length, from a fixed seed."""
         if self.candidates == 1:
             return ""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         images = max(1, min(2**16, 2**20 // self.candidates))
-        length = torch.full((images, 1), TYPICAL_LENGTH * dimension**0.5, dtype=torch.float64)
-        along, square = _components(images, 1, dimension, generator)
+        length = torch.full((images, 1), TYPICAL_LENGTH * dimension**0.5, dtype=torch.float64, device="cpu")
+        along, square = _components(images, 1, dimension, generator, length.device)
         g, c, _ = self._winner(length, along, square, dimension, generator)
         variance, mean, second = (float(values.mean()) for values in ((g.square() + c) / dimension, g, g.square()))
-        remedy = (
-            "--coupling_score dot keeps its length, --noise_coupling assignment" if self.score == "l2" else "--noise_coupling assignment"
-        )
+        exact = "build_coupling('assignment')"
+        remedy = f"`score` dot keeps its length, {exact}" if self.score == "l2" else exact
         return (
             f"nearest of {self.candidates} by {self.score} does not keep the noise standard normal: with D = {dimension} and images of an "
             f"assumed length of {TYPICAL_LENGTH} sqrt(D), its variance is {variance:.3f} instead of 1 and its component along its image "
@@ -287,7 +316,7 @@ class AboveTimestep:
     ) -> Tensor:
         """See `Coupling`; here ``timesteps`` is required."""
         if timesteps is None:
-            raise UserError("a coupling with --coupling_min_timestep needs the timesteps: coupling(x0, noise, timesteps=t)")
+            raise UserError("a coupling with `min_timestep` needs the timesteps: coupling(x0, noise, timesteps=t)")
         noise = _drawn(x0, generator) if noise is None else noise
         rows = (timesteps >= self.min_timestep).nonzero()[:, 0]
         if len(rows) == 0:
@@ -295,6 +324,14 @@ class AboveTimestep:
         chosen = None if labels is None else labels[rows]
         paired = self.coupling(x0[rows], noise[rows], timesteps=timesteps[rows], labels=chosen, generator=generator)
         return noise.index_copy(0, rows, paired)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The inner coupling's."""
+        return dict(coupling_state(self.coupling))
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """As the inner coupling's."""
+        restore_coupling(self.coupling, state)
 
 
 COUPLINGS: dict[str, Callable[..., Coupling]] = {
@@ -306,18 +343,18 @@ COUPLINGS: dict[str, Callable[..., Coupling]] = {
 }
 
 
-def build_coupling(name: str, *, min_timestep: int = 0, **options: object) -> Coupling:
-    """The coupling called ``name``, with those of ``options`` (`metric`, `condition`, `candidates`, `score`, ...) that it uses.
+def build_coupling(name: str, *, min_timestep: int = 0, **options: Any) -> Coupling:
+    """The coupling called ``name``, with its own ``options`` (`metric`, `condition`, `candidates`, `score`, ...).
 
     Args:
         name: a key of `COUPLINGS`.
         min_timestep: pair only images at or above this (0-based) timestep; 0 pairs all.
-        **options: the coupling's own options.
+        **options: the coupling's own options: what its constructor takes.
 
     Raises:
-        UserError: an unknown name (the known ones are listed) or an option out of range.
+        UserError: an unknown name or option (the known ones are listed), or an option out of range.
     """
-    coupling = build_choice(COUPLINGS, "--noise_coupling", name, **options)
+    coupling = build_choice(COUPLINGS, "build_coupling", name, **options)
     return AboveTimestep(coupling, min_timestep) if min_timestep > 0 else coupling
 
 
@@ -328,13 +365,14 @@ def pairs_batch(coupling: Coupling) -> bool:
 
 def coupling_state(coupling: Coupling) -> Mapping[str, Tensor]:
     """What ``coupling`` carries from batch to batch, empty for most; the mapping stays as it is when the coupling goes on."""
-    return getattr(getattr(coupling, "coupling", coupling), "state", {})
+    state: Mapping[str, Tensor] = coupling.state_dict() if hasattr(coupling, "state_dict") else {}
+    return state
 
 
 def restore_coupling(coupling: Coupling, state: Mapping[str, Tensor]) -> None:
     """Puts a `coupling_state` back."""
-    if state:
-        setattr(getattr(coupling, "coupling", coupling), "state", state)  # noqa: B010
+    if state or hasattr(coupling, "load_state_dict"):
+        coupling.load_state_dict(state)  # type: ignore[attr-defined]
 
 
 def bias_notice(coupling: Coupling, dimension: int) -> str:
@@ -380,7 +418,7 @@ def _drawn(x0: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _components(
-    batch: int, candidates: int, dimension: int, generator: torch.Generator | None, device: torch.device | None = None
+    batch: int, candidates: int, dimension: int, generator: torch.Generator | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """g ~ N(0, 1) and c ~ chi2(D - 1), what noises have along a direction and, squared, across it; float64 [batch, candidates]."""
     g = torch.randn(batch, candidates, dtype=torch.float64, device=device, generator=generator)
@@ -388,7 +426,3 @@ def _components(
         return g, torch.zeros_like(g)
     # chi2(m) is twice a gamma variable of shape m / 2. torch.distributions.Gamma draws from the global generator only; it calls this.
     return g, 2 * torch._standard_gamma(torch.full_like(g, (dimension - 1) / 2), generator=generator)
-
-
-def _rows_like(mask: Tensor, like: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (like.dim() - 1))

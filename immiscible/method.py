@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError
@@ -11,7 +14,23 @@ from immiscible.flags import Bounds, Names, flag, given
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from immiscible.coupling import Coupling
     from immiscible.objectives import DenoisingObjective
+    from immiscible.process import NoiseProcess
+    from immiscible.timesteps import TimestepSampler
+    from immiscible.weighting import LossWeights
+
+# The constructors' parameters behind the flags of couplings; those of laws and weightings have the flags' names.
+COUPLING_OPTIONS = {
+    "coupling_metric": "metric",
+    "coupling_dtype": "dtype",
+    "coupling_solver": "solver",
+    "coupling_condition": "condition",
+    "coupling_condition_ratio": "condition_ratio",
+    "coupling_candidates": "candidates",
+    "coupling_score": "score",
+    "coupling_reservoir": "size",
+}
 
 
 @dataclass
@@ -141,15 +160,88 @@ class MethodArguments:
             raise UserError(f"--change_aware_lambda must be from 0.5 to 1, not {self.change_aware_lambda}")
         if self.asymmetric_tau is not None and self.asymmetric_r is not None:
             raise UserError("--asymmetric_tau and --asymmetric_r both say where SpeeD's threshold is; give one of them")
-        assigns = self.noise_coupling in ("independent", "assignment", "flipped_assignment")
-        for name, default in (("coupling_scope", "process"), ("coupling_window", 1), ("coupling_condition", "none")):
-            if getattr(self, name) != default and not assigns:
+        for name, users in _unused(vars(self)).items():
+            if name in ("coupling_scope", "coupling_window", "coupling_condition"):
                 raise UserError(
-                    f"--{name} is for couplings that pair the images of a batch with each other (--noise_coupling assignment or "
-                    f"flipped_assignment); {self.noise_coupling} serves each image on its own"
+                    f"--{name} is for couplings that pair the images of a batch with each other ({_named(users)}); "
+                    f"{self.noise_coupling} serves each image on its own"
                 )
-        if self.snr_gamma is not None and self.loss_weighting != "min_snr":
-            raise UserError(f"--snr_gamma belongs to --loss_weighting min_snr, not to {self.loss_weighting}")
+            chosen = " and ".join(str(getattr(self, choice)) for choice in users)
+            raise UserError(f"--{name} belongs to {_named(users)}, not to {chosen}")
+
+
+def unused_flags(values: Mapping[str, Any]) -> dict[str, str]:
+    """The flags of `MethodArguments` that are set, that is unlike their default, and that the chosen method does not use.
+
+    What a coupling, a law or a weighting uses is what its constructor has a parameter for.
+
+    Args:
+        values: of flags by name; other flags than these do not matter, and one that is missing has its default.
+
+    Returns:
+        what would use each of them: ``{"asymmetric_k": "used by --timestep_sampling asymmetric or asymmetric_released"}``.
+    """
+    return {name: f"used by {_named(users)}" for name, users in _unused(values).items()}
+
+
+def _unused(values: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """See `unused_flags`; ``{flag: {the flag that chooses: those of its choices that use it}}``."""
+    defaults = {item.name: item.default for item in fields(MethodArguments)}
+    chosen = {name: values.get(name, default) for name, default in defaults.items()}
+    changed = [name for name, default in defaults.items() if chosen[name] != default]
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in changed:
+        users = _users(name)
+        if users and not any(chosen[choice] in names for choice, names in users.items()):
+            found[name] = users
+        elif name == "coupling_condition_ratio" and chosen["coupling_condition"] != "penalty":
+            found[name] = {"coupling_condition": ["penalty"]}
+    return found
+
+
+def _users(name: str) -> dict[str, list[str]]:
+    """Which choices of which flags use the flag ``name``; empty for one that every method uses, or that chooses itself."""
+    if name in ("noise_coupling", "timestep_sampling", "loss_weighting"):
+        return {}
+    from immiscible.choices import option_names
+    from immiscible.coupling import COUPLINGS, IndependentCoupling
+    from immiscible.timesteps import TIMESTEP_SAMPLINGS
+    from immiscible.weighting import LOSS_WEIGHTINGS
+
+    if name in COUPLING_OPTIONS:
+        return {"noise_coupling": [choice for choice, built in COUPLINGS.items() if COUPLING_OPTIONS[name] in option_names(built)]}
+    if name in ("coupling_scope", "coupling_window"):
+        return {"noise_coupling": [choice for choice, built in COUPLINGS.items() if getattr(built, "pairs_batch", False)]}
+    if name in ("coupling_min_timestep", "coupling_start_step"):
+        return {"noise_coupling": [choice for choice, built in COUPLINGS.items() if built is not IndependentCoupling]}
+    laws = [choice for choice, law in TIMESTEP_SAMPLINGS.items() if name in option_names(law, 1)]
+    weightings = [choice for choice, weighting in LOSS_WEIGHTINGS.items() if name in option_names(weighting, 2)]
+    return {flag: names for flag, names in (("timestep_sampling", laws), ("loss_weighting", weightings)) if names}
+
+
+def _named(users: Mapping[str, list[str]]) -> str:
+    """Such as ``--timestep_sampling asymmetric or asymmetric_released``."""
+    return ", or ".join(f"--{choice} {' or '.join(names)}" for choice, names in users.items())
+
+
+def in_flags(text: str) -> str:
+    """A message of the library, which names its arguments in backticks and its calls as they are written, in terms of the flags."""
+    calls = {"build_coupling": "noise_coupling", "timestep_sampler": "timestep_sampling", "loss_weights": "loss_weighting"}
+    flags = {option: name for name, option in COUPLING_OPTIONS.items()} | {"min_timestep": "coupling_min_timestep"}
+    flags |= {item.name: item.name for group in (MethodArguments, ProcessArguments) for item in fields(group)}
+    text = re.sub(rf"({'|'.join(calls)})\('(\w+)'\)", lambda found: f"--{calls[found[1]]} {found[2]}", text)
+    text = re.sub(r"the noise process '(\w+)'", r"--noise_process \1", text).replace("GlobalCoupling", "--coupling_scope global")
+    return re.sub(r"`(\w+)`", lambda found: f"--{flags[found[1]]}" if found[1] in flags else found[0], text)
+
+
+@contextmanager
+def naming_flags() -> Iterator[None]:
+    """Inside the block the library's `UserError` names the flags of the scripts instead of its own arguments."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (in_flags(str(error)),)
+        raise
 
 
 def training_scheduler(config: ProcessArguments) -> Any:
@@ -180,40 +272,56 @@ def build_objective(
     Raises:
         UserError: an option out of range, or what the coupling, the law or the weighting cannot do with this process.
     """
-    from immiscible.coupling import build_coupling, pairs_batch
+    from immiscible.coupling import pairs_batch
     from immiscible.objectives import DenoisingObjective
-    from immiscible.pools import across_ranks
+    from immiscible.pools import GlobalCoupling
     from immiscible.process import NoiseProcess
-    from immiscible.timesteps import timestep_sampler
-    from immiscible.weighting import loss_weights
 
-    method, process = given(config, MethodArguments), NoiseProcess.from_scheduler(scheduler)
-    prediction_type = scheduler.config.get("prediction_type", "flow_prediction")
-    if config.coupling_min_timestep >= process.num_timesteps:
-        raise UserError(f"--coupling_min_timestep must be below {process.num_timesteps}, not {config.coupling_min_timestep}")
-    coupling = build_coupling(
-        config.noise_coupling,
-        min_timestep=config.coupling_min_timestep,
-        metric=config.coupling_metric,
-        dtype=config.coupling_dtype,
-        solver=config.coupling_solver,
-        condition=config.coupling_condition,
-        condition_ratio=config.coupling_condition_ratio,
-        candidates=config.coupling_candidates,
-        score=config.coupling_score,
-        size=config.coupling_reservoir,
-    )
-    if config.coupling_scope == "global" and pairs_batch(coupling):
-        coupling = across_ranks(coupling, accelerator, config.coupling_window)
-    return DenoisingObjective(
-        process=process.to(accelerator.device),
-        sampler=timestep_sampler(config.timestep_sampling, process, **method),
-        coupling=coupling,
-        weights=loss_weights(config.loss_weighting, process, prediction_type, **method).float().to(accelerator.device),
-        prediction_type=prediction_type,
-        image_scale=image_scale,
-        coupling_start_step=config.coupling_start_step,
-        noise_offset=config.noise_offset,
-        input_perturbation=config.input_perturbation,
-        dream_detail_preservation=dream_detail_preservation,
-    )
+    with naming_flags():
+        process = NoiseProcess.from_scheduler(scheduler)
+        prediction_type = scheduler.config.get("prediction_type", "flow_prediction")
+        if config.coupling_min_timestep >= process.num_timesteps:
+            raise UserError(f"--coupling_min_timestep must be below {process.num_timesteps}, not {config.coupling_min_timestep}")
+        coupling = chosen_coupling(config)
+        if config.coupling_scope == "global" and pairs_batch(coupling):
+            coupling = GlobalCoupling(accelerator, coupling, window=config.coupling_window)
+        return DenoisingObjective(
+            process=process.to(accelerator.device),
+            sampler=chosen_sampler(config, process),
+            coupling=coupling,
+            weights=chosen_weights(config, process, prediction_type).float().to(accelerator.device),
+            prediction_type=prediction_type,
+            image_scale=image_scale,
+            coupling_start_step=config.coupling_start_step,
+            noise_offset=config.noise_offset,
+            input_perturbation=config.input_perturbation,
+            dream_detail_preservation=dream_detail_preservation,
+        )
+
+
+def chosen_coupling(config: MethodArguments) -> Coupling:
+    """The coupling that the flags ask for, over this process's batch."""
+    from immiscible.choices import used_options
+    from immiscible.coupling import COUPLINGS, build_coupling
+
+    options = {option: getattr(config, name) for name, option in COUPLING_OPTIONS.items()}
+    options = used_options(COUPLINGS[config.noise_coupling], options)
+    return build_coupling(config.noise_coupling, min_timestep=config.coupling_min_timestep, **options)
+
+
+def chosen_sampler(config: MethodArguments, process: NoiseProcess) -> TimestepSampler:
+    """The timestep law that the flags ask for."""
+    from immiscible.choices import used_options
+    from immiscible.timesteps import TIMESTEP_SAMPLINGS, timestep_sampler
+
+    name = config.timestep_sampling
+    return timestep_sampler(name, process, **used_options(TIMESTEP_SAMPLINGS[name], given(config, MethodArguments)))
+
+
+def chosen_weights(config: MethodArguments, process: NoiseProcess, prediction_type: str) -> LossWeights:
+    """The loss weights that the flags ask for."""
+    from immiscible.choices import used_options
+    from immiscible.weighting import LOSS_WEIGHTINGS, loss_weights
+
+    name = config.loss_weighting
+    return loss_weights(name, process, prediction_type, **used_options(LOSS_WEIGHTINGS[name], given(config, MethodArguments)))

@@ -17,6 +17,7 @@ from immiscible.coupling import Coupling, coupling_statistics, paired_together, 
 from immiscible.process import NoiseProcess
 from immiscible.randomness import Draws, PoolDraws
 from immiscible.timesteps import TimestepSampler
+from immiscible.weighting import LossWeights
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class DenoisingObjective:
         process: the noise process, on the training device.
         sampler: the timestep law.
         coupling: which noise belongs to which image.
-        weights: fp32 [T], the cost of an error at each level, for the MSE of ``prediction_type``.
+        weights: the cost of an error at each level, for the MSE of ``prediction_type``; on the training device.
         prediction_type: diffusers' name of the target.
         image_scale: the scale at which images are diffused; the coupling sees them at this scale (`process` has it built in).
         coupling_start_step: noise stays independent before this optimizer step.
@@ -74,7 +75,7 @@ class DenoisingObjective:
     process: NoiseProcess
     sampler: TimestepSampler
     coupling: Coupling
-    weights: Tensor
+    weights: LossWeights
     prediction_type: str = "epsilon"
     image_scale: float = 1.0
     coupling_start_step: int = 0

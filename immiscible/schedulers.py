@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from immiscible.errors import UserError
-from immiscible.process import BETA_SCHEDULES, PREDICTION_TYPES, check_prediction_type
+from immiscible.process import BETA_SCHEDULES, PREDICTION_TYPES
 
 
 def build_scheduler(
@@ -40,8 +40,15 @@ def build_scheduler(
     Raises:
         UserError: a value is out of range or two do not go together; the message names the flag.
     """
-    prediction_type = prediction_type or PREDICTION_TYPES.get(noise_process, ("",))[0]
-    check_prediction_type(noise_process, prediction_type)
+    if noise_process not in PREDICTION_TYPES:
+        raise UserError(f"--noise_process {noise_process!r} is unknown; known: {', '.join(PREDICTION_TYPES)}")
+    trained = PREDICTION_TYPES[noise_process]
+    prediction_type = prediction_type or trained[0]
+    if prediction_type not in trained:
+        raise UserError(
+            f"--noise_process {noise_process} needs --prediction_type {' or '.join(trained)}, not {prediction_type!r}: "
+            "plain diffusers could not sample anything else"
+        )
     if num_train_timesteps < 1:
         raise UserError(f"--ddpm_num_steps {num_train_timesteps} is too small: it must be at least 1")
     if not 0 < image_scale < float("inf"):

@@ -1,14 +1,14 @@
 """How often each noise level is trained: a timestep law is one probability vector over the T steps.
 
-To add a law: a function ``law(process, *, <options>) -> TimestepSampler`` and an entry in `TIMESTEP_SAMPLINGS`. Its options are
-flags of the scripts, so its errors name them. Indices are 0-based; SpeeD's paper counts steps from 1.
+To add a law: a function ``law(process, *, <options>) -> TimestepSampler`` and an entry in `TIMESTEP_SAMPLINGS`; its options are known
+by its signature. Indices are 0-based, from least to most noise; SpeeD's paper counts steps from 1.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,27 +16,29 @@ from torch import Tensor
 
 from immiscible.choices import build_choice
 from immiscible.errors import UserError
-from immiscible.process import NoiseProcess, as_process
+from immiscible.process import NoiseLevels, NoiseProcess, as_process
 
 DEFAULT_R = 143.55  # the r at which the linear schedule gives the released code's tau; the paper names none
 RELEASED_TAU = 700
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TimestepSampler:
-    """Draws timesteps from a law; to be used in the place of ``torch.randint``.
+    """Draws timesteps from a law; to be used in the place of ``torch.randint``, or by `levels` in a loop that wants sigmas.
 
     Args:
         probabilities: the law p, float64 [T], sums to 1.
         reflect_at: the m of SpeeD's released draw rule, in [1, T): half of a batch, n // 2 + 1 rows, is drawn from p, and the rest are
             the reflections of these rows, t -> |t - m|. None for independent draws from p.
+        process: the noise process whose steps these are, for `levels`; `timestep_sampler` fills it in.
 
     Raises:
-        UserError: ``probabilities`` is no such vector or ``reflect_at`` is out of range.
+        UserError: ``probabilities`` is no such vector, ``reflect_at`` is out of range, or the process has another number of steps.
     """
 
     probabilities: Tensor
     reflect_at: int | None = None
+    process: NoiseProcess | None = None
 
     def __post_init__(self) -> None:
         p = self.probabilities
@@ -45,7 +47,13 @@ class TimestepSampler:
         if not (bool((p >= 0).all()) and abs(float(p.sum()) - 1) < 1e-9):
             raise UserError(f"timestep probabilities must be at least 0 and sum to 1; their sum is {float(p.sum()):g}")
         if self.reflect_at is not None and not 1 <= self.reflect_at < len(p):
-            raise UserError(f"reflect_at {self.reflect_at} is out of range: it must be in [1, {len(p)})")
+            raise UserError(f"`reflect_at` {self.reflect_at} is out of range: it must be in [1, {len(p)})")
+        if self.process is not None and self.process.num_timesteps != len(p):
+            raise UserError(f"{len(p)} timestep probabilities do not go with a noise process of {self.process.num_timesteps} timesteps")
+
+    def __repr__(self) -> str:
+        reflected = "" if self.reflect_at is None else f", reflected at {self.reflect_at}"
+        return f"TimestepSampler({len(self.probabilities)} timesteps, moves {self.moved_share():.1%} of the draws{reflected})"
 
     def __call__(self, n: int, device: torch.device | str | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Draws n timesteps.
@@ -58,11 +66,48 @@ class TimestepSampler:
                 whatever the device.
 
         Returns:
-            int64 [n], in [0, T).
+            int64 [n], in [0, T): 0 is the least noise. With betas this is the timestep of diffusers' schedulers and of the network; flow
+            and EDM schedulers count the other way, and `levels` gives what their loops want.
         """
         source = generator.device if generator is not None else torch.device("cpu")
         uniforms = torch.rand(n, dtype=torch.float64, device=source, generator=generator)
         return self.from_uniforms(uniforms).to(device if device is not None else source)
+
+    def levels(
+        self,
+        n: int,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        ndim: int = 1,
+        continuous: bool = False,
+    ) -> NoiseLevels:
+        """Draws n noise levels and gives them as loops over flows and EDM write them.
+
+        For diffusers' flow scripts ``sigmas, timesteps, indices = sampler.levels(n, ndim=x0.ndim)`` stands for drawing ``indices``,
+        ``timesteps = scheduler.timesteps[indices]`` and ``sigmas = get_sigmas(timesteps)``, to the last bit.
+
+        Args:
+            n: how many: the batch size.
+            device: as in a call of the sampler.
+            generator: as in a call of the sampler, which draws the same indices from it.
+            ndim: of the images; sigma is [n, 1, ...] with so many dimensions, and broadcasts against them.
+            continuous: any value instead of the T levels: the law is spread evenly over each level's bin (`NoiseProcess.levels`).
+
+        Returns:
+            ``sigma`` fp32 [n, 1, ...], ``time`` [n], and ``index`` int64 [n] into the scheduler (of the bin, if continuous).
+
+        Raises:
+            UserError: the sampler was made without a noise process.
+        """
+        if self.process is None:
+            raise UserError("this law knows no noise process, so it has no noise levels: give TimestepSampler its `process`")
+        source = generator.device if generator is not None else torch.device("cpu")
+        t = self(n, generator=generator)
+        within = torch.rand(n, dtype=torch.float64, device=source, generator=generator) if continuous else None
+        sigma, time, index = self.process.levels(t, within)
+        target = device if device is not None else source
+        return NoiseLevels(sigma.view(-1, *[1] * (ndim - 1)).to(target), time.to(target), index.to(target))
 
     def from_uniforms(self, uniforms: Tensor) -> Tensor:
         """The timesteps that uniform numbers stand for, by the inverse of the law's distribution function.
@@ -111,9 +156,9 @@ def threshold(process: NoiseProcess, asymmetric_r: float | None = None, asymmetr
     if asymmetric_tau is None:
         return process.convergence_step(DEFAULT_R if asymmetric_r is None else asymmetric_r)
     if asymmetric_r is not None:
-        raise UserError("--asymmetric_tau and --asymmetric_r both say where the convergence area begins: give one of them")
+        raise UserError("`asymmetric_tau` and `asymmetric_r` both say where the convergence area begins: give one of them")
     if not 0 < asymmetric_tau <= process.num_timesteps:
-        raise UserError(f"--asymmetric_tau {asymmetric_tau} is out of range: it must be from 1 to {process.num_timesteps}, the timesteps")
+        raise UserError(f"`asymmetric_tau` {asymmetric_tau} is out of range: it must be from 1 to {process.num_timesteps}, the timesteps")
     return asymmetric_tau
 
 
@@ -126,7 +171,7 @@ def released_threshold(process: NoiseProcess, asymmetric_tau: int | None = None)
     if asymmetric_tau is None and process.num_timesteps < RELEASED_TAU:
         raise UserError(
             f"the released SpeeD code has its threshold at {RELEASED_TAU}, beyond this process's {process.num_timesteps} timesteps: "
-            "give --asymmetric_tau"
+            "give `asymmetric_tau`"
         )
     return threshold(process, asymmetric_tau=RELEASED_TAU if asymmetric_tau is None else asymmetric_tau)
 
@@ -155,32 +200,33 @@ def asymmetric(
     return _normalized(_boosted(process, asymmetric_k, threshold(process, asymmetric_r, asymmetric_tau)))
 
 
-def asymmetric_released(
-    process: NoiseProcess, *, asymmetric_k: float = 5.0, asymmetric_r: float | None = None, asymmetric_tau: int | None = None
-) -> TimestepSampler:
+def asymmetric_released(process: NoiseProcess, *, asymmetric_k: float = 5.0, asymmetric_tau: int | None = None) -> TimestepSampler:
     """What SpeeD's released code draws, which its paper does not describe: a fixed tau, and half of each batch reflected.
 
     tau is 700 on every schedule unless given, and m is the first index at which sqrt(1 - alpha_bar) grows by less than 1e-4 per step,
     plus one. See `TimestepSampler` for the reflection and `TimestepSampler.marginal` for the law that results.
 
     Raises:
-        UserError: k is below 1, tau is not in (0, T], r is given (the released code has none), or the process has no such m.
+        UserError: k is below 1, tau is not in (0, T], or the process has no such m.
     """
-    if asymmetric_r is not None:
-        raise UserError("--asymmetric_r does not go with --timestep_sampling asymmetric_released: its threshold is --asymmetric_tau")
     boosted = _boosted(process, asymmetric_k, released_threshold(process, asymmetric_tau))
-    flat = torch.gradient((1 - process.alpha_bar).sqrt())[0] < 1e-4 if process.num_timesteps > 1 else torch.zeros(1, dtype=torch.bool)
+    deviation = (1 - process.alpha_bar).sqrt()
+    flat = torch.gradient(deviation)[0] < 1e-4 if process.num_timesteps > 1 else deviation < 0
     first_flat = int(flat.long().argmax())
     if not flat.any() or first_flat + 1 == process.num_timesteps:
         raise UserError(
-            "--timestep_sampling asymmetric_released needs a noise process whose noise level flattens out before its end "
-            "(by less than 1e-4 per step): use --timestep_sampling asymmetric"
+            "timestep_sampler('asymmetric_released') needs a noise process whose noise level flattens out before its end "
+            "(by less than 1e-4 per step): use timestep_sampler('asymmetric')"
         )
     return _normalized(boosted, reflect_at=first_flat + 1)
 
 
 def logit_normal(process: NoiseProcess, *, logit_mean: float = 0.0, logit_std: float = 1.0) -> TimestepSampler:
     """SD3's law (Esser et al. 2024): logit(s) is normal, where s is the time of the flow ``(1 - s) x0 + s n``.
+
+    Since logit(s) is the logarithm of the noise over the signal, this is EDM's law too: ln(sigma) is normal (Karras et al. 2022, P_mean and
+    P_std). On a shifted flow s is the time after the shift; diffusers' SD3 scripts draw the one before it, for which ``logit_mean`` is
+    ln(shift) larger (and counts their indices, from most to least noise, so that their mean has the opposite sign).
 
     A step of any process stands for the flow time of its SNR, s = 1 / (1 + sqrt(SNR)), and gets the law's mass between the midpoints to
     its neighbors. The law is cut to the noise levels that the process has: what lies beyond would otherwise pile up on its ends, 39 %
@@ -195,16 +241,16 @@ def logit_normal(process: NoiseProcess, *, logit_mean: float = 0.0, logit_std: f
         UserError: a value is out of range, or the law has no mass on the process's noise levels.
     """
     if not math.isfinite(logit_mean):
-        raise UserError(f"--logit_mean {logit_mean:g} is out of range: it must be finite")
+        raise UserError(f"`logit_mean` {logit_mean:g} is out of range: it must be finite")
     if not 0 < logit_std < math.inf:
-        raise UserError(f"--logit_std {logit_std:g} is out of range: it must be above 0")
+        raise UserError(f"`logit_std` {logit_std:g} is out of range: it must be above 0")
     flow_time = 1 / (1 + process.snr.sqrt())
     midpoints = (flow_time[1:] + flow_time[:-1]) / 2
     ends = (2 * flow_time[:1] - midpoints[:1], 2 * flow_time[-1:] - midpoints[-1:])  # as far out as the midpoints lie inside
-    edges = torch.cat([ends[0], midpoints, ends[1]]).clamp(0, 1) if len(midpoints) else torch.tensor([0.0, 1.0], dtype=torch.float64)
+    edges = torch.cat([ends[0], midpoints, ends[1]]).clamp(0, 1) if len(midpoints) else flow_time.new_tensor([0.0, 1.0])
     masses = torch.special.ndtr((edges.logit() - logit_mean) / logit_std).diff()
     if not masses.sum() > 0:
-        raise UserError(f"--logit_mean {logit_mean:g} with --logit_std {logit_std:g} is off this noise process: bring the mean nearer to 0")
+        raise UserError(f"`logit_mean` {logit_mean:g} with `logit_std` {logit_std:g} is off this noise process: bring the mean nearer to 0")
     return _normalized(masses)
 
 
@@ -217,12 +263,15 @@ TIMESTEP_SAMPLINGS: dict[str, Callable[..., TimestepSampler]] = {
 
 
 def timestep_sampler(name: str, process_or_scheduler: Any, **options: Any) -> TimestepSampler:
-    """The named law of `TIMESTEP_SAMPLINGS` for a `NoiseProcess` or a diffusers scheduler; options that it does not have are ignored.
+    """The named law of `TIMESTEP_SAMPLINGS` for a `NoiseProcess` or a diffusers scheduler, with the law's own options.
 
     Raises:
-        UserError: the name is unknown, an option is out of range, or the scheduler has no noise process.
+        UserError: the name or an option is unknown (the known ones are listed), an option is out of range, or the scheduler has no noise
+            process.
     """
-    return build_choice(TIMESTEP_SAMPLINGS, "--timestep_sampling", name, as_process(process_or_scheduler), **options)
+    process = as_process(process_or_scheduler)
+    sampler = build_choice(TIMESTEP_SAMPLINGS, "timestep_sampler", name, process, **options)
+    return replace(sampler, process=process)
 
 
 def _normalized(masses: Tensor, reflect_at: int | None = None) -> TimestepSampler:
@@ -231,7 +280,7 @@ def _normalized(masses: Tensor, reflect_at: int | None = None) -> TimestepSample
 
 def _boosted(process: NoiseProcess, k: float, tau: int) -> Tensor:
     if not 1 <= k < math.inf:
-        raise UserError(f"--asymmetric_k {k:g} is out of range: it must be at least 1 (1 is uniform)")
+        raise UserError(f"`asymmetric_k` {k:g} is out of range: it must be at least 1 (1 is uniform)")
     masses = torch.ones_like(process.alpha_bar)
     masses[:tau] = k
     return masses

@@ -3,13 +3,14 @@
 Methods state their weight for the error of the predicted noise. An error of the network means different errors of the noise, the image
 and the velocity, so `from_epsilon` turns such a weight into the one on the mean squared error of the type that is trained; the objective
 is then the same whatever the network predicts. To add a weighting: a function ``weighting(process, prediction_type, *, <options>)`` that
-returns float64 [T], and an entry in `LOSS_WEIGHTINGS`. Its options are flags of the scripts, so its errors name them.
+returns float64 [T], and an entry in `LOSS_WEIGHTINGS`; its options are known by its signature.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,78 @@ from immiscible.choices import build_choice
 from immiscible.errors import UserError
 from immiscible.process import NoiseProcess, as_process, check_prediction_type
 from immiscible.timesteps import released_threshold
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LossWeights:
+    """What an error costs at each noise level: ``weights[t]`` for timesteps, ``weights.at(sigma)`` for any noise level.
+
+    Either gives fp32 on the device of what it is asked for. `to` moves the weights there once; otherwise each call does.
+
+    Args:
+        vector: the weight of each index from least to most noise, [T].
+        log_snr: the logarithm of the signal-to-noise ratio at each index, float64 [T], decreasing; minus infinity without signal.
+        kind: of the `NoiseProcess`: what is meant by a sigma.
+    """
+
+    vector: Tensor
+    log_snr: Tensor
+    kind: str
+
+    def __len__(self) -> int:
+        """T."""
+        return len(self.vector)
+
+    def __repr__(self) -> str:
+        return f"LossWeights({self.kind}, {len(self)} timesteps, {float(self.vector.min()):.3g} to {float(self.vector.max()):.3g})"
+
+    def __getitem__(self, t: Any) -> Tensor:
+        """The weights of indices, 0 being the least noise: diffusers' timesteps of schedulers with betas.
+
+        Args:
+            t: int64 [B] on any device, or any other index of a vector.
+
+        Returns:
+            fp32 [B], on the device of ``t``.
+
+        Raises:
+            UserError: ``t`` is floating point, as the timesteps of flow and EDM schedulers are.
+        """
+        vector = self.vector
+        if isinstance(t, Tensor):
+            if t.is_floating_point():
+                raise UserError(f"weights are indexed by int64 timesteps, not by {t.dtype}: for noise levels use weights.at(sigma)")
+            vector = vector.to(t.device)
+        return vector[t].float()
+
+    def at(self, sigma: Tensor) -> Tensor:
+        """The weights of noise levels, linear in the logarithm of the SNR between the T levels, and constant beyond them.
+
+        Args:
+            sigma: floating point of any shape and on any device, in the terms of `NoiseProcess.sigma`: s of the flow
+                ``(1 - s) x0 + s n``, or the noise's deviation over the signal's coefficient ("edm", "ddpm").
+
+        Returns:
+            fp32, of sigma's shape and on its device: [B, 1, 1, 1] broadcasts against images as sigma does.
+        """
+        wide = torch.float32 if sigma.device.type == "mps" else torch.float64  # that device has no float64
+        vector, levels = (rows.to(sigma.device, wide) for rows in (self.vector, -self.log_snr))  # [T], increasing
+        exact = sigma.detach().to(wide)
+        level = 2 * (exact.logit() if self.kind == "flow" else exact.log())
+        right = torch.searchsorted(levels, level).clamp(1, max(1, len(levels) - 1)).clamp(max=len(levels) - 1)
+        left = (right - 1).clamp(min=0)
+        share = ((level - levels[left]) / (levels[right] - levels[left])).clamp(0, 1)
+        share = torch.where(level >= levels[right], 1.0, share)  # also at a last level without signal, where this was inf / inf
+        return torch.lerp(vector[left], vector[right], share).float()
+
+    def to(self, device: torch.device | str) -> LossWeights:
+        """The same weights on ``device``."""
+        wide = torch.float32 if torch.device(device).type == "mps" else None
+        return replace(self, vector=self.vector.to(device, wide), log_snr=self.log_snr.to(device, wide))
+
+    def float(self) -> LossWeights:
+        """The same weights with the vector in fp32: what they give stays the same, and a GPU has less to do."""
+        return replace(self, vector=self.vector.float())
 
 
 def from_epsilon(weights: Tensor, process: NoiseProcess, prediction_type: str) -> Tensor:
@@ -90,7 +163,7 @@ def min_snr(process: NoiseProcess, prediction_type: str, *, snr_gamma: float = 5
         UserError: gamma is not above 0.
     """
     if not 0 < snr_gamma < math.inf:
-        raise UserError(f"--snr_gamma {snr_gamma:g} is out of range: it must be above 0")
+        raise UserError(f"`snr_gamma` {snr_gamma:g} is out of range: it must be above 0")
     return from_epsilon((snr_gamma / process.snr).clamp(max=1), process, prediction_type)
 
 
@@ -112,11 +185,11 @@ def p2(process: NoiseProcess, prediction_type: str, *, p2_k: float = 1.0, p2_gam
         UserError: k or gamma is negative, or k is 0 on a process that ends without signal.
     """
     if not 0 <= p2_k < math.inf:
-        raise UserError(f"--p2_k {p2_k:g} is out of range: it must be at least 0")
+        raise UserError(f"`p2_k` {p2_k:g} is out of range: it must be at least 0")
     if not 0 <= p2_gamma < math.inf:
-        raise UserError(f"--p2_gamma {p2_gamma:g} is out of range: it must be at least 0")
+        raise UserError(f"`p2_gamma` {p2_gamma:g} is out of range: it must be at least 0")
     if p2_k == 0 and bool((process.snr == 0).any()):
-        raise UserError("--p2_k 0 divides by zero on this noise process, which ends without signal: give a --p2_k above 0")
+        raise UserError("`p2_k` 0 divides by zero on this noise process, which ends without signal: give a `p2_k` above 0")
     return from_epsilon((p2_k + process.snr) ** -p2_gamma, process, prediction_type)
 
 
@@ -130,8 +203,8 @@ LOSS_WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def loss_weights(name: str, process_or_scheduler: Any, prediction_type: str, **options: Any) -> Tensor:
-    """The named weighting of `LOSS_WEIGHTINGS` on the squared error of ``prediction_type``; options that it does not have are ignored.
+def loss_weights(name: str, process_or_scheduler: Any, prediction_type: str, **options: Any) -> LossWeights:
+    """The named weighting of `LOSS_WEIGHTINGS` on the squared error of ``prediction_type``, with the weighting's own options.
 
     Args:
         name: a key of `LOSS_WEIGHTINGS`.
@@ -140,22 +213,24 @@ def loss_weights(name: str, process_or_scheduler: Any, prediction_type: str, **o
         **options: the weighting's options.
 
     Returns:
-        float64 [T], on the CPU.
+        the weights, float64, on the CPU.
 
     Raises:
-        UserError: a name is unknown, an option is out of range, or the process and the prediction type do not go together.
+        UserError: a name or an option is unknown (the known ones are listed), an option is out of range, or the process and the prediction
+            type do not go together.
     """
     process = as_process(process_or_scheduler)
     check_prediction_type(process.kind, prediction_type)
-    return build_choice(LOSS_WEIGHTINGS, "--loss_weighting", name, process, prediction_type, **options)
+    vector = build_choice(LOSS_WEIGHTINGS, "loss_weights", name, process, prediction_type, **options)
+    return LossWeights(vector, process.snr.log(), process.kind)
 
 
 def _change_aware(process: NoiseProcess, change_aware_lambda: float) -> Tensor:
     """The weights on the noise's error, float64 [T]."""
     if not 0.5 <= change_aware_lambda <= 1:
-        raise UserError(f"--change_aware_lambda {change_aware_lambda:g} is out of range: it must be from 0.5 to 1")
+        raise UserError(f"`change_aware_lambda` {change_aware_lambda:g} is out of range: it must be from 0.5 to 1")
     rate = process.change_rate()
     most, least = min(1.0, float(rate.max())), max(0.0, float(rate.min()))
     if not most > least:
-        raise UserError("--loss_weighting change_aware needs a noise process whose rate of change varies: this one's is constant")
+        raise UserError("loss_weights('change_aware') needs a noise process whose rate of change varies: this one's is constant")
     return (1 - change_aware_lambda) + (2 * change_aware_lambda - 1) * (rate - least) / (most - least)

@@ -15,7 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
+from immiscible.choices import used_options
 from immiscible.errors import UserError, run_script
+from immiscible.method import naming_flags
 from immiscible.process import BETA_SCHEDULES, PREDICTION_TYPES, NoiseProcess, as_process
 from immiscible.schedulers import build_scheduler
 from immiscible.timesteps import TIMESTEP_SAMPLINGS, TimestepSampler, threshold, timestep_sampler
@@ -50,7 +52,8 @@ def build_each(names: Sequence[str] | None, table: dict[str, Any], build: Callab
     built = {}
     for name in names or table:
         try:
-            built[name] = build(name)
+            with naming_flags():
+                built[name] = build(name)
         except UserError as error:
             if names:
                 raise
@@ -130,13 +133,24 @@ def main(argv: Sequence[str]) -> None:
     process = as_process(scheduler)
     options = {key: getattr(args, key) for key in ("asymmetric_k", "asymmetric_r", "asymmetric_tau", "change_aware_lambda")}
     try:
-        tau = threshold(process, args.asymmetric_r, args.asymmetric_tau)
+        with naming_flags():
+            tau = threshold(process, args.asymmetric_r, args.asymmetric_tau)
     except UserError:
         if args.asymmetric_r is not None or args.asymmetric_tau is not None:
             raise
         tau = process.num_timesteps  # no area of convergence by the default r
-    laws = build_each(args.timestep_sampling, TIMESTEP_SAMPLINGS, lambda name: timestep_sampler(name, process, **options))
-    weights = build_each(args.loss_weighting, LOSS_WEIGHTINGS, lambda name: loss_weights(name, process, prediction_type, **options))
+
+    def of(table: dict[str, Any], name: str) -> dict[str, Any]:
+        return used_options(table[name], options) if name in table else {}  # an unknown name has an error of its own
+
+    laws = build_each(
+        args.timestep_sampling, TIMESTEP_SAMPLINGS, lambda name: timestep_sampler(name, process, **of(TIMESTEP_SAMPLINGS, name))
+    )
+    weights = build_each(
+        args.loss_weighting,
+        LOSS_WEIGHTINGS,
+        lambda name: loss_weights(name, process, prediction_type, **of(LOSS_WEIGHTINGS, name)).vector,
+    )
     for name, law in laws.items():
         print(f"{name}: {law.moved_share():.1%} of draws moved, {float(law.marginal()[tau:].sum()):.2%} of draws beyond tau {tau}")
 

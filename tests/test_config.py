@@ -14,15 +14,12 @@ import yaml
 from launch import ENVIRONMENT, ROOT
 
 from immiscible.configs import UnconditionalConfig
-from immiscible.coupling import build_coupling
 from immiscible.errors import UserError
-from immiscible.flags import flag_value, given, parse_config, save_config
-from immiscible.method import MethodArguments
+from immiscible.flags import flag_value, parse_config, save_config
+from immiscible.method import chosen_coupling, chosen_sampler, chosen_weights
 from immiscible.networks.unet import build_unet, unet_config
 from immiscible.process import NoiseProcess
 from immiscible.schedulers import build_scheduler
-from immiscible.timesteps import timestep_sampler
-from immiscible.weighting import loss_weights
 
 TASKS = sorted(path for path in (ROOT / "configs/tasks").glob("*.yaml") if not path.stem.startswith("sd_"))  # those: test_recipes.py
 METHODS = sorted((ROOT / "configs/methods").glob("*.yaml"))
@@ -138,8 +135,8 @@ def test_a_file_can_switch_on_what_the_command_line_switches_off(tmp_path):
 
 
 def test_values_that_begin_with_a_dash(tmp_path):
-    assert parse_file(tmp_path, "logit_mean: -0.5\n").logit_mean == -0.5
-    assert parse_file(tmp_path, "logit_mean: -1e-3\n").logit_mean == -1e-3
+    assert parse_file(tmp_path, "timestep_sampling: logit_normal\nlogit_mean: -0.5\n").logit_mean == -0.5
+    assert parse_file(tmp_path, "timestep_sampling: logit_normal\nlogit_mean: -1e-3\n").logit_mean == -1e-3
     assert parse_file(tmp_path, "output_dir: -odd\n").output_dir == "-odd"
 
 
@@ -164,7 +161,7 @@ def test_saved_config_reads_back_as_equal(tmp_path):
     config = parse(
         *("--bundled_data", "photo_crops", "--use_ema", "--learning_rate", "3e-05", "--adam_epsilon", "1e-20", "--logit_mean=-1e-07"),
         *("--output_dir", "a folder: with # signs", "--hub_model_id", "null", "--logging_dir", "007", "--mixed_precision", "no"),
-        *("--asymmetric_tau", "700", "--snr_gamma", "4", "--loss_weighting", "min_snr"),
+        *("--timestep_sampling", "logit_normal", "--snr_gamma", "4", "--loss_weighting", "min_snr"),
     )
     save_config(config, tmp_path / "config.yaml")
     again = parse("--config", tmp_path / "config.yaml")
@@ -192,16 +189,13 @@ def parts(config: UnconditionalConfig) -> None:
         prediction_type=config.prediction_type,
         image_scale=config.image_scale,
     )
-    process, method = NoiseProcess.from_scheduler(scheduler), given(config, MethodArguments)
-    sampler = timestep_sampler(config.timestep_sampling, process, **method)
+    process = NoiseProcess.from_scheduler(scheduler)
+    sampler = chosen_sampler(config, process)
     assert sampler(4, generator=torch.Generator().manual_seed(0)).shape == (4,)
-    coupling = build_coupling(
-        config.noise_coupling, metric=config.coupling_metric, dtype=config.coupling_dtype, candidates=config.coupling_candidates
-    )
-    x0 = torch.zeros(3, 1, 2, 2)
-    assert coupling(x0, generator=torch.Generator().manual_seed(0)).shape == x0.shape
-    weights = loss_weights(config.loss_weighting, process, config.prediction_type, **method)
-    assert weights.shape == (config.ddpm_num_steps,) and bool((weights >= 0).all())
+    x0, labels = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    assert chosen_coupling(config)(x0, labels=labels, generator=torch.Generator().manual_seed(0)).shape == x0.shape
+    weights = chosen_weights(config, process, config.prediction_type)
+    assert len(weights) == config.ddpm_num_steps and bool((weights.vector >= 0).all())
     unet_config(config_name_or_path=None, preset=config.model_preset, resolution=config.resolution, channels=3, dropout=config.dropout)
 
 
@@ -233,6 +227,6 @@ def test_cifar10_is_the_papers_experiment():
 
 
 def test_every_flag_is_used_by_some_test_or_file():
-    files = [*ROOT.glob("tests/*.py"), *ROOT.glob("configs/**/*.yaml")]
+    files = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("configs/**/*.yaml")]
     words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in files)))
     assert sorted(set(DEFAULTS) - words) == []

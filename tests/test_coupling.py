@@ -214,9 +214,9 @@ def test_statistics_by_their_definitions():
 def test_unknown_and_out_of_range():
     with pytest.raises(UserError, match="independent, assignment, nearest, flipped_assignment"):
         build_coupling("hungarian")
-    with pytest.raises(UserError, match="--coupling_candidates must be at least 1, not 0"):
+    with pytest.raises(UserError, match="`candidates` must be at least 1, not 0"):
         build_coupling("nearest", candidates=0)
-    with pytest.raises(UserError, match="--coupling_score 'cosine' is unknown; known: l2, dot"):
+    with pytest.raises(UserError, match="`score` 'cosine' is unknown; known: l2, dot"):
         build_coupling("nearest", score="cosine")
 
 
@@ -230,7 +230,7 @@ def test_adding_a_coupling_is_one_class_and_one_entry(monkeypatch):
 
     monkeypatch.setitem(immiscible.COUPLINGS, "brightest_first", BrightestFirst)
     x0, noise = batch()
-    paired = build_coupling("brightest_first", metric="l1", candidates=3)(x0, noise)
+    paired = build_coupling("brightest_first")(x0, noise)
     assert rows(paired) == rows(noise) and distance(x0, paired) < distance(x0, noise)
 
     from immiscible.configs import UnconditionalConfig

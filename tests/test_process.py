@@ -4,9 +4,12 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     PNDMScheduler,
 )
 from diffusers import UniPCMultistepScheduler as UniPC
@@ -132,7 +135,7 @@ def test_any_scheduler_with_betas_is_the_same_process(scheduler_class):
     assert as_process(process) is process
 
 
-@pytest.mark.parametrize("scheduler", [EDMEulerScheduler(), UniPC(use_flow_sigmas=True, prediction_type="flow_prediction"), object()])
+@pytest.mark.parametrize("scheduler", [FlowMatchHeunDiscreteScheduler(), object()])
 def test_other_schedulers_are_refused_by_name(scheduler):
     with pytest.raises(UserError, match=type(scheduler).__name__):
         as_process(scheduler)
@@ -241,17 +244,17 @@ def test_wrong_schedules_are_refused(noise_process, options, flag):
 def test_wrong_prediction_types_are_refused():
     x0, noise, t = batch()
     for call in (ddpm().target, ddpm().predict_x0):
-        with pytest.raises(UserError, match="--prediction_type"):
+        with pytest.raises(UserError, match="`prediction_type`"):
             call(x0, noise, t, "flow_prediction")
-    with pytest.raises(UserError, match="--prediction_type"):
+    with pytest.raises(UserError, match="the noise process 'flow' needs `prediction_type` flow_prediction, not 'sample'"):
         check_prediction_type("flow", "sample")
 
 
 def test_unreachable_r_names_the_largest_that_is():
     process = ddpm(**STABLE_DIFFUSION)
-    with pytest.raises(UserError, match=r"--asymmetric_r 1000 .* at most 214\.5"):
+    with pytest.raises(UserError, match=r"`asymmetric_r` 1000 .* at most 214\.5"):
         process.convergence_step(1000)
     assert process.convergence_step(214.5) == 1000
     for r in (1.0, 0.0, float("nan")):
-        with pytest.raises(UserError, match="--asymmetric_r"):
+        with pytest.raises(UserError, match="`asymmetric_r`"):
             process.convergence_step(r)

@@ -39,7 +39,7 @@ def test_the_extension_example_makes_three_choices_of_the_command_line():
         x0 = torch.rand(16, 1, 8, 8)
         assert immiscible.build_coupling(config.noise_coupling)(x0).shape == x0.shape
         assert immiscible.timestep_sampler(config.timestep_sampling, DDPMScheduler())(4).shape == (4,)
-        assert immiscible.loss_weights(config.loss_weighting, DDPMScheduler(), "epsilon").shape == (1000,)
+        assert len(immiscible.loss_weights(config.loss_weighting, DDPMScheduler(), "epsilon")) == 1000
     finally:
         for table, old in zip(tables, before, strict=True):
             table.clear()

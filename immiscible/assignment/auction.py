@@ -153,9 +153,6 @@ def auction(
     joins the end of the queue. When no row is left without a column, the cost is within ``N * epsilon`` of the least. Works on from any
     prices and partial assignment; stops early after ``most_bids``.
 
-    ``with_lists`` a row keeps a list of its cheapest columns and what all others cost at least, which stays true as prices only rise:
-    while two of the list are below that, the same bid is made without a scan of the row. It pays where a scan waits for memory.
-
     Args:
         cost: int16 [N, K, BLOCK].
         epsilon: at least 1.
@@ -163,14 +160,12 @@ def auction(
         owner: int32 [K * BLOCK], the row of each column or -1, changed.
         index: int32 [N], the column of each row or -1, changed.
         most_bids: where to stop.
-        with_lists: changes the time alone.
+        with_lists: bid from `_list` where it suffices; changes the time alone.
 
     Returns:
         the number of bids; below ``most_bids`` the assignment is complete.
     """
-    n, blocks = cost.shape[0], cost.shape[1]
-    price = prices.reshape(-1)
-    minima = numpy.empty(blocks, numpy.int32)
+    n, price, minima = len(cost), prices.reshape(-1), numpy.empty(cost.shape[1], numpy.int32)
     lists = n if with_lists else 0
     listed, others = numpy.zeros(lists, numpy.int32), numpy.zeros(lists, numpy.int32)
     columns, costs = numpy.empty((lists, LONGEST_LIST), numpy.uint32), numpy.empty((lists, LONGEST_LIST), numpy.int16)
@@ -185,7 +180,6 @@ def auction(
         i = numpy.uint32(waiting[head])
         head = head + 1 if head + 1 < n else 0
         count -= 1
-        best, second, column = _NONE, _NONE, numpy.uint32(0)
         if with_lists:
             best, second, column = _scan_list(costs, columns, i, listed[i], price)
         if not with_lists or second >= others[i]:
@@ -250,6 +244,9 @@ def _list(
     cost: numpy.ndarray, i: int, prices: numpy.ndarray, minima: numpy.ndarray, columns: numpy.ndarray, costs: numpy.ndarray
 ) -> tuple[int, int]:
     """Lists row i's columns below a level that about fifty are below; returns their number, 0 if they are too many, and the level.
+
+    What all other columns cost at least, the level, stays true as prices only rise: while two of the list are below it, a bid from the
+    list is the bid that a scan of the row would make. It pays where a scan waits for memory.
 
     The level is the greatest of the least values of `LEVEL_GROUPS` equal parts of the row.
     """

@@ -29,10 +29,7 @@ from immiscible.errors import UserError
 
 CONDITIONS = ("none", "within", "centered", "penalty")
 
-
 SAME_CONDITION = 1e-6  # cosine distance below which two text states are one caption, computed twice
-
-
 ROWS_FOR_RATIO = 1024  # images whose candidates are counted for the penalty's ratio; an even sample of a larger batch
 
 
@@ -43,7 +40,7 @@ def check_labels(labels: Tensor | None, condition: str, images: int) -> Tensor:
         UserError: there are none, their shape or dtype is wrong, a class is negative, or a text state is NaN or infinite (named).
     """
     if labels is None:
-        raise UserError(f"--coupling_condition {condition} needs every image's class or text state: coupling(x0, noise, labels=labels)")
+        raise UserError(f"`condition` {condition} needs every image's class or text state: coupling(x0, noise, labels=labels)")
     classes = labels.dtype == torch.int64 and labels.shape == (images,)
     states = labels.is_floating_point() and labels.dim() == 2 and len(labels) == images
     if not classes and not states:
@@ -51,7 +48,7 @@ def check_labels(labels: Tensor | None, condition: str, images: int) -> Tensor:
             f"labels must be int64 [{images}] (classes) or floating [{images}, E] (text states), not {labels.dtype} {list(labels.shape)}"
         )
     if states and condition == "within":
-        raise UserError("--coupling_condition within needs classes, int64 labels, and not text states; use centered or penalty")
+        raise UserError("`condition` within needs classes, int64 labels, and not text states; use centered or penalty")
     wrong = ~torch.isfinite(labels).all(1) if states else labels < 0
     if wrong.any():
         what = "holds NaN or infinite values" if states else "is negative; classes are numbered from 0"
@@ -132,7 +129,7 @@ def penalty_weight(cost: Tensor, distance: Tensor, ratio: float) -> float:
 def _within(cost: Tensor, groups: Tensor, solver: str) -> Tensor:
     """Each group's own assignment: int64 [N] on the cost's device; ``groups`` is int64 [N]."""
     on_cpu, groups = cost.cpu(), groups.cpu()  # where the solver is; many small problems should not cross the bus one by one
-    index = torch.arange(len(cost))
+    index = torch.arange(len(cost), device="cpu")
     sizes = groups.unique(return_counts=True)[1].tolist()
     for rows in groups.argsort(stable=True).split(sizes):
         if len(rows) > 1:
@@ -167,7 +164,7 @@ def centered(x0: Tensor, labels: Tensor, state: Mapping[str, Tensor]) -> tuple[T
     held = {name: tensor.to(x0.device) for name, tensor in state.items()}
     dimension = next((held[name].shape[1] for name in ("mean", "cross") if name in held), images.shape[1])
     if dimension != images.shape[1]:
-        raise UserError(f"the means that --coupling_condition centered keeps are of {dimension} numbers, the images have {images.shape[1]}")
+        raise UserError(f"the means that `condition` centered keeps are of {dimension} numbers, the images have {images.shape[1]}")
     predicted, entered = (_linear_prediction if labels.is_floating_point() else _class_means)(images, labels, held)
     return (images - predicted).view_as(x0), entered
 

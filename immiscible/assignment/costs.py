@@ -11,17 +11,10 @@ from torch import Tensor
 from immiscible.errors import UserError
 
 METRICS = ("l2", "squared_l2", "l1")
-
-
 COST_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 
-
 EXACT_BELOW = 128  # where scipy takes less than a millisecond
-
-
 ROWS_PER_PRODUCT = 2048  # of a matrix product whose result is kept beside the cost
-
-
 INT8_DIMENSIONS = range(2, 2**31 // 127**2)  # D whose inner products cannot leave 32 bits; torch misreads operands of one column
 
 
@@ -121,15 +114,15 @@ def _costs(
 def _operand(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Rows [N, D] in the precision of a matrix product, and the factor fp32 [N] that is missing from each."""
     if dtype != "int8":
-        return rows.to(getattr(torch, dtype)), torch.ones(len(rows))
+        return rows.to(getattr(torch, dtype)), torch.ones(len(rows), device="cpu")
     from immiscible.assignment.auction import quantize
 
     if rows.device.type != "cpu" or rows.shape[1] not in INT8_DIMENSIONS or not _multiplies_int8():
         raise UserError(
-            f"--coupling_dtype int8 needs a CPU on which torch multiplies int8, and {INT8_DIMENSIONS.start} to {INT8_DIMENSIONS.stop - 1} "
+            f"`dtype` int8 needs a CPU on which torch multiplies int8, and {INT8_DIMENSIONS.start} to {INT8_DIMENSIONS.stop - 1} "
             f"numbers in an image, not {rows.shape[1]} on {rows.device}; give float32"
         )
-    scaled, scale = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
+    scaled, scale = torch.empty(rows.shape, dtype=torch.int8, device="cpu"), torch.empty(len(rows), device="cpu")
     quantize(rows.float().contiguous().numpy(), scaled.numpy(), scale.numpy())
     return scaled, scale
 
@@ -137,8 +130,9 @@ def _operand(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
 @cache
 def _multiplies_int8() -> bool:
     """Whether torch has the product, which is not part of its public interface, and this processor sums it without saturation."""
-    rows = torch.full((33, 65), 127, dtype=torch.int8)
-    columns = (torch.arange(17)[:, None] * 8 + torch.arange(65)).sub(100).clamp(-127, 127).to(torch.int8)
+    rows = torch.full((33, 65), 127, dtype=torch.int8, device="cpu")
+    steps = torch.arange(65, device="cpu")
+    columns = (8 * steps[:17, None] + steps).sub(100).clamp(-127, 127).to(torch.int8)
     try:
         return torch.equal(torch._int_mm(rows, columns.T), (rows.double() @ columns.double().T).int())
     except (AttributeError, RuntimeError):
@@ -152,8 +146,8 @@ def _norms(rows: Tensor) -> Tensor:
 
 def check_names(metric: str, dtype: str) -> None:
     """Raises `UserError` for a metric or a dtype that is unknown, and for one that does not go with the other."""
-    for flag, name, known in (("metric", metric, METRICS), ("dtype", dtype, COST_DTYPES)):
+    for argument, name, known in (("metric", metric, METRICS), ("dtype", dtype, COST_DTYPES)):
         if name not in known:
-            raise UserError(f"--coupling_{flag} {name!r} is unknown; known: {', '.join(known)}")
+            raise UserError(f"`{argument}` {name!r} is unknown; known: {', '.join(known)}")
     if metric == "l1" and dtype == "int8":
-        raise UserError("--coupling_metric l1 is no inner product, which alone has an int8 form; give --coupling_dtype float32")
+        raise UserError("`metric` l1 is no inner product, which alone has an int8 form; give `dtype` float32")

@@ -35,29 +35,31 @@ class Ranks:
         self.rank, self.count = rank, count
         self._group = torch.distributed.new_group(backend="gloo") if count > 1 else None
 
+    def largest(self, *values: int) -> list[int]:
+        """The largest of every rank's first value, of every rank's second one, and so on: one reduction."""
+        reduced = torch.tensor(values, dtype=torch.int64, device="cpu")
+        if self._group is not None:
+            torch.distributed.all_reduce(reduced, torch.distributed.ReduceOp.MAX, group=self._group)
+        return reduced.tolist()
+
     def any_failed(self, failed: bool) -> bool:
         """Whether any rank says so: one reduced number. A rank that cannot come to `gather` says it here, and nobody goes."""
-        flag = torch.tensor(int(failed))
-        if self._group is not None:
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+        return bool(self.largest(failed)[0])
 
-    def gather(self, rows: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """All ranks' rows of the cost, bfloat16 [n, N] -> [W, n, N] on the CPU, and their labels [n, ...] -> [W, n, ...]."""
-        columns = [rows.cpu()] if labels is None else [rows.cpu(), labels.reshape(len(rows), -1).cpu()]
-        payload = torch.cat([column.contiguous().view(torch.uint8) for column in columns], dim=1)
+    def gather(self, rows: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+        """All ranks' rows of the cost, bfloat16 [n, N] -> [W, n, N] on the CPU, and what goes with them, each [n, ...] -> [W, n, ...]."""
+        parts = [rows.cpu(), *(column.reshape(len(rows), -1).cpu() for column in columns)]
+        words = [part.contiguous().view(torch.uint8) for part in parts]
+        payload = torch.cat(words, dim=1)
         received = [payload]
         if self._group is not None:
             received = [torch.empty_like(payload) for _ in range(self.count)]
             torch.distributed.all_gather(received, payload, group=self._group)
-        table = torch.stack(received)
-        width = 2 * rows.shape[1]
-        everyones = _packed(table[..., :width]).view(rows.dtype)
-        if labels is None:
-            return everyones, None
-        return everyones, _packed(table[..., width:]).view(labels.dtype).view(self.count, *labels.shape)
+        everyones = torch.stack(received).split([word.shape[1] for word in words], dim=2)
+        whole = zip(everyones, (rows, *columns), strict=True)
+        return tuple(_packed(part).view(own.dtype).view(self.count, *own.shape) for part, own in whole)
 
 
-def _packed(bytes_: Tensor) -> Tensor:
+def _packed(words: Tensor) -> Tensor:
     """A copy that begins where memory does: bytes of any offset are not seen as wider numbers."""
-    return bytes_.clone(memory_format=torch.contiguous_format)
+    return words.clone(memory_format=torch.contiguous_format)

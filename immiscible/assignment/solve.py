@@ -19,24 +19,15 @@ import numpy
 import torch
 from torch import Tensor
 
-from immiscible.assignment.costs import EXACT_BELOW, check_names, _costs, _norms
+from immiscible.assignment.costs import EXACT_BELOW, _costs, _norms, check_names
 from immiscible.errors import UserError
 
 SOLVERS = ("auto", "exact", "auction")
 
-
 LARGEST_BLOCK = 16384  # its cost fills 2 GiB; pairing within blocks of this size keeps nearly all of the reduction
-
-
 EPSILON = 0.0075  # of what a pair gains, N^(1/8) standard deviations of the cost or about that; far less is lost
-
-
 BIDS_PER_ROW = 200  # ten times what an ordinary batch needs
-
-
 NORMS = (1e-12, 1e12)  # the largest norm of a batch that fp32 squares comfortably; others are solved in another unit of length
-
-
 _recorded: ContextVar[list[Assignment] | None] = ContextVar("recorded solutions", default=None)
 
 
@@ -195,7 +186,7 @@ def _solve_pairs(x0: Tensor, noise: Tensor, metric: str, dtype: str, solver: str
     cost = _costs(images, noises, norms, metric, "float32" if dtype == "auto" and exact else dtype)
     if dtype == "float16" and not torch.isfinite(cost).all():
         image = first + int((~torch.isfinite(cost).all(1)).nonzero()[0])
-        raise UserError(f"image {image} of the batch overflows --coupling_dtype float16; scale the data, or use float32")
+        raise UserError(f"image {image} of the batch overflows `dtype` float16; scale the data, or use float32")
     solution = solve(cost, solver=solver)
     return replace(solution, gap=solution.gap * (unit**2 if metric == "squared_l2" else unit))
 
@@ -242,7 +233,7 @@ def _fixed_point(cost: Tensor) -> tuple[numpy.ndarray, float, float]:
         fixed = numpy.empty((n, width), numpy.int16)
         return fixed, *fixed_point(cost.detach().float().contiguous().numpy(), fixed)
     on_device, numbers = fixed_point_on_device(cost.detach().float(), width)
-    on_cpu = torch.empty(on_device.shape, dtype=torch.int16, pin_memory=cost.device.type == "cuda")
+    on_cpu = torch.empty(on_device.shape, dtype=torch.int16, device="cpu", pin_memory=cost.device.type == "cuda")
     on_cpu.copy_(on_device)
     scale, spread = numbers.tolist()
     return on_cpu.numpy(), scale, spread
@@ -255,7 +246,7 @@ def _not_finite(cost: Tensor) -> UserError:
 def _check(x0: Tensor, noise: Tensor, metric: str, dtype: str, solver: str) -> None:
     check_names(metric, dtype)
     if solver not in SOLVERS:
-        raise UserError(f"--coupling_solver {solver!r} is unknown; known: {', '.join(SOLVERS)}")
+        raise UserError(f"`solver` {solver!r} is unknown; known: {', '.join(SOLVERS)}")
     if x0.shape != noise.shape or x0.device != noise.device:
         raise UserError(
             f"images and noises must agree in shape and device: {tuple(x0.shape)} on {x0.device}, {tuple(noise.shape)} on {noise.device}"

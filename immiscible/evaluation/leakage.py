@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from immiscible.coupling import Coupling
+from immiscible.coupling import Coupling, restore_coupling
 
 QUADRATIC_RANK, QUADRATIC_SAMPLE = 16, 256  # directions that the quadratic probe sees, and images by which it chooses them
 
@@ -162,18 +162,18 @@ def bright_and_dark(images: int, shape: Sequence[int], generator: torch.Generato
     Returns:
         x0 fp32 [N, C, H, W] in [-1, 1] and labels int64 [N].
     """
-    labels = torch.randint(2, (images,), generator=generator)
+    labels = torch.randint(2, (images,), device="cpu", generator=generator)
     channels, height, width = shape
-    brightness = 0.8 * labels - 0.4 + 0.1 * torch.randn(images, generator=generator)
-    coarse = torch.randn(images, channels, 4, 4, generator=generator)
+    brightness = 0.8 * labels - 0.4 + 0.1 * torch.randn(images, device="cpu", generator=generator)
+    coarse = torch.randn(images, channels, 4, 4, device="cpu", generator=generator)
     picture = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
-    grain = torch.randn(images, channels, height, width, generator=generator)
+    grain = torch.randn(images, channels, height, width, device="cpu", generator=generator)
     return (brightness[:, None, None, None] + 0.3 * picture + 0.1 * grain).clamp(-1, 1), labels
 
 
 def toy_leak(couple: Callable[[Tensor], Tensor]) -> Leak:
     """What ``couple(x0) -> noise`` tells about the class on eight batches of 256 images of 8x8 by `bright_and_dark`, of one seed."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     leak = ClassLeak()
     for _ in range(8):
         x0, labels = bright_and_dark(256, (3, 8, 8), generator)
@@ -195,13 +195,12 @@ def leak_notice(coupling: Coupling, num_classes: int, *, captions: bool = False)
         num_classes: how many classes, or captions, the network is told apart.
         captions: whether these are captions, among which there are no groups to pair within.
     """
-    # What a GlobalAssignment or an AboveTimestep holds; its state is of the run's images, which have another shape than the toy's.
-    inner: Any = copy.deepcopy(getattr(coupling, "assignment", getattr(coupling, "coupling", coupling)))
+    # What a GlobalCoupling or an AboveTimestep holds; its state is of the run's images, which have another shape than the toy's.
+    inner: Any = copy.deepcopy(getattr(coupling, "coupling", coupling))
     if num_classes < 2 or getattr(inner, "condition", "none") != "none":
         return ""
-    if hasattr(inner, "state"):
-        inner.state = {}
-    generator = torch.Generator().manual_seed(0)
+    restore_coupling(inner, {})
+    generator = torch.Generator("cpu").manual_seed(0)
     leak = toy_leak(lambda x0: inner(x0, generator=generator))
     if leak["accuracy"] < leak["chance"] + NOTICEABLE_LEAK:
         return ""

@@ -21,8 +21,9 @@ from immiscible.assignment.ranks import AnotherRankFailed
 from immiscible.coupling import coupling_state
 from immiscible.encoding.encoders import Encoder
 from immiscible.errors import UserError
+from immiscible.method import naming_flags
 from immiscible.objectives import DenoisingObjective, Pairs
-from immiscible.pools import GlobalAssignment
+from immiscible.pools import GlobalCoupling
 from immiscible.randomness import Draws, PoolDraws, reseed_globally
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def _paired(
     within one (``batches`` then begins where the window does) pairs it again as it was.
     """
     accumulation, processes, rank = accelerator.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
-    ranks = objective.coupling.ranks if isinstance(objective.coupling, GlobalAssignment) else None
+    ranks = objective.coupling.ranks if isinstance(objective.coupling, GlobalCoupling) else None
     start = start_step * accumulation
     for first in count(start - start % window, window):
         steps = [divmod(micro_batch, accumulation) for micro_batch in range(first, first + window)]
@@ -246,7 +247,8 @@ def _paired(
         pool = PoolDraws(tuple(draws), batch_size, rank, processes if ranks else 1)
         x0, labels, condition = (_joined(column) for column in zip(*encoded, strict=True))
         before = coupling_state(objective.coupling)
-        parts = objective.pair(x0, pool, labels, condition).split(batch_size)
+        with naming_flags():
+            parts = objective.pair(x0, pool, labels, condition).split(batch_size)
         # Who continues within a window pairs all of it again, and so needs the state before it.
         states = [before] * (len(parts) - 1) + [coupling_state(objective.coupling)]
         yield from list(map(Item, draws, parts, states))[max(0, start - first) :]

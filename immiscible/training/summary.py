@@ -24,6 +24,7 @@ from immiscible.data.batches import GlobalBatchOrder
 from immiscible.errors import UserError
 from immiscible.evaluation.leakage import leak_notice
 from immiscible.files import PARTIAL, read_lines, replace
+from immiscible.method import in_flags
 from immiscible.objectives import DenoisingObjective
 from immiscible.training.loop import StepStats
 from immiscible.training.task import Task
@@ -154,7 +155,7 @@ def report_start(task: Task, order: GlobalBatchOrder | StreamOrder, accumulation
         logger.info("%-18s %s", name.replace("_", " "), value)
     coupling = task.objective.coupling
     conditions, captions = task.told_apart(min(order.num_images, max_steps * images))
-    for notice in (bias_notice(coupling, prod(task.shape)), leak_notice(coupling, int(conditions), captions=captions)):
+    for notice in (in_flags(bias_notice(coupling, prod(task.shape))), leak_notice(coupling, int(conditions), captions=captions)):
         if notice:
             logger.warning(notice)
 

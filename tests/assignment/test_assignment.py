@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+import immiscible.assignment.costs as costs
 import immiscible.assignment.solve as engine
 from immiscible import UserError, assign, cost_matrix
 from immiscible.assignment.auction import (
@@ -29,7 +30,7 @@ from immiscible.assignment.solve import certified_assignment, fixed_point_on_dev
 from immiscible.data.bundled import PhotoCrops
 from immiscible.data.transforms import ImageTransform
 
-DTYPES = ["float32", "float16", "bfloat16", *(["int8"] if engine._multiplies_int8() else [])]
+DTYPES = ["float32", "float16", "bfloat16", *(["int8"] if costs._multiplies_int8() else [])]
 
 
 def distances(x0: torch.Tensor, noise: torch.Tensor, metric: str) -> torch.Tensor:
@@ -290,8 +291,8 @@ def test_auto_takes_int8_only_where_it_is_fast_and_right(monkeypatch):
         pytest.skip("torch cannot tell")
     cpu, known = torch.device("cpu"), {}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
-    monkeypatch.setattr(engine, "_multiplies_int8", lambda: True)
-    ask = engine.fast_dtype.__wrapped__
+    monkeypatch.setattr(costs, "_multiplies_int8", lambda: True)
+    ask = costs.fast_dtype.__wrapped__
     assert ask(cpu) == "float32"
     known["avx512_bf16"] = True
     assert ask(cpu) == "bfloat16"
@@ -299,16 +300,16 @@ def test_auto_takes_int8_only_where_it_is_fast_and_right(monkeypatch):
     assert ask(cpu) == "int8"
     assert ask(cpu, 1) == ask(cpu, 200_000) == "bfloat16"
     assert ask(torch.device("cuda")) == "bfloat16"
-    monkeypatch.setattr(engine, "_multiplies_int8", lambda: False)
+    monkeypatch.setattr(costs, "_multiplies_int8", lambda: False)
     assert ask(cpu) == "bfloat16"
-    with pytest.raises(UserError, match="--coupling_dtype int8 needs a CPU"):
+    with pytest.raises(UserError, match="`dtype` int8 needs a CPU"):
         assign(torch.randn(3, 8), torch.randn(3, 8), dtype="int8")
 
 
 @pytest.mark.skipif(not hasattr(torch, "_int_mm"), reason="this torch has no int8 product")
 def test_saturating_int8_products_are_noticed(monkeypatch):
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.float() @ b.float()).clamp(-32768, 32767).int())
-    assert not engine._multiplies_int8.__wrapped__()
+    assert not costs._multiplies_int8.__wrapped__()
 
 
 def excess(x0: torch.Tensor, noise: torch.Tensor, metric: str, index: torch.Tensor) -> float:
@@ -490,11 +491,11 @@ def test_refuses_what_has_no_answer_and_says_where():
         assign(x0, noise, metric="cosine")
     with pytest.raises(UserError, match="auto, float32, float16, bfloat16, int8"):
         assign(x0, noise, dtype="int4")
-    with pytest.raises(UserError, match="--coupling_dtype 'int4' is unknown"):
+    with pytest.raises(UserError, match="`dtype` 'int4' is unknown"):
         cost_matrix(x0, noise, dtype="int4")
-    with pytest.raises(UserError, match="--coupling_solver 'hungarian' is unknown; known: auto, exact, auction"):
+    with pytest.raises(UserError, match="`solver` 'hungarian' is unknown; known: auto, exact, auction"):
         assign(x0, noise, solver="hungarian")
-    with pytest.raises(UserError, match="image 0 of the batch overflows --coupling_dtype float16"):
+    with pytest.raises(UserError, match="image 0 of the batch overflows `dtype` float16"):
         assign(x0 + 6e4, noise + 10, dtype="float16")
     for solver in ("exact", "auction"):
         with pytest.raises(UserError, match=r"square, not \[4, 3\]"):

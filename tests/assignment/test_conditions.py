@@ -344,8 +344,8 @@ def test_batches_beyond_the_largest_block_are_paired_in_blocks(condition, monkey
 @pytest.mark.parametrize(
     ("condition", "labels", "message"),
     [
-        ("within", None, "--coupling_condition within needs every image's class"),
-        ("centered", None, "--coupling_condition centered needs every image's class"),
+        ("within", None, "`condition` within needs every image's class"),
+        ("centered", None, "`condition` centered needs every image's class"),
         ("within", torch.zeros(8, 4), "needs classes, int64 labels"),
         ("penalty", torch.zeros(7, dtype=torch.int64), r"must be int64 \[8\] \(classes\) or floating \[8, E\]"),
         ("centered", torch.zeros(8), r"not torch.float32 \[8\]"),
@@ -375,13 +375,13 @@ def test_a_broken_image_or_noise_is_named_and_leaves_the_means_alone(condition, 
 
 
 def test_unknown_and_out_of_range_options():
-    with pytest.raises(UserError, match="--coupling_condition 'class' is unknown; known: none, within, centered, penalty"):
+    with pytest.raises(UserError, match="`condition` 'class' is unknown; known: none, within, centered, penalty"):
         build_coupling("assignment", condition="class")
-    with pytest.raises(UserError, match="--coupling_metric 'cosine' is unknown; known: l2, squared_l2, l1"):
+    with pytest.raises(UserError, match="`metric` 'cosine' is unknown; known: l2, squared_l2, l1"):
         AssignmentCoupling(metric="cosine")
     with pytest.raises(UserError, match="l1 is no inner product and has no int8 form"):
         AssignmentCoupling(metric="l1", dtype="int8", condition="within")
-    with pytest.raises(UserError, match=r"--coupling_condition_ratio must be from 0 to 1, not 1\.5"):
+    with pytest.raises(UserError, match=r"`condition_ratio` must be from 0 to 1, not 1\.5"):
         build_coupling("assignment", condition_ratio=1.5)
     coupling = AssignmentCoupling(condition="centered")
     coupling(*batch(8)[:2], labels=batch(8)[2])

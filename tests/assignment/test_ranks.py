@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,10 @@ from kills import final_hashes, finish, kill, metrics, start
 from launch import tiny
 
 from immiscible.assignment.costs import cost_matrix
-from immiscible.assignment.ranks import Ranks
 from immiscible.assignment.solve import certified_assignment
 from immiscible.coupling import AboveTimestep, AssignmentCoupling, FlippedAssignmentCoupling, IndependentCoupling, build_coupling
 from immiscible.errors import UserError
-from immiscible.pools import GlobalAssignment, across_ranks
+from immiscible.pools import GlobalCoupling
 from immiscible.randomness import Draws, PoolDraws
 
 GLOBAL_BATCH, WINDOW, SHAPE, SEED = 48, 2, (3, 4, 4), 5
@@ -46,7 +46,7 @@ def rank_pairs(rank, ranks, folder):
     """What one rank pairs, in every case; its exchanges are counted."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet-{ranks}", rank=rank, world_size=ranks)
-    partners, pool = Ranks(rank, ranks), pool_of(rank, ranks)
+    pool, accelerator = pool_of(rank, ranks), SimpleNamespace(process_index=rank, num_processes=ranks)
     x0, labels, timesteps = everyone()
     own = slice(None) if pool.own is None else pool.own
     noise, gathers, gather = pool.normal("noise", *SHAPE), [], torch.distributed.all_gather
@@ -54,15 +54,16 @@ def rank_pairs(rank, ranks, folder):
     found = {}
     for name, rule in RULES.items():
         for min_timestep in (0, 600):
-            coupling = GlobalAssignment(rule, partners, WINDOW, min_timestep)
+            coupling = GlobalCoupling(accelerator, AboveTimestep(rule, min_timestep), window=WINDOW)
             found[f"{name}-{min_timestep}"] = coupling(x0[own], noise, timesteps=timesteps, labels=labels[own])
     found["gathers"] = len(gathers)
     bad = x0.clone()
     bad[29, 0, 0, 0] = float("nan")
     try:
-        GlobalAssignment(RULES["l2"], partners, WINDOW)(bad[own], noise, timesteps=timesteps)
+        GlobalCoupling(accelerator, window=WINDOW)(bad[own], noise)
     except UserError as error:
         found["error"] = str(error)
+    partners = coupling.ranks
     found["failed"] = (partners.any_failed(False), partners.any_failed(rank == ranks - 1))
     torch.save(found, f"{folder}/{ranks}-{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -146,21 +147,25 @@ def test_rows_come_out_alike_whatever_stands_beside_them():
             assert torch.allclose(whole, cost_matrix(x0, noise, metric=metric, dtype=dtype), rtol=1e-4, atol=1e-4)
 
 
-def test_what_global_scope_cannot_do_is_one_line():
-    from types import SimpleNamespace
-
-    alone = SimpleNamespace(process_index=0, num_processes=1)
-    assert across_ranks(AboveTimestep(AssignmentCoupling(), 9), alone).min_timestep == 9
+def test_what_a_global_coupling_cannot_do_is_one_line():
+    assert GlobalCoupling(None, AboveTimestep(AssignmentCoupling(), 9)).min_timestep == 9
     for coupling in (IndependentCoupling(), build_coupling("nearest")):
-        with pytest.raises(UserError, match="--coupling_scope global needs a coupling that pairs"):
-            across_ranks(coupling, alone)
-    with pytest.raises(UserError, match="--coupling_condition centered keeps means"):
-        across_ranks(AssignmentCoupling(condition="centered"), alone)
-    coupling = across_ranks(AssignmentCoupling(), alone)
-    with pytest.raises(UserError, match="noises and timesteps of all ranks"):
+        with pytest.raises(UserError, match="GlobalCoupling needs a coupling that pairs"):
+            GlobalCoupling(None, coupling)
+    with pytest.raises(UserError, match="`condition` centered keeps means"):
+        GlobalCoupling(None, AssignmentCoupling(condition="centered"))
+    coupling = GlobalCoupling()
+    with pytest.raises(UserError, match="needs the noises of all ranks, 2 for 2 images here, not 3"):
         coupling(torch.zeros(2, 1, 1, 1), torch.zeros(3, 1, 1, 1), timesteps=torch.zeros(3))
     with pytest.raises(UserError, match="at most 16384 images at once, not 20000"):
         coupling(torch.zeros(20000, 1), torch.zeros(20000, 1), timesteps=torch.zeros(20000))
+    with pytest.raises(UserError, match="needs labels"):
+        GlobalCoupling(None, AssignmentCoupling(condition="within"))(torch.zeros(2, 1))
+    above = GlobalCoupling(None, AboveTimestep(AssignmentCoupling(), 9))
+    with pytest.raises(UserError, match="`min_timestep` needs the timesteps"):
+        above(torch.zeros(2, 1))
+    with pytest.raises(UserError, match="those of the 2 images here or of all 2, not 3"):
+        above(torch.zeros(2, 1), timesteps=torch.zeros(3))
 
 
 # The script
@@ -246,7 +251,7 @@ def test_a_reservoir_goes_on_where_it_was_cut(script, tmp_path, ranks):
 
 
 def test_one_image_on_one_rank_with_its_class():
-    coupling = GlobalAssignment(AssignmentCoupling(condition="within"), Ranks())
+    coupling = GlobalCoupling(None, AssignmentCoupling(condition="within"))
     noise = torch.randn(1, *SHAPE)
     assert torch.equal(coupling(noise, noise, timesteps=torch.zeros(1), labels=torch.tensor([3])), noise)
 

@@ -67,7 +67,7 @@ def test_every_noise_is_used_once_or_kept(batch):
         used.append(coupling(draw(batch, (1, 2, 2), 100 + step), noise, generator=generator))
         fresh.append(noise)
     first = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    rows = torch.cat([*used, torch.stack(list(coupling.state.values()))]).view(-1, 4)
+    rows = torch.cat([*used, torch.stack(list(coupling.state_dict().values()))]).view(-1, 4)
     known = torch.cat([first, *fresh]).view(-1, 4)
     assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, known.tolist()))
 
@@ -76,7 +76,7 @@ def test_the_images_of_a_batch_take_the_best_noises_together():
     """Brute force over ordered choices of 2 out of 4."""
     coupling = ReservoirCoupling(2)
     kept, x0, noise = draw(2, (1, 1, 3), 0), draw(2, (1, 1, 3), 1), draw(2, (1, 1, 3), 2)
-    coupling.state = {f"noise-{i}": row for i, row in enumerate(kept)}
+    coupling.load_state_dict({f"noise-{i}": row for i, row in enumerate(kept)})
     paired = coupling(x0, noise)
     candidates = torch.cat([kept, noise])
     score = x0.flatten(1) @ candidates.flatten(1).T
@@ -102,14 +102,13 @@ def test_a_state_taken_earlier_goes_on_as_the_reservoir_did():
 
 
 def test_bad_reservoirs_are_named():
-    with pytest.raises(UserError, match="--coupling_reservoir must be at least 1, not 0"):
+    with pytest.raises(UserError, match="`size` of the reservoir must be at least 1, not 0"):
         ReservoirCoupling(0)
     coupling = ReservoirCoupling(4)
-    with pytest.raises(UserError, match="give --coupling_reservoir 2, not 4"):
-        coupling.state = {"noise-0": torch.zeros(1), "noise-1": torch.zeros(1)}
-    coupling(draw(1, (1, 2, 2), 0))
-    with pytest.raises(UserError, match="noises of shape"):
-        coupling(draw(1, (1, 4, 4), 0))
+    with pytest.raises(UserError, match="give `size` 2, not 4"):
+        coupling.load_state_dict({"noise-0": torch.zeros(1), "noise-1": torch.zeros(1)})
+    with pytest.raises(UserError, match="mean, count was saved: by another coupling"):
+        coupling.load_state_dict({"mean": torch.zeros(1, 1), "count": torch.zeros(1)})
     bad = draw(2, (1, 2, 2), 0)
     bad[1, 0, 0, 0] = float("nan")
     with pytest.raises(UserError, match="image 1 of the batch"):
@@ -120,4 +119,4 @@ def test_kept_noises_keep_no_batch_alive():
     coupling = ReservoirCoupling(16)
     for step in range(30):
         coupling(draw(4, (1, 2, 2), step), draw(4, (1, 2, 2), 100 + step))
-    assert all(noise.untyped_storage().nbytes() == 4 * noise.numel() for noise in coupling.state.values())
+    assert all(noise.untyped_storage().nbytes() == 4 * noise.numel() for noise in coupling.state_dict().values())
