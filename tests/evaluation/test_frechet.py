@@ -9,6 +9,7 @@ import random
 import numpy
 import pytest
 import torch
+from class_networks import CLASSES, Painter, config_of, pipeline_of
 from diffusers.training_utils import EMAModel
 from measured import DIGITS, random_state
 from torch import nn
@@ -219,3 +220,12 @@ def test_diverged_weights_are_named():
     with pytest.raises(UserError, match="NaN"):
         evaluation(pipeline)
     assert random_state() == before and unet.training
+
+
+def test_evaluation_samples_every_class_equally():
+    grays = torch.linspace(0, 255, CLASSES).round().to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    evaluation = Evaluation(PixelFeatures(1, 8), [grays.repeat(5, 1, 1, 1)], samples=20, inference_steps=[2], batch_size=7)
+    pipeline = pipeline_of(Painter.from_config(config_of()), prediction_type="sample")
+    assert evaluation(pipeline)["frechet_distance"]["2"] == pytest.approx(0, abs=1e-6)
+    uneven = Evaluation(PixelFeatures(1, 8), [grays.repeat(5, 1, 1, 1)[:-1]], samples=20, inference_steps=[2], batch_size=7)
+    assert uneven(pipeline)["frechet_distance"]["2"] > 1e-3

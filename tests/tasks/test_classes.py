@@ -1,4 +1,4 @@
-"""Networks that are told classes: how they are built, sampled, drawn into grids and handed to plain diffusers."""
+"""Tasks whose network is told classes: grids, model cards for plain diffusers, and runs."""
 
 import json
 import re
@@ -7,150 +7,18 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from diffusers import UNet2DModel
+from class_networks import CLASSES, Painter, config_of, tiny_unet
 from launch import tiny
-from PIL import Image
 from safetensors.torch import load_file
 
 from immiscible.configs import UnconditionalConfig
-from immiscible.errors import UserError
-from immiscible.evaluation.features import PixelFeatures
-from immiscible.evaluation.frechet import Evaluation
-from immiscible.networks.unet import build_unet, unet_config
-from immiscible.randomness import seeded_generator
-from immiscible.sampling.pipelines import build_pipeline, sample_images, sample_labels, told_classes
-from immiscible.schedulers import build_scheduler
 from immiscible.method import build_objective
+from immiscible.sampling.pipelines import build_pipeline, told_classes
+from immiscible.schedulers import build_scheduler
 from immiscible.tasks.pixels import UnconditionalTask
 from immiscible.training.task import TrainingData
 
 CPU = torch.device("cpu")
-CLASSES = 4
-
-
-def config_of(num_classes=CLASSES, path=None):
-    preset = None if path else "unet-tiny"
-    return unet_config(config_name_or_path=path, preset=preset, resolution=8, channels=1, dropout=None, num_classes=num_classes)
-
-
-def tiny_unet(num_classes=CLASSES, **changes):
-    torch.manual_seed(0)
-    return build_unet({**config_of(num_classes), **changes}).eval()
-
-
-class Painter(UNet2DModel):
-    """Predicts a blank image whose gray is its class."""
-
-    def forward(self, sample, timestep, class_labels=None):
-        gray = 2 * class_labels / (CLASSES - 1) - 1
-        return SimpleNamespace(sample=gray.view(-1, 1, 1, 1).expand_as(sample))
-
-
-def pipeline_of(unet, sampler="ddim", prediction_type="epsilon"):
-    return build_pipeline(unet, build_scheduler("ddpm", prediction_type=prediction_type), sampler=sampler, spacing="trailing")
-
-
-def painted(count, **options):
-    """The classes of samples of `Painter`, read off their grays."""
-    pipeline = pipeline_of(Painter.from_config(config_of()), prediction_type="sample")
-    images = sample_images(pipeline, count, steps=2, seed=0, device=CPU, **options)
-    assert all(len(numpy.unique(image)) == 1 for image in images)
-    return (images[:, 0, 0, 0] / 255 * (CLASSES - 1)).round().astype(int).tolist()
-
-
-# The network
-
-
-def test_without_classes_the_configuration_is_what_it_was():
-    assert "num_class_embeds" not in config_of(None)
-    assert build_unet(config_of(None)).class_embedding is None
-
-
-@pytest.mark.parametrize("kind", [None, "timestep"])
-def test_a_network_is_built_for_the_classes_of_the_data(tmp_path, kind):
-    path = tmp_path / "network.json"
-    path.write_text(json.dumps({**config_of(None), "class_embed_type": kind}))
-    unet = build_unet(config_of(CLASSES, str(path)))
-    assert unet.config.num_class_embeds == CLASSES and unet.config.class_embed_type == kind
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 5])
-    a, b = unet(x[:1].expand(2, -1, -1, -1), t, class_labels=torch.tensor([0, CLASSES - 1])).sample
-    assert not torch.equal(a, b)
-
-
-@pytest.mark.parametrize(
-    ("settings", "num_classes", "message"),
-    [
-        ({"num_class_embeds": 7}, CLASSES, "num_class_embeds is 7, but the data has 4 classes"),
-        ({"num_class_embeds": 7}, None, "expects class labels; give --class_conditional"),
-        ({"class_embed_type": "timestep"}, None, "expects class labels; give --class_conditional"),
-        ({"class_embed_type": "identity"}, CLASSES, "class_embed_type 'identity' does not take class numbers"),
-    ],
-)
-def test_configurations_that_disagree_with_the_data(tmp_path, settings, num_classes, message):
-    path = tmp_path / "network.json"
-    path.write_text(json.dumps({**config_of(None), **settings}))
-    with pytest.raises(UserError, match=f"--model_config_name_or_path .*{message}"):
-        config_of(num_classes, str(path))
-
-
-# Sampling
-
-
-@pytest.mark.parametrize("kind", [None, "timestep"])
-def test_being_told_classes_is_being_called_with_them(kind):
-    unet = tiny_unet(class_embed_type=kind)
-    x, t, labels = torch.randn(3, 1, 8, 8), torch.tensor([1, 500, 999]), torch.tensor([0, 3, 1])
-    with torch.no_grad():
-        with told_classes(unet, labels):
-            told = unet(x, t).sample
-        assert torch.equal(told, unet(x, t, class_labels=labels).sample)
-        assert not torch.equal(told, unet(x, t, class_labels=labels.flip(0)).sample)
-    with pytest.raises(ZeroDivisionError), told_classes(unet, labels):
-        raise ZeroDivisionError
-    with pytest.raises(ValueError, match="class_labels should be provided"):
-        unet(x, t)  # nothing is left behind
-
-
-def test_an_unconditional_network_is_told_nothing():
-    unet = tiny_unet(None)
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
-    assert sample_labels(unet, 5) is None
-    with torch.no_grad(), told_classes(unet, None):
-        told = unet(x, t).sample
-        assert torch.equal(told, unet(x, t).sample)
-
-
-def test_samples_are_balanced_whatever_the_batches():
-    expected = [number % CLASSES for number in range(11)]
-    assert sample_labels(tiny_unet(), 11).tolist() == expected
-    for batch_size in (1, 3, 4, 11):
-        assert painted(11, batch_size=batch_size) == expected
-    assert painted(2, batch_size=2) + painted(9, batch_size=5, first=2) == expected
-
-
-@pytest.mark.parametrize(("sampler", "prediction_type"), [("ddim", "epsilon"), ("ddpm", "v_prediction")])
-def test_samples_are_those_of_a_loop_that_passes_the_labels(sampler, prediction_type):
-    unet = tiny_unet()
-    pipeline = pipeline_of(unet, sampler, prediction_type)
-    images = sample_images(pipeline, 6, steps=3, seed=7, batch_size=4, device=CPU)
-    generators = [seeded_generator(7, "sample", number) for number in range(6)]
-    x = torch.cat([torch.randn(1, 1, 8, 8, generator=generator) for generator in generators])
-    pipeline.scheduler.set_timesteps(3)
-    with torch.no_grad():
-        for t in pipeline.scheduler.timesteps:
-            output = unet(x, t, class_labels=torch.arange(6) % CLASSES).sample
-            x = pipeline.scheduler.step(output, t, x, generator=generators).prev_sample
-    reference = ((x / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
-    assert images.std() > 10 and numpy.abs(images - reference).max() <= 1  # other batches round otherwise
-
-
-def test_evaluation_samples_every_class_equally():
-    grays = torch.linspace(0, 255, CLASSES).round().to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
-    evaluation = Evaluation(PixelFeatures(1, 8), [grays.repeat(5, 1, 1, 1)], samples=20, inference_steps=[2], batch_size=7)
-    pipeline = pipeline_of(Painter.from_config(config_of()), prediction_type="sample")
-    assert evaluation(pipeline)["frechet_distance"]["2"] == pytest.approx(0, abs=1e-6)
-    uneven = Evaluation(PixelFeatures(1, 8), [grays.repeat(5, 1, 1, 1)[:-1]], samples=20, inference_steps=[2], batch_size=7)
-    assert uneven(pipeline)["frechet_distance"]["2"] > 1e-3
 
 
 # What a run leaves

@@ -16,19 +16,16 @@ from PIL import Image
 from tiny_text import data_folder, model_folder, tiny_text
 
 from immiscible.configs import UnconditionalConfig
-from immiscible.data.batches import GlobalBatchOrder, Images
-from immiscible.data.loading import build_loader, images_of, load_images, training_source, training_images
+from immiscible.data.batches import GlobalBatchOrder
+from immiscible.data.loading import build_loader, images_of, load_images, training_images, training_source
 from immiscible.data.transforms import image_transform
-from immiscible.encoding.encoders import LatentEncoder, PixelEncoder, latent_draw
+from immiscible.encoding.encoders import LatentEncoder
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
-from immiscible.networks.latents import latent_downsampling, load_vae, vae_identity
-from immiscible.networks.unet import build_unet, unet_config
+from immiscible.networks.latents import load_vae, vae_identity
 from immiscible.networks.weights import PRECISIONS
-from immiscible.randomness import Draws, seeded_generator
-from immiscible.sampling.loaded import take_scheduler
-from immiscible.sampling.pipelines import build_pipeline, sample_images
-from immiscible.schedulers import build_scheduler
+from immiscible.randomness import Draws
+from immiscible.sampling.pipelines import sample_images
 
 CPU = torch.device("cpu")
 DRAWS = Draws(0, 0, 0, CPU)
@@ -55,80 +52,7 @@ def run(script, tmp_path_factory) -> Path:
     return folder
 
 
-def network(side: int = 4):
-    torch.manual_seed(0)
-    options = {"config_name_or_path": None, "preset": "unet-tiny", "dropout": None, "downsampling": 8}
-    return build_unet(unet_config(resolution=8 * side, channels=4, **options)).eval()
-
-
-# Encoding
-
-
-def test_latents_are_draws_from_the_posterior(vae):
-    batch = Images(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    with torch.no_grad():
-        posterior = vae.encode(batch.x0).latent_dist
-    scale = vae.config.scaling_factor
-    encode = LatentEncoder(vae, CPU)
-    encoded = encode(batch, DRAWS)
-    normal = DRAWS.normal("latent", 2, 4, 4, 4)
-    torch.testing.assert_close(encoded.x0, scale * (posterior.mean + (0.5 * posterior.logvar).exp() * normal))
-    assert encoded.labels is None and not encoded.condition and not encoded.x0.requires_grad
-    assert torch.equal(encode(batch, DRAWS).x0, encoded.x0)
-    draws = torch.stack([encode(batch, Draws(0, step, 0, CPU)).x0 for step in range(400)]) / scale
-    deviation = posterior.std
-    assert ((draws.mean(0) - posterior.mean).abs() < 5 * deviation / 20).all()  # five standard errors
-    torch.testing.assert_close(draws.std(0), deviation, rtol=0.2, atol=0)
-
-
-def test_a_latent_does_not_depend_on_how_the_batch_is_split():
-    mean, log_variance = torch.zeros(2, 16, 4, 2, 2)
-    whole = latent_draw(mean, log_variance, 0.5, DRAWS)
-    second = latent_draw(mean[8:].half(), log_variance[8:].half(), 0.5, Draws(0, 0, 8, CPU))
-    assert second.dtype == torch.float32 and torch.equal(whole[8:], second) and float(whole.std()) == pytest.approx(0.5, rel=0.1)
-
-
-def test_classes_reach_the_network_beside_latents(vae):
-    batch = Images(torch.zeros(2, 3, 32, 32), torch.tensor([3, 1]))
-    told = LatentEncoder(vae, CPU, class_conditional=True)(batch, DRAWS)
-    assert torch.equal(told.condition["class_labels"], batch.labels) and torch.equal(told.labels, batch.labels)
-    assert told.condition.keys() == PixelEncoder(CPU, class_conditional=True)(batch, DRAWS).condition.keys()
-
-
-def test_half_precision_is_of_the_encoder_alone(vae):
-    batch = Images(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    exact, half = (LatentEncoder(vae, CPU, precision=dtype)(batch, DRAWS).x0 for dtype in (torch.float32, torch.bfloat16))
-    assert half.dtype == torch.float32 and vae.dtype == torch.float32
-    assert 0 < float((exact - half).abs().max()) < 0.05
-
-
 # Sampling
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_samples_are_unclipped_latents_decoded(vae, sampler):
-    """Against the sampler's own steps, image by image; a stochastic one draws from the image's generator too."""
-    scheduler = build_scheduler("ddpm")
-    pipeline = build_pipeline(network(), scheduler, sampler=sampler, spacing="leading", vae=vae)
-    assert pipeline.scheduler.config.clip_sample is False
-    assert build_pipeline(network(), scheduler, sampler=sampler, spacing="leading").scheduler.config.clip_sample is True
-    found = sample_images(pipeline, 3, steps=4, seed=7, batch_size=2, device=CPU)
-    largest = 0.0
-    for number in range(3):
-        generator = seeded_generator(7, "sample", number)
-        pipeline.scheduler.set_timesteps(4)
-        x = torch.randn(1, 4, 4, 4, generator=generator)
-        for t in pipeline.scheduler.timesteps:
-            with torch.no_grad():
-                output = pipeline.unet(x, t).sample
-            x = pipeline.scheduler.step(output, t, x, generator=generator).prev_sample
-        with torch.no_grad():
-            image = vae.decode(x / vae.config.scaling_factor).sample[0].permute(1, 2, 0)
-        wanted = ((image / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
-        assert numpy.abs(found[number].astype(int) - wanted).max() <= 1
-        largest = max(largest, float(x.abs().max()))
-    assert largest > 1
-    assert "step" not in vars(pipeline.scheduler)  # it is as it was
 
 
 def test_the_saved_pipeline_samples_in_a_process_of_plain_diffusers(run, tmp_path):
@@ -223,23 +147,6 @@ def test_mistakes_are_one_line(script, tmp_path, changes, wanted):
     result = script(latent(tmp_path / "run", **changes))
     assert result.code == 2 and wanted in result.error
     assert not (tmp_path / "run").exists()
-
-
-def test_a_vae_without_weights_of_shifted_latents_and_a_network_of_pixels(vae, tmp_path):
-    vae.save_pretrained(tmp_path / "vae")
-    config = json.loads((tmp_path / "vae" / "config.json").read_text())
-    (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, "shift_factor": 0.1}))
-    with pytest.raises(UserError, match="shifts its latents"):
-        load_vae(str(tmp_path / "vae"), resolution=32)
-    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match="no AutoencoderKL found"):
-        load_vae(str(tmp_path / "vae"), resolution=32)
-    assert latent_downsampling(vae) == 8
-    network().save_config(tmp_path / "unet")
-    options = {"config_name_or_path": str(tmp_path / "unet"), "preset": None, "dropout": None, "resolution": 32}
-    assert unet_config(**options, channels=4, downsampling=8)["sample_size"] == 4
-    with pytest.raises(UserError, match="has 4 channels, and the VAE's latents have 8"):
-        unet_config(**options, channels=8, downsampling=8)
 
 
 # From a cache
@@ -434,16 +341,6 @@ def test_a_run_of_latents_and_its_checkpoint_are_sampled(script, run, tmp_path):
     assert sampled("checkpoint", run / "checkpoint-4") == of_run
     assert sampled("raw", run, weights="raw") == sampled("checkpoint_raw", run / "checkpoint-4", weights="raw")
     assert sampled("heun", run, scheduler="heun") != of_run
-
-
-@pytest.mark.parametrize(("one", "other"), [("ddpm", "euler_ancestral"), ("ddim", "euler")])
-def test_samplers_with_sigmas_begin_at_the_right_scale_in_every_batch(vae, one, other):
-    """Two formulas of one sampler. `LDMPipeline` scales its noise before it tells the sampler how many steps there are."""
-    images = []
-    for name in (one, other):
-        pipeline = build_pipeline(network(), build_scheduler("ddpm"), sampler="ddpm", spacing="leading", vae=vae)
-        images.append(sample_images(take_scheduler(pipeline, name), 4, steps=3, seed=0, batch_size=2, device=CPU).astype(int))
-    assert numpy.abs(images[0] - images[1]).max() <= 1 and len(numpy.unique(images[0])) > 10
 
 
 def test_a_checkpoint_whose_vae_has_moved(script, run, tmp_path):

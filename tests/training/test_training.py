@@ -249,24 +249,6 @@ def test_nan_stops_before_the_weights_change(accelerator):
     assert all(torch.equal(a, b) for a, b in zip(before, unet.parameters(), strict=True))
 
 
-def test_learning_rate_counts_optimizer_steps():
-    from diffusers.optimization import get_scheduler
-
-    from immiscible.configs import UnconditionalConfig
-    from immiscible.networks.optimization import learning_rate
-
-    parameter = nn.Parameter(torch.zeros(1))
-    for name in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"):
-        config = UnconditionalConfig(lr_scheduler=name, lr_warmup_steps=3, learning_rate=0.01, gradient_accumulation_steps=4)
-        rate = learning_rate(config, torch.optim.AdamW([parameter], lr=0.01), 10)
-        optimizer = torch.optim.AdamW([parameter], lr=0.01)
-        reference = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=10)
-        for step in range(10):
-            assert rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), (name, step)
-            optimizer.step()
-            reference.step()
-
-
 def test_golden_losses(accelerator):
     """Five steps of everything on at once; a change here changes what users train."""
     unet = tiny_unet(dropout=0.1)

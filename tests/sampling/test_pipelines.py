@@ -1,0 +1,107 @@
+"""Samples of a network: what it is told, and that they are those of the sampler's own steps."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from class_networks import CLASSES, painted, pipeline_of, tiny_unet
+from latent_networks import network
+from tiny_text import model_folder
+
+from immiscible.networks.latents import load_vae
+from immiscible.randomness import seeded_generator
+from immiscible.sampling.loaded import take_scheduler
+from immiscible.sampling.pipelines import build_pipeline, sample_images, sample_labels, told_classes
+from immiscible.schedulers import build_scheduler
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return load_vae(str(model_folder()), resolution=32)
+
+
+@pytest.mark.parametrize("kind", [None, "timestep"])
+def test_being_told_classes_is_being_called_with_them(kind):
+    unet = tiny_unet(class_embed_type=kind)
+    x, t, labels = torch.randn(3, 1, 8, 8), torch.tensor([1, 500, 999]), torch.tensor([0, 3, 1])
+    with torch.no_grad():
+        with told_classes(unet, labels):
+            told = unet(x, t).sample
+        assert torch.equal(told, unet(x, t, class_labels=labels).sample)
+        assert not torch.equal(told, unet(x, t, class_labels=labels.flip(0)).sample)
+    with pytest.raises(ZeroDivisionError), told_classes(unet, labels):
+        raise ZeroDivisionError
+    with pytest.raises(ValueError, match="class_labels should be provided"):
+        unet(x, t)  # nothing is left behind
+
+
+def test_an_unconditional_network_is_told_nothing():
+    unet = tiny_unet(None)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
+    assert sample_labels(unet, 5) is None
+    with torch.no_grad(), told_classes(unet, None):
+        told = unet(x, t).sample
+        assert torch.equal(told, unet(x, t).sample)
+
+
+def test_samples_are_balanced_whatever_the_batches():
+    expected = [number % CLASSES for number in range(11)]
+    assert sample_labels(tiny_unet(), 11).tolist() == expected
+    for batch_size in (1, 3, 4, 11):
+        assert painted(11, batch_size=batch_size) == expected
+    assert painted(2, batch_size=2) + painted(9, batch_size=5, first=2) == expected
+
+
+@pytest.mark.parametrize(("sampler", "prediction_type"), [("ddim", "epsilon"), ("ddpm", "v_prediction")])
+def test_samples_are_those_of_a_loop_that_passes_the_labels(sampler, prediction_type):
+    unet = tiny_unet()
+    pipeline = pipeline_of(unet, sampler, prediction_type)
+    images = sample_images(pipeline, 6, steps=3, seed=7, batch_size=4, device=CPU)
+    generators = [seeded_generator(7, "sample", number) for number in range(6)]
+    x = torch.cat([torch.randn(1, 1, 8, 8, generator=generator) for generator in generators])
+    pipeline.scheduler.set_timesteps(3)
+    with torch.no_grad():
+        for t in pipeline.scheduler.timesteps:
+            output = unet(x, t, class_labels=torch.arange(6) % CLASSES).sample
+            x = pipeline.scheduler.step(output, t, x, generator=generators).prev_sample
+    reference = ((x / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
+    assert images.std() > 10 and numpy.abs(images - reference).max() <= 1  # other batches round otherwise
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_samples_are_unclipped_latents_decoded(vae, sampler):
+    """Against the sampler's own steps, image by image; a stochastic one draws from the image's generator too."""
+    scheduler = build_scheduler("ddpm")
+    pipeline = build_pipeline(network(), scheduler, sampler=sampler, spacing="leading", vae=vae)
+    assert pipeline.scheduler.config.clip_sample is False
+    assert build_pipeline(network(), scheduler, sampler=sampler, spacing="leading").scheduler.config.clip_sample is True
+    found = sample_images(pipeline, 3, steps=4, seed=7, batch_size=2, device=CPU)
+    largest = 0.0
+    for number in range(3):
+        generator = seeded_generator(7, "sample", number)
+        pipeline.scheduler.set_timesteps(4)
+        x = torch.randn(1, 4, 4, 4, generator=generator)
+        for t in pipeline.scheduler.timesteps:
+            with torch.no_grad():
+                output = pipeline.unet(x, t).sample
+            x = pipeline.scheduler.step(output, t, x, generator=generator).prev_sample
+        with torch.no_grad():
+            image = vae.decode(x / vae.config.scaling_factor).sample[0].permute(1, 2, 0)
+        wanted = ((image / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
+        assert numpy.abs(found[number].astype(int) - wanted).max() <= 1
+        largest = max(largest, float(x.abs().max()))
+    assert largest > 1
+    assert "step" not in vars(pipeline.scheduler)  # it is as it was
+
+
+@pytest.mark.parametrize(("one", "other"), [("ddpm", "euler_ancestral"), ("ddim", "euler")])
+def test_samplers_with_sigmas_begin_at_the_right_scale_in_every_batch(vae, one, other):
+    """Two formulas of one sampler. `LDMPipeline` scales its noise before it tells the sampler how many steps there are."""
+    images = []
+    for name in (one, other):
+        pipeline = build_pipeline(network(), build_scheduler("ddpm"), sampler="ddpm", spacing="leading", vae=vae)
+        images.append(sample_images(take_scheduler(pipeline, name), 4, steps=3, seed=0, batch_size=2, device=CPU).astype(int))
+    assert numpy.abs(images[0] - images[1]).max() <= 1 and len(numpy.unique(images[0])) > 10
