@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent
 TAG = "immiscible-diffusion"
-HERE = "THIS_FOLDER"  # stands in a card for where the model is, until a repository has it
+HERE = "THIS_FOLDER"  # stands in a card for where the model is; `name_repository` puts its repository there
 
 
 def unconditional_card(
@@ -27,7 +27,6 @@ def unconditional_card(
     facts: Mapping[str, str],
     num_classes: int | None = None,
     class_names: Sequence[str] = (),
-    repo_id: str | None = None,
 ) -> ModelCard:
     """The card of a pipeline without prompts.
 
@@ -37,14 +36,12 @@ def unconditional_card(
         facts: how it was trained, by name; ``inference_steps`` among them, which the example takes.
         num_classes: how many classes the network is told; None if it is told none, and then the card lists none.
         class_names: the data's names for them, by number, if it has any.
-        repo_id: "owner/name" on the hub, as `huggingface_hub.create_repo` returns it; by default the example names the folder.
     """
     return _card(
         "unconditional",
         {"pipeline_tag": "unconditional-image-generation", "tags": ["diffusers", "unconditional-image-generation", TAG]},
         title,
         facts,
-        repo_id,
         pipeline=pipeline,
         inference_steps=facts["inference_steps"],
         num_classes=num_classes,
@@ -61,7 +58,6 @@ def text_to_image_card(
     resolution: int | None = None,
     prediction_type: str | None = None,
     grid: PurePath | None = None,
-    repo_id: str | None = None,
 ) -> ModelCard:
     """The card of a Stable Diffusion pipeline, or of LoRA weights for one.
 
@@ -73,7 +69,6 @@ def text_to_image_card(
         resolution: side in pixels of what the adapters were trained on; the base pipeline would sample at its own.
         prediction_type: of the adapters, where ``base_model`` has another.
         grid: samples of the prompts, relative to the card, if there are any.
-        repo_id: as in `unconditional_card`.
     """
     return _card(
         "text_to_image",
@@ -84,7 +79,6 @@ def text_to_image_card(
         },
         title,
         facts,
-        repo_id,
         base_model=_quoted(base_model),
         adapters=adapters,
         resolution=resolution,
@@ -93,9 +87,7 @@ def text_to_image_card(
     )
 
 
-def _card(
-    template: str, metadata: Mapping[str, Any], title: str, facts: Mapping[str, str], repo_id: str | None, **values: Any
-) -> ModelCard:
+def _card(template: str, metadata: Mapping[str, Any], title: str, facts: Mapping[str, str], **values: Any) -> ModelCard:
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(library_name="diffusers", **metadata)
@@ -104,7 +96,7 @@ def _card(
         data,
         template_path=str(TEMPLATES / f"{template}_card.md.j2"),
         title=inline(title),
-        model=_quoted(repo_id or HERE),
+        model=_quoted(HERE),
         facts="\n".join(["| | |", "|---|---|", *rows]),
         **values,
     )

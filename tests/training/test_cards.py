@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from immiscible.configs import UnconditionalConfig
-from immiscible.training.cards import push_pipeline, text_to_image_card, unconditional_card
+from immiscible.training.cards import name_repository, push_pipeline, text_to_image_card, unconditional_card
 from immiscible.training.markdown import fenced, inline, line, table_cell
 
 FACTS = {"noise_coupling": "assignment (l2)", "inference_steps": "20", "data": "folder a|b <script>"}
@@ -67,20 +67,19 @@ def test_a_card_of_adapters_loads_them_into_their_base(tmp_path):
         'pipeline.scheduler.register_to_config(prediction_type="v_prediction")',
         'image = pipeline("a prompt", height=32, width=32).images[0]',
     ]
-    data, example, _ = card(base_model=str(tmp_path), repo_id="someone/adapters")
+    data, example, _ = card(base_model=str(tmp_path))
     assert "base_model" not in data and "register_to_config" not in example  # the hub refuses a card with a path
-    assert f'from_pretrained("{tmp_path}")' in example and 'load_lora_weights("someone/adapters")' in example
+    assert f'from_pretrained("{tmp_path}")' in example and 'load_lora_weights("THIS_FOLDER")' in example
 
 
 @pytest.mark.parametrize(
     "make", [partial(unconditional_card, pipeline="DDPMPipeline"), partial(text_to_image_card, base_model="some/model")]
 )
-def test_a_card_names_the_repository_where_it_is_known(make):
-    options = {"pipeline": "DDPMPipeline"} if make == "unconditional" else {"base_model": "some/model"}
-    card = (unconditional_card if make == "unconditional" else text_to_image_card)(
-        title="t", facts=FACTS, repo_id="someone/mine", **options
-    )
-    assert 'from_pretrained("someone/mine")' in str(card) and "THIS_FOLDER" not in str(card)
+def test_a_card_names_the_repository_once_it_has_one(make, tmp_path):
+    make(title="t", facts=FACTS).save(tmp_path / "README.md")
+    name_repository(tmp_path / "README.md", "someone/mine")
+    card = (tmp_path / "README.md").read_text()
+    assert 'from_pretrained("someone/mine")' in card and "THIS_FOLDER" not in card
 
 
 NASTY = '<script>alert(1)</script> | *b* `k` [d](http://e) \\ &amp; __init__ $x$ ~~f~~\n# g "h"'
