@@ -223,7 +223,7 @@ def training_images(
     return kind(source, transform, skip_bad_images, with_labels=with_labels, with_captions=with_captions)
 
 
-def build_loader(dataset: Dataset[Any], order: Iterable[list[Any]], num_workers: int, device: torch.device) -> DataLoader[dict[str, Any]]:
+def build_loader(dataset: Dataset[Any], order: Iterable[list[Any]], num_workers: int, device: torch.device) -> DataLoader[Batch]:
     """A loader of `Batch`, on the CPU (pinned if ``device`` is a GPU), in ``order``, that draws nothing from the global generators."""
     return DataLoader(
         dataset,
