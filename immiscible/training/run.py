@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from immiscible.evaluation.leakage import ClassLeak
 from immiscible.files import PARTIAL, replace
 from immiscible.networks.optimization import build_ema, build_optimizer, learning_rate, tuned
 from immiscible.networks.weights import add_metadata
+from immiscible.objectives import Pairs
 from immiscible.processes import on_main_process
 from immiscible.sampling.pipelines import image_grid
 from immiscible.training.cards import push_pipeline
@@ -156,8 +158,13 @@ def _steps(
         stop=stop,
         ahead=config.look_ahead,
         window=config.coupling_window,
-        watch=leak and (lambda pairs: leak.add(pairs.noise, pairs.labels, pairs.x0)),
+        watch=None if leak is None else partial(_watch, leak),
     )
+
+
+def _watch(leak: ClassLeak, pairs: Pairs) -> None:
+    if pairs.labels is not None:  # a run that logs the leak has them
+        leak.add(pairs.noise, pairs.labels, pairs.x0)
 
 
 class _Life:
