@@ -40,15 +40,7 @@ def build_scheduler(
     Raises:
         UserError: a value is out of range or two do not go together; the message names the flag.
     """
-    if noise_process not in PREDICTION_TYPES:
-        raise UserError(f"--noise_process {noise_process!r} is unknown; known: {', '.join(PREDICTION_TYPES)}")
-    trained = PREDICTION_TYPES[noise_process]
-    prediction_type = prediction_type or trained[0]
-    if prediction_type not in trained:
-        raise UserError(
-            f"--noise_process {noise_process} needs --prediction_type {' or '.join(trained)}, not {prediction_type!r}: "
-            "plain diffusers could not sample anything else"
-        )
+    prediction_type = _trained_type(noise_process, prediction_type)
     if num_train_timesteps < 1:
         raise UserError(f"--ddpm_num_steps {num_train_timesteps} is too small: it must be at least 1")
     if not 0 < image_scale < float("inf"):
@@ -74,6 +66,20 @@ def build_scheduler(
     if image_scale == 1:
         return scheduler
     return DDPMScheduler(**settings, trained_betas=_scaled_betas(scheduler.betas, image_scale))
+
+
+def _trained_type(noise_process: str, prediction_type: str | None) -> str:
+    """The prediction type, of those that plain diffusers samples with this process; the first of them if none is given."""
+    if noise_process not in PREDICTION_TYPES:
+        raise UserError(f"--noise_process {noise_process!r} is unknown; known: {', '.join(PREDICTION_TYPES)}")
+    trained = PREDICTION_TYPES[noise_process]
+    prediction_type = prediction_type or trained[0]
+    if prediction_type not in trained:
+        raise UserError(
+            f"--noise_process {noise_process} needs --prediction_type {' or '.join(trained)}, not {prediction_type!r}: "
+            "plain diffusers could not sample anything else"
+        )
+    return prediction_type
 
 
 def _scaled_betas(betas: Tensor, image_scale: float) -> list[float]:

@@ -105,6 +105,28 @@ class Reached:
     def __getattr__(self, name: str) -> Any:
         return self.options[name]
 
+    def take(self, steps: int, arguments: Sequence[Any], options: dict[str, Any]) -> None:
+        """Takes ``steps`` of the loop that the script was about to begin."""
+        from immiscible.training.loop import train
+
+        network, watch = self.accelerator.unwrap_model(self.model), self.watch
+
+        def note(pairs: Any) -> None:
+            self.pairs.append(pairs)
+            if watch:
+                watch(pairs)
+
+        def note_gradients(optimizer: Any, *_: Any) -> None:
+            gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+            self.grad_norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+        self.optimizer.optimizer.register_step_pre_hook(note_gradients)
+        self.before = {name: value.clone() for name, value in network.state_dict().items()}
+        loop = train(*arguments, **{**options, "watch": note})
+        self.losses = [next(loop).metrics["loss"] for _ in range(steps)]
+        loop.close()
+        self.after = {name: value.clone() for name, value in network.state_dict().items()}
+
 
 class _Stop(Exception):
     pass
@@ -133,7 +155,6 @@ def reach(
     from immiscible.configs import TextToImageConfig
     from immiscible.flags import parse_config
     from immiscible.tasks.text_to_image import text_to_image_task
-    from immiscible.training.loop import train
     from immiscible.training.session import session
 
     def reset() -> None:
@@ -151,25 +172,9 @@ def reach(
     def stand_in(*arguments: Any, **options: Any) -> None:
         reached = Reached({**dict(zip(names, arguments, strict=True)), **options, "task": tasks[-1]})
         found.append(reached)
-        network, watch = reached.accelerator.unwrap_model(reached.model), reached.watch
-
-        def note(pairs: Any) -> None:
-            reached.pairs.append(pairs)
-            if watch:
-                watch(pairs)
-
-        def note_gradients(optimizer: Any, *_: Any) -> None:
-            gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
-            reached.grad_norms.append(float(torch.nn.utils.get_total_norm(gradients)))
-
-        reached.optimizer.optimizer.register_step_pre_hook(note_gradients)
         if inspect:
             inspect(reached)
-        reached.before = {name: value.clone() for name, value in network.state_dict().items()}
-        loop = train(*arguments, **{**options, "watch": note})
-        reached.losses = [next(loop).metrics["loss"] for _ in range(steps)]
-        loop.close()
-        reached.after = {name: value.clone() for name, value in network.state_dict().items()}
+        reached.take(steps, arguments, options)
         raise _Stop
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
