@@ -9,12 +9,9 @@ from launch import ROOT, run_command
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "safetensors"}
 LOADED = """
-import runpy, sys, types
+import runpy, sys
 
-# The package's own interface, which needs torch, is not what is looked at.
-package = types.ModuleType("immiscible")
-package.__path__ = [sys.argv[1] + "/immiscible"]
-sys.modules["immiscible"] = package
+sys.path.insert(0, sys.argv[1])
 script = sys.argv[1] + "/" + sys.argv[2]
 sys.argv = [script, *sys.argv[3:]]
 try:
