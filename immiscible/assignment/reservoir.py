@@ -49,7 +49,7 @@ class ReservoirCoupling:
 
     def __init__(self, size: int = 256) -> None:
         if size < 1:
-            raise UserError(f"`size` of the reservoir must be at least 1, not {size}")
+            raise UserError(f"`size` must be at least 1, not {size}")
         self.size = size
         self._pools: dict[torch.Size, _Pool] = {}
 

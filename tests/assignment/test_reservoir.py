@@ -102,7 +102,7 @@ def test_a_state_taken_earlier_goes_on_as_the_reservoir_did():
 
 
 def test_bad_reservoirs_are_named():
-    with pytest.raises(UserError, match="`size` of the reservoir must be at least 1, not 0"):
+    with pytest.raises(UserError, match="`size` must be at least 1, not 0"):
         ReservoirCoupling(0)
     coupling = ReservoirCoupling(4)
     with pytest.raises(UserError, match="give `size` 2, not 4"):
