@@ -428,7 +428,7 @@ try:
     runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 except SystemExit as end:
     assert end.code == 0
-print("loaded:", *sorted({{"diffusers", "transformers", "accelerate", "datasets", "matplotlib", "jinja2", "numba"}} & sys.modules.keys()))
+print("loaded:", *sorted({{"diffusers", "transformers", "accelerate", "datasets", "matplotlib", "jinja2", "numba", "torch"}} & sys.modules.keys()))
 """
 
 
