@@ -428,7 +428,8 @@ try:
     runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 except SystemExit as end:
     assert end.code == 0
-print("loaded:", *sorted({{"diffusers", "transformers", "accelerate", "datasets", "matplotlib", "jinja2", "numba", "torch"}} & sys.modules.keys()))
+heavy = {{"diffusers", "transformers", "accelerate", "datasets", "matplotlib", "jinja2", "numba", "torch"}}
+print("loaded:", *sorted(heavy & sys.modules.keys()))
 """
 
 
