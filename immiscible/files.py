@@ -16,7 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from immiscible.errors import UserError
+
 PARTIAL, DISCARDED = ".partial-", ".discarded-"
+LOCK = ".immiscible-lock"  # in a folder that one process at a time may write; it stays there
 SPARE = 2**20  # bytes; a disk with less is full
 
 
@@ -52,6 +55,28 @@ def flush(path: Path) -> None:
         if item.is_file():
             item.chmod(0o666 & ~umask)
         _flush_one(item)
+
+
+def lock(folder: Path, flag: str) -> Any:
+    """Takes the lock of a folder, which is there; it is held until the process ends or the returned lock is released.
+
+    Args:
+        folder: what nobody else may write meanwhile.
+        flag: what names it, such as ``--output_dir``.
+
+    Raises:
+        UserError: (exit code 1) another process holds it, or the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(folder / LOCK, timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(f"{flag} {folder} is in use by another process; wait for its end, or give another folder", exit_code=1) from None
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written: {error.strerror or error}", exit_code=1) from None
+    return held
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from immiscible.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+Result = TypeVar("Result")
 
 
 def on_every_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
@@ -40,3 +42,16 @@ def on_every_process(accelerator: Accelerator, work: Callable[[], None]) -> None
 def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
     """Does ``work`` on rank 0 while the others wait; raises as `on_every_process`."""
     on_every_process(accelerator, work if accelerator.is_main_process else lambda: None)
+
+
+def from_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """What ``work`` returns on rank 0, on every rank; raises as `on_every_process`."""
+    from accelerate.utils import broadcast_object_list
+
+    shared: list[Any] = [None]
+
+    def compute() -> None:
+        shared[0] = work()
+
+    on_main_process(accelerator, compute)
+    return broadcast_object_list(shared)[0]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from immiscible.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,6 +56,35 @@ def evaluation_weights(model: nn.Module, ema: EMAModel | None) -> Iterator[None]
         model.train(was_training)
 
 
+def non_finite(network: nn.Module, ema: EMAModel | None, state: Mapping[str, Tensor]) -> str:
+    """Which part of a checkpoint would hold NaN or infinite values: trained weights, their average, the coupling's state; or nothing."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = {"the weights": trained, "their average": [] if ema is None else ema.shadow_params, "the coupling's state": state.values()}
+    for name, tensors in groups.items():
+        tests = [torch.isfinite(tensor.detach()).all() for tensor in tensors if tensor.is_floating_point()]
+        if tests and not torch.stack([test.to(tests[0].device) for test in tests]).all():
+            return name
+    return ""
+
+
+def check_keys(network: nn.Module, folder: Path) -> None:
+    """Looks whether the weights in ``folder`` are those of a network like this one; diffusers would give fresh values to what is missing.
+
+    Raises:
+        UserError: (exit code 1) a tensor is missing, surplus or of another shape; naming the folder.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    if different := [name for name in sorted({**found, **wanted}) if found.get(name) != wanted.get(name)]:
+        shapes = [f"{found.get(different[0], 'missing')} there, {wanted.get(different[0], 'missing')} in the network"]
+        raise UserError(f"{folder} holds other weights than this network's: {different[0]} is {shapes[0]}", exit_code=1)
+
+
 def save_network(network: ModelMixin, folder: Path, part: str) -> None:
     """Writes what is trained of a network: all of it into the subfolder ``part`` as diffusers loads it, or its adapters into ``folder``."""
     if adapted(network):
@@ -67,6 +98,7 @@ def load_network(network: ModelMixin, folder: Path, part: str) -> None:
     if adapted(network):
         load_adapters(network, folder)
     else:
+        check_keys(network, folder / part)
         network.load_state_dict(type(network).from_pretrained(folder, subfolder=part).state_dict())
 
 
@@ -81,14 +113,25 @@ def save_adapters(network: nn.Module, folder: Path) -> None:
 
 
 def load_adapters(network: nn.Module, folder: Path) -> None:
-    """Puts saved adapters into a network that has some of the same shapes."""
+    """Puts saved adapters into a network that has some of the same shapes.
+
+    Raises:
+        UserError: (exit code 1) they are not those of this network.
+    """
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
-    from peft.utils import set_peft_model_state_dict
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
     state, _ = StableDiffusionPipeline.lora_state_dict(folder)
     layers = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
-    set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(layers), adapter_name="default")
+    layers = convert_unet_state_dict_to_peft(layers)
+    wanted = {name: value.shape for name, value in get_peft_model_state_dict(network).items()}
+    found = {name: value.shape for name, value in layers.items()}
+    if different := [name for name in sorted({**found, **wanted}) if found.get(name) != wanted.get(name)]:
+        raise UserError(
+            f"{folder} holds other adapters than this network's: {different[0]} is missing, surplus or of another shape", exit_code=1
+        )
+    set_peft_model_state_dict(network, layers, adapter_name="default")
 
 
 def add_metadata(path: Path, facts: dict[str, str]) -> None:

@@ -12,26 +12,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
-from immiscible.errors import UserError
-from immiscible.files import PARTIAL, discard, full_disk, replace
-from immiscible.networks.weights import load_network, save_network, unwrapped
+from immiscible.errors import UserError, first_line
+from immiscible.files import PARTIAL, discard, file_facts, full_disk, replace
+from immiscible.networks.weights import check_keys, load_network, non_finite, save_network, unwrapped
 from immiscible.processes import on_every_process
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
     from torch import Tensor
 
-
 logger = logging.getLogger(__name__)
 
-
 STATE_FILE = "training_state.json"
-
-
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -62,8 +60,9 @@ def save_checkpoint(
         part: what the network is in a pipeline.
 
     Raises:
-        UserError: (exit code 1) the disk is full or fails; earlier checkpoints are as they were.
+        UserError: (exit code 1) what would be saved is not finite, or the disk is full or fails; earlier checkpoints are as they were.
     """
+    check_finite(accelerator, ema, coupling_state or {}, step)
     target = folder / f"checkpoint-{step}"
     partial = folder / f"{PARTIAL}{target.name}"
 
@@ -81,12 +80,38 @@ def save_checkpoint(
     def publish() -> None:
         if accelerator.is_main_process:
             _seal(partial, step, identity)
+            if target.exists() and not is_ours(target):
+                raise UserError(
+                    f"{target} is no checkpoint of this suite; move it away, and continue with --resume_from_checkpoint", exit_code=1
+                )
             replace(partial, target)
             _prune(folder, step, limit)
 
-    for work in (prepare, write, publish):
-        on_every_process(accelerator, work)
+    try:
+        for work in (prepare, write, publish):
+            on_every_process(accelerator, work)
+    except UserError:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        raise
     return target
+
+
+def check_finite(accelerator: Accelerator, ema: EMAModel | None, coupling_state: Mapping[str, Tensor], step: int) -> None:
+    """Looks whether what a checkpoint would hold is finite: one reduced number. The loss and the gradient are of the weights before.
+
+    Raises:
+        UserError: (exit code 1) it is not; on every rank.
+    """
+    (model,) = accelerator._models
+    what = non_finite(unwrapped(accelerator, model), ema, coupling_state)
+    bad = accelerator.reduce(torch.tensor(float(bool(what)), device=accelerator.device), reduction="sum")
+    if bad.item():
+        raise UserError(
+            f"after step {step} {what or 'what another process holds'} is NaN or infinite: nothing was saved of it, checkpoints before are "
+            f"kept; try a lower --learning_rate, more --lr_warmup_steps, a larger --adam_epsilon or --mixed_precision no",
+            exit_code=1,
+        )
 
 
 @contextmanager
@@ -109,7 +134,7 @@ def _network_saved(accelerator: Accelerator, ema: EMAModel | None, part: str) ->
 
 def _prune(folder: Path, step: int, limit: int | None) -> None:
     """Deletes what is older than the newest ``limit`` checkpoints, of which that of ``step`` is one."""
-    earlier = [path for path in checkpoints(folder) if step_of(path) < step]
+    earlier = [path for path in checkpoints(folder) if step_of(path) < step and is_ours(path)]
     for old in earlier[: max(0, len(earlier) - limit + 1)] if limit is not None else []:
         discard(old)
 
@@ -119,29 +144,56 @@ def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None, 
 
     Returns:
         the optimizer steps taken, and this rank's coupling state on the CPU, empty for most couplings.
-    """
-    from diffusers.training_utils import EMAModel
 
-    kind: Any = None
+    Raises:
+        UserError: (exit code 1) a file cannot be read, or holds something else than this run's.
+    """
+    step, kind = int(read_state(path)["step"]), None
 
     def load(models: list[torch.nn.Module], input_dir: str) -> None:
         nonlocal kind
         network = unwrapped(accelerator, models.pop())
         kind = type(network)
-        load_network(network, Path(input_dir), part)
+        with _named(path / part):
+            load_network(network, Path(input_dir), part)
+            if ema is not None:
+                check_keys(network, path / f"{part}_ema")
 
     hook = accelerator.register_load_state_pre_hook(load)
     try:
-        accelerator.load_state(str(path))
+        with _named(path / "optimizer.bin"):
+            accelerator.load_state(str(path))
     finally:
         hook.remove()
+    (optimizer,) = accelerator._optimizers
+    if step and not optimizer.state_dict()["state"] and accelerator.scaler is None:  # whose scale may have let no step happen yet
+        raise UserError(f"{path / 'optimizer.bin'} holds no state of an optimizer that has taken {step} steps", exit_code=1)
     if ema is not None:
-        device = ema.shadow_params[0].device
-        ema.load_state_dict(EMAModel.from_pretrained(str(path / f"{part}_ema"), kind).state_dict())
-        ema.to(device)
+        with _named(path / f"{part}_ema"):
+            _load_average(ema, path / f"{part}_ema", kind)
     file = _coupling_file(path, accelerator)
-    state = load_file(file) if file.exists() else {}
-    return int(read_state(path)["step"]), state
+    with _named(file):
+        state = load_file(file) if file.exists() else {}
+    return step, state
+
+
+def _load_average(ema: EMAModel, folder: Path, kind: Any) -> None:
+    from diffusers.training_utils import EMAModel
+
+    device = ema.shadow_params[0].device
+    ema.load_state_dict(EMAModel.from_pretrained(str(folder), kind).state_dict())
+    ema.to(device)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Inside the block what fails, in whatever library, is one line that names the file or folder that was being read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of torch, pickle, safetensors, diffusers, accelerate: nearly any type
+        raise UserError(f"{path} cannot be loaded ({first_line(error)}); resume an older checkpoint by its path", exit_code=1) from error
 
 
 def resolve_checkpoint(folder: Path, request: str | None) -> Path | None:
@@ -153,17 +205,24 @@ def resolve_checkpoint(folder: Path, request: str | None) -> Path | None:
     if request is None:
         return None
     if request == "latest":
-        for path in reversed(checkpoints(folder)):
-            problem = _incompleteness(path)
-            if not problem:
+        problems: dict[Path, str] = {}
+        for path in reversed([each for each in checkpoints(folder) if is_ours(each)]):
+            problems[path] = damage(path)
+            if not problems[path]:
                 return path
-            logger.warning("%s is incomplete (%s); looking for an older one", path, problem)
+            logger.warning("%s is damaged (%s); looking for an older one", path, problems[path])
+        for newest, problem in problems.items():
+            raise UserError(
+                f"--resume_from_checkpoint latest: no checkpoint in {folder} is whole (of {newest.name} {problem}); delete the run with "
+                f"--overwrite_output_dir, or choose another --output_dir",
+                exit_code=1,
+            )
         return None
     found_at = [candidate for candidate in (Path(request), folder / request) if candidate.is_dir()]
     if not found_at:
         known = ", ".join(found.name for found in checkpoints(folder)) or "none"
         raise UserError(f"--resume_from_checkpoint {request}: no such folder; checkpoints in {folder}: {known}")
-    problem = _incompleteness(found_at[0])
+    problem = damage(found_at[0])
     if problem:
         raise UserError(f"--resume_from_checkpoint {request}: incomplete ({problem}); `latest` takes the newest complete checkpoint")
     return found_at[0]
@@ -206,23 +265,56 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a folder called ``checkpoint-{number}`` is one of this suite's, whole or damaged; others are never touched."""
+    return (path / STATE_FILE).is_file()
+
+
 def _seal(partial: Path, step: int, identity: Mapping[str, Any]) -> None:
-    files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
+    files = {str(path.relative_to(partial)): file_facts(path) for path in sorted(partial.rglob("*")) if path.is_file()}
     (partial / STATE_FILE).write_text(json.dumps({"step": step, "identity": identity, "files": files}, indent=1))
 
 
 def is_complete(path: Path) -> bool:
-    """Whether every file that the checkpoint was sealed with is there with its size."""
+    """Whether every file that the checkpoint was sealed with is there with its size; `damage` reads them too."""
     return not _incompleteness(path)
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint, or an empty string: a file that is missing or not what was saved, or values that are not finite."""
+    problem = _incompleteness(path)
+    if problem:
+        return problem
+    files: dict[str, Any] = read_state(path)["files"]
+    for name, facts in tqdm(files.items(), desc=f"checking {path.name}", unit="file", delay=2, leave=False, disable=None):
+        if isinstance(facts, dict) and file_facts(path / name) != facts:  # older checkpoints hold sizes alone
+            return f"{name} is not what was saved (its SHA-256 differs)"
+        if name.endswith(".safetensors") and not _is_finite(path / name):
+            return f"{name} holds NaN or infinite values, or cannot be read"
+    return ""
+
+
+def _is_finite(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = (file.get_tensor(name) for name in file.keys())  # noqa: SIM118 (not a dict)
+            return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
+    except (OSError, SafetensorError):
+        return False
 
 
 def _incompleteness(path: Path) -> str:
     """What is missing from a checkpoint, or an empty string."""
     try:
-        files = read_state(path)["files"]
-    except (OSError, ValueError, KeyError):
+        state = read_state(path)
+        step, files = state["step"], state["files"]
+        sound = isinstance(files, dict) and isinstance(state["identity"], dict) and isinstance(step, int) and step >= 0
+    except (OSError, ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
         return f"{STATE_FILE} is missing or broken"
-    for name, size in files.items():
+    for name, facts in files.items():
+        size = facts.get("bytes") if isinstance(facts, dict) else facts
         if not (path / name).is_file():
             return f"{name} is missing"
         if (path / name).stat().st_size != size:

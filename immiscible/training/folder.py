@@ -10,23 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError
-from immiscible.files import clean_up, discard
+from immiscible.files import clean_up, discard, lock
 from immiscible.processes import on_main_process
 from immiscible.training.arguments import OWN_FILES
-from immiscible.training.checkpoints import STATE_FILE, checkpoints, is_complete, resolve_checkpoint, step_of
+from immiscible.training.checkpoints import checkpoints, is_complete, is_ours, resolve_checkpoint, step_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from immiscible.training.arguments import RunConfig
 
-
 logger = logging.getLogger(__name__)
 
-
 MARKER = ".immiscible-run"  # a folder without it is nobody's run, whatever names it holds
-
-
 FINISHED = "a finished run"
 
 
@@ -41,13 +37,19 @@ def check_folder(config: RunConfig) -> Path | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; give a folder")
     held = _run_in(folder)
-    foreign = [name for name in (*OWN_FILES, config.logging_dir) if os.path.lexists(folder / name)]
-    foreign += [path.name for path in checkpoints(folder) if not (path / STATE_FILE).exists()]  # another trainer's
-    if not held and foreign and not config.plan:
+    foreign = [path for path in checkpoints(folder) if not is_ours(path)]  # another trainer's, or the user's own
+    strange = [name for name in (*OWN_FILES, config.logging_dir) if os.path.lexists(folder / name)] + [path.name for path in foreign]
+    if not held and strange and not config.plan:
         raise UserError(
-            f"--output_dir {folder} holds {', '.join(foreign)} of something else, which a run would overwrite; give another folder"
+            f"--output_dir {folder} holds {', '.join(strange)} of something else, which a run would overwrite; give another folder"
         )
     resumed = resolve_checkpoint(folder, config.resume_from_checkpoint)
+    begun = step_of(resumed) if resumed and resumed.resolve().parent == folder.resolve() else 0
+    in_the_way = [path.name for path in foreign if step_of(path) > begun]
+    if in_the_way and not config.plan:
+        raise UserError(
+            f"--output_dir {folder} holds {', '.join(in_the_way)}, no checkpoints of this suite, where its own would be; move them"
+        )
     if held and not config.overwrite_output_dir and not config.plan and config.resume_from_checkpoint is None:
         raise UserError(
             f"--output_dir {folder} holds {held}: continue it with --resume_from_checkpoint latest, delete it with "
@@ -78,24 +80,39 @@ def run_identity(config: RunConfig, *, data: str, network: dict[str, Any], proce
     return json.loads(json.dumps({**flags, "data": data, "network": network, "processes": processes}))
 
 
-def prepare_folder(config: RunConfig, accelerator: Accelerator) -> None:
-    """Creates the output folder; removes what a killed run left half written and, with ``--overwrite_output_dir``, the old run."""
-    folder = config.folder
+def folder_state(folder: Path) -> tuple[str, list[str]]:
+    """What of runs a folder holds, to notice one that came between `check_folder` and the lock."""
+    return _run_in(folder), [path.name for path in checkpoints(folder)]
+
+
+def prepare_folder(config: RunConfig, accelerator: Accelerator, seen: tuple[str, list[str]]) -> Any:
+    """Creates the output folder and locks it; removes what a killed run left half written and, to overwrite, the old run.
+
+    Returns:
+        the lock, on rank 0, to be held as long as the run writes.
+
+    Raises:
+        UserError: another run holds the lock, or has been there since the folder was ``seen`` by `check_folder`.
+    """
+    folder, locks = config.folder, []
 
     def prepare() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}", exit_code=1) from None
+        locks.append(lock(folder, "--output_dir"))
+        if folder_state(folder) != seen:
+            raise UserError(f"--output_dir {folder} has been written by another run meanwhile; start again", exit_code=1)
         clean_up(folder)
         if config.overwrite_output_dir and _run_in(folder):
-            old = [*(folder / name for name in (*OWN_FILES, config.logging_dir)), *checkpoints(folder)]
-            for path in filter(os.path.lexists, old):
+            own = (folder / name for name in (*OWN_FILES, config.logging_dir))
+            for path in filter(os.path.lexists, [*own, *filter(is_ours, checkpoints(folder))]):
                 discard(path)
         (folder / MARKER).touch()
 
-    accelerator.wait_for_everyone()  # every rank has looked at the folder as it was
     on_main_process(accelerator, prepare)
+    return locks
 
 
 def _run_in(folder: Path) -> str:

@@ -23,11 +23,11 @@ from immiscible.files import PARTIAL, replace
 from immiscible.networks.optimization import build_ema, build_optimizer, learning_rate, tuned
 from immiscible.networks.weights import add_metadata
 from immiscible.objectives import Pairs
-from immiscible.processes import on_main_process
+from immiscible.processes import from_main_process, on_main_process
 from immiscible.sampling.pipelines import image_grid
 from immiscible.training.cards import push_pipeline
 from immiscible.training.checkpoints import check_identity, load_checkpoint, save_checkpoint
-from immiscible.training.folder import check_folder, prepare_folder, run_identity
+from immiscible.training.folder import check_folder, folder_state, prepare_folder, run_identity
 from immiscible.training.log import RunLog
 from immiscible.training.loop import StepStats, StopRequest, train, whole_windows
 from immiscible.training.measuring import RunEvaluation
@@ -55,7 +55,7 @@ def run(config: RunConfig, accelerator: Accelerator, build_task: BuildTask) -> N
     Raises:
         UserError: whatever a user can get wrong, on every rank.
     """
-    resumed = check_folder(config)
+    resumed, seen = from_main_process(accelerator, lambda: (check_folder(config), folder_state(config.folder)))
     seed = settle_seed(config, resumed)
     task = build_task(seed)
     state = _State.prepare(config, accelerator, task, seed)
@@ -69,11 +69,13 @@ def run(config: RunConfig, accelerator: Accelerator, build_task: BuildTask) -> N
         return
     if is_finished(config, state.start_step, state.max_steps):
         return
-    prepare_folder(config, accelerator)
+    held = prepare_folder(config, accelerator, seen)
     life = _Life(config, accelerator, task, state, stop, leak)
     life.begin(resumed)
     if life.follow(steps):
         life.finish()
+    for lock in held:
+        lock.release()
 
 
 @dataclass
