@@ -17,16 +17,15 @@ import argparse
 import csv
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from benchmark_device import add_device, milliseconds, processor, slug, versions
 from tqdm import tqdm
 
 from immiscible.assignment.costs import cost_matrix, fast_dtype
@@ -100,16 +99,6 @@ def exact(cost: torch.Tensor) -> torch.Tensor:
     return solve(cost, solver="exact").index
 
 
-def milliseconds(device: torch.device, work: Callable[[], Any]) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - start)
-
-
 def interleaved(device: torch.device, ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """The median time of each way; in every repeat each runs once, and none always follows the same one."""
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -117,7 +106,7 @@ def interleaved(device: torch.device, ways: dict[str, Callable[[], Any]], repeat
     for turn in range(repeats):
         for place in range(len(names)):
             name = names[(turn + place) % len(names)]
-            times[name].append(milliseconds(device, ways[name]))
+            times[name].append(milliseconds(ways[name], device))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -153,7 +142,7 @@ def measure(n: int, dimension: int, seed: int, arguments: argparse.Namespace, de
         least = total_cost(raw, scipy_on(raw))
         row["exact_error"] = abs(total_cost(raw, exact(raw)) / least - 1)
     if n <= arguments.largest_broadcast or (n, dimension) == (1024, 3072):
-        row["broadcast_scipy"] = milliseconds(device, lambda: broadcast_scipy(x0, noise))
+        row["broadcast_scipy"] = milliseconds(lambda: broadcast_scipy(x0, noise), device)
     for name in fast:
         fast[name]()  # warm
     if n <= 1024:
@@ -233,7 +222,7 @@ def targets(rows: list[Row], device: torch.device, arguments: argparse.Namespace
         bids = row["bids_per_row_most"] / small["bids_per_row"] if row and small else None
         line("3", f"N=16384, {metric}: most bids per row, times the median at N=1024", bids, 1.5, False, needs)
     lines.append("elsewhere     4. look-ahead, exposed overhead per step: scripts/benchmark_look_ahead.py")
-    lines.append("elsewhere     9. adversarial inputs: tests/test_assignment.py")
+    lines.append("elsewhere     9. adversarial inputs: tests/assignment/test_assignment.py")
     row = found.get((1024, 3072, "l2"), {})
     total = row.get("total_ms") if not on_cpu else None
     line("10", "N=1024, D=3072 on a GPU: total, ms", total, 2.5, False, "no GPU here" if on_cpu else needs)
@@ -299,27 +288,6 @@ def _send_extra_memory(n: int, dimension: int, metric: str, pipe: Connection) ->
     pipe.close()
 
 
-def processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    known: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    features = {
-        "avx512_f": "AVX-512",
-        "avx2": "AVX2",
-        "avx512_bf16": "bf16",
-        "avx512_vnni": "VNNI",
-        "avx_vnni": "AVX-VNNI",
-        "amx_bf16": "AMX",
-    }
-    return f"{platform.machine()} with {', '.join(name for key, name in features.items() if known().get(key))}, one core"
-
-
-def versions() -> str:
-    from importlib.metadata import version
-
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in ("torch", "numpy", "scipy", "numba"))])
-
-
 def pin_to_one_core() -> None:
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
@@ -343,7 +311,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--largest_broadcast", type=int, default=256, help="largest N at which the broadcast reference is run; 1024 always is"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks"), help="of the table (CSV), the plot and the printed text")
     arguments = parser.parse_args(argv)
     if not 1 <= arguments.seeds <= len(SEEDS) or arguments.repeats < 1 or min(arguments.sizes) < 2:
@@ -373,7 +341,7 @@ def main(argv: Sequence[str]) -> None:
 
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     ordinary = arguments.sizes == parser.get_default("sizes")
-    stem = "_".join(["assignment", device.type, *([] if ordinary else map(str, arguments.sizes))])
+    stem = "_".join(["assignment", slug(device), *([] if ordinary else map(str, arguments.sizes))])
     path = arguments.output_dir / f"{stem}.txt"
     with path.open("w") as file:
         report(file, f"python scripts/benchmark_assignment.py {' '.join(argv)}".strip())

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmark_device import synchronize
 from make_tiny_sd import build_tokenizer, make_model
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from immiscible.configs import TextToImageConfig
 from immiscible.data.batches import GlobalBatchOrder, ImageDataset
-from immiscible.data.loading import build_loader, images_of
+from immiscible.data.loading import build_loader, captioned_source, images_of
 from immiscible.data.transforms import ImageTransform
 from immiscible.encoding.cache import MANIFEST, LatentCache
 from immiscible.encoding.cache_writing import write_cache
@@ -39,7 +40,6 @@ from immiscible.errors import run_script
 from immiscible.flags import parse_config
 from immiscible.method import build_objective
 from immiscible.networks.stable_diffusion import StableDiffusion, load_stable_diffusion, place_frozen, text_states
-from immiscible.tasks.text_to_image import load_captioned_images
 from immiscible.training.loop import StopRequest, train
 from immiscible.training.session import session
 
@@ -55,7 +55,7 @@ SD_V1_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers"
 
 def tiny(folder: Path, config: TextToImageConfig) -> StableDiffusion:
     make_model(folder)
-    return load_stable_diffusion(config, from_scratch=True)
+    return load_stable_diffusion(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=True)
 
 
 def sd_v1(folder: Path, config: TextToImageConfig) -> StableDiffusion:
@@ -110,8 +110,8 @@ def gigaflops(parts: StableDiffusion, resolution: int) -> dict[str, float]:
 class Timed:
     """Passes on what loading and encoding give, and adds up the seconds that they take."""
 
-    def __init__(self, batches: Iterator[Any], encode: Callable[..., Any]) -> None:
-        self._batches, self._encode, self.seconds = batches, encode, 0.0
+    def __init__(self, batches: Iterator[Any], encode: Callable[..., Any], device: torch.device) -> None:
+        self._batches, self._encode, self.device, self.seconds = batches, encode, device, 0.0
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -124,25 +124,20 @@ class Timed:
         return self._timed(lambda: self._encode(*words))
 
     def _timed(self, work: Callable[[], Any]) -> Any:
-        synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         found = work()
-        synchronize()
+        synchronize(self.device)
         self.seconds += time.perf_counter() - start
         return found
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def timed(steps: Iterator[Any], reading: Timed) -> tuple[float, float]:
     """Seconds of a step, and of loading and encoding in it."""
-    synchronize()
+    synchronize(reading.device)
     start, before = time.perf_counter(), reading.seconds
     next(steps)
-    synchronize()
+    synchronize(reading.device)
     return time.perf_counter() - start, reading.seconds - before
 
 
@@ -169,10 +164,11 @@ def compare(arguments: argparse.Namespace, root: Path) -> None:
     config = parse_config(TextToImageConfig, words, program="benchmark_cache.py", description="")
     with session(config) as accelerator:
         torch.manual_seed(0)
-        parts, source = MODELS[arguments.model](root / "model", config), load_captioned_images(config)
+        parts, source = MODELS[arguments.model](root / "model", config), captioned_source(config, config.labels_for)
         counts = gigaflops(parts, arguments.resolution)
-        write_cache(config, parts, source, accelerator, batch_size=arguments.batch, rows_per_shard=2048)
-        cache = LatentCache(root / "cache", json.loads((root / "cache" / MANIFEST).read_text()))
+        folder, named = root / "cache", {"pretrained_model_name_or_path": config.pretrained_model_name_or_path}
+        write_cache(folder, config, parts, source, accelerator, model=named, batch_size=arguments.batch, rows_per_shard=2048)
+        cache = LatentCache(folder, json.loads((folder / MANIFEST).read_text()))
         place_frozen(parts, accelerator.device, parts.vae.dtype)
         parts.unet.to(accelerator.device).train()
         objective = build_objective(config, parts.scheduler, accelerator)
@@ -183,7 +179,7 @@ def compare(arguments: argparse.Namespace, root: Path) -> None:
 
         def loop(images: Any, augment: ImageTransform, encode: Any) -> tuple[Iterator[Any], Timed]:
             loader = build_loader(ImageDataset(images, augment, with_captions=True), order, 0, accelerator.device)
-            reading = Timed(images_of(loader, skip_bad_images=False), encode)
+            reading = Timed(images_of(loader, skip_bad_images=False), encode, accelerator.device)
             return train(
                 accelerator, model, optimizer, objective, reading, reading.encode,
                 batch_size=arguments.batch, seed=0, start_step=0, max_steps=10**9,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 import torch
+from benchmark_device import milliseconds, processor
 from torch import Tensor
 
 from immiscible.coupling import SCORES, TYPICAL_LENGTH, NearestCoupling
@@ -53,16 +53,6 @@ def broadcast(x0: Tensor, candidates: int, score: str, generator: torch.Generato
     return torch.cat(chosen)
 
 
-def milliseconds(work: Callable[[], Tensor], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - start)
-
-
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=256)
@@ -76,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
 
     device = torch.device(arguments.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    name = processor(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     k, score = arguments.candidates, arguments.score
     print(f"B = {arguments.batch_size}, k = {k}, score {score}, medians of {arguments.repeats} interleaved rounds, {name}")
     for dimension in arguments.dimensions:

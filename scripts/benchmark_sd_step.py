@@ -11,14 +11,13 @@ the assignment the coupling's own time is reported apart. Peak memory is taken i
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
+from benchmark_device import accelerator_on, add_device, milliseconds, most_memory, processor
 from tqdm import tqdm
 
 from immiscible.coupling import AssignmentCoupling, IndependentCoupling
@@ -34,15 +33,14 @@ RATE = 1e-4
 
 
 def parts(arguments: argparse.Namespace) -> tuple:
-    from accelerate import Accelerator
     from diffusers import UNet2DConditionModel
 
     from immiscible.configs import TextToImageConfig
-    from immiscible.networks.optimization import build_text_ema, build_text_optimizer
+    from immiscible.networks.optimization import build_ema, build_optimizer
     from immiscible.networks.stable_diffusion import load_stable_diffusion, place
 
     torch.manual_seed(0)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    accelerator = accelerator_on(torch.device(arguments.device), mixed_precision=arguments.mixed_precision)
     config = TextToImageConfig(
         pretrained_model_name_or_path=arguments.pretrained_model_name_or_path,
         resolution=arguments.resolution,
@@ -51,13 +49,13 @@ def parts(arguments: argparse.Namespace) -> tuple:
         foreach_ema=True,
         learning_rate=RATE,
     )
-    found = load_stable_diffusion(config, from_scratch=False)
+    found = load_stable_diffusion(config, resolution=config.resolution, cache_dir=None, from_scratch=False)
     if arguments.channels:
         settings = {**found.unet.config, "block_out_channels": arguments.channels}
         found.unet = UNet2DConditionModel.from_config(settings)
-    place(found, config, accelerator)
-    ema = build_text_ema(found.unet, config, accelerator.device)
-    model, optimizer = accelerator.prepare(found.unet, build_text_optimizer(found.unet, config, accelerator))
+    place(found, accelerator, rank=config.rank if config.use_lora else None, idle=False)
+    ema = build_ema(found.unet, config, accelerator.device)
+    model, optimizer = accelerator.prepare(found.unet, build_optimizer(found.unet, config))
     return accelerator, found, model, optimizer, ema
 
 
@@ -127,18 +125,14 @@ def peak_memory(arguments: argparse.Namespace) -> None:
     steps = plain_steps(arguments) if arguments.memory_of == "plain" else our_steps(arguments, arguments.memory_of == "assignment")
     for _ in range(3):
         next(steps)
-    on_gpu = torch.cuda.is_available()
-    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    print(most_memory(torch.device(arguments.device)))
 
 
-def timed(steps: Iterator[float]) -> tuple[float, float]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    coupling = next(steps)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, coupling
+def timed(steps: Iterator[float], device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, and of the coupling in it."""
+    coupling: list[float] = []
+    took = milliseconds(lambda: coupling.append(next(steps)), device) / 1000
+    return took, coupling[0]
 
 
 def ratios(rows: list[dict[str, tuple[float, float]]], name: str) -> str:
@@ -156,6 +150,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
     parser.add_argument("--use_lora", action="store_true")
+    add_device(parser)
     parser.add_argument(
         "--memory_of", choices=("plain", "independent", "assignment"), help="print the peak memory of one loop in MiB and stop"
     )
@@ -164,22 +159,23 @@ def main(argv: Sequence[str]) -> None:
         peak_memory(arguments)
         return
 
-    memory = {}  # first: a process starts with its parent's peak, which is still small
+    device, memory = torch.device(arguments.device), {}  # first: a process starts with its parent's peak, which is still small
     for name in tqdm(("plain", "independent", "assignment"), desc="memory", leave=False):
         command = [sys.executable, __file__, *argv, "--memory_of", name]
         memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     loops = {"plain": plain_steps(arguments), "independent": our_steps(arguments, False), "assignment": our_steps(arguments, True)}
     for steps in loops.values():
-        timed(steps)  # first steps allocate
+        timed(steps, device)  # first steps allocate
     rows = []
     for turn in tqdm(range(arguments.pairs), desc="pairs", leave=False):
         order = [*list(loops)[turn % 3 :], *list(loops)[: turn % 3]]  # so that no loop follows itself, its weights still in the cache
-        rows.append({name: timed(loops[name]) for name in order})
+        rows.append({name: timed(loops[name], device) for name in order})
     plain = statistics.median(row["plain"][0] for row in rows)
+    where = processor(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     kind = "adapters" if arguments.use_lora else "full"
     print(
         f"{kind}, {arguments.mixed_precision}, batch {arguments.batch}, {arguments.resolution}x{arguments.resolution}, "
-        f"{torch.get_num_threads()} threads, median (quartiles) of {arguments.pairs} interleaved pairs"
+        f"{where}, median (quartiles) of {arguments.pairs} interleaved pairs"
     )
     print(f"plain diffusers + accelerate      {1000 * plain:9.1f} ms a step")
     print(f"here, independent noise           {ratios(rows, 'independent')} x plain  (target: at most 1.03)")

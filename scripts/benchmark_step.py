@@ -10,14 +10,13 @@ reported apart. Peak memory is taken in a process of its own for each loop.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
+from benchmark_device import accelerator_on, add_device, milliseconds, most_memory, processor
 from tqdm import tqdm
 
 from immiscible.coupling import AssignmentCoupling, IndependentCoupling
@@ -36,11 +35,10 @@ RATE = 1e-4
 
 
 def parts(arguments: argparse.Namespace) -> tuple:
-    from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
 
     torch.manual_seed(0)
-    accelerator = Accelerator()
+    accelerator = accelerator_on(torch.device(arguments.device))
     config = unet_config(config_name_or_path=None, preset=arguments.preset, resolution=arguments.resolution, channels=3, dropout=None)
     unet = build_unet(config)
     ema = EMAModel(unet.parameters(), use_ema_warmup=True, foreach=True)
@@ -102,18 +100,14 @@ def peak_memory(arguments: argparse.Namespace) -> None:
     steps = plain_steps(arguments) if arguments.memory_of == "plain" else our_steps(arguments, arguments.memory_of == "assignment")
     for _ in range(3):
         next(steps)
-    on_gpu = torch.cuda.is_available()
-    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    print(most_memory(torch.device(arguments.device)))
 
 
-def timed(steps: Iterator[float]) -> tuple[float, float]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    coupling = next(steps)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, coupling
+def timed(steps: Iterator[float], device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, and of the coupling in it."""
+    coupling: list[float] = []
+    took = milliseconds(lambda: coupling.append(next(steps)), device) / 1000
+    return took, coupling[0]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -122,6 +116,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--preset", default="unet-small")
+    add_device(parser)
     parser.add_argument(
         "--memory_of", choices=("plain", "independent", "assignment"), help="print the peak memory of one loop in MiB and stop"
     )
@@ -130,20 +125,21 @@ def main(argv: Sequence[str]) -> None:
         peak_memory(arguments)
         return
 
-    memory = {}  # first: a process starts with its parent's peak, which is still small
+    device, memory = torch.device(arguments.device), {}  # first: a process starts with its parent's peak, which is still small
     for name in tqdm(("plain", "independent", "assignment"), desc="memory", leave=False):
         command = [sys.executable, __file__, *argv, "--memory_of", name]
         memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     loops = {"plain": plain_steps(arguments), "independent": our_steps(arguments, False), "assignment": our_steps(arguments, True)}
     for steps in loops.values():
-        timed(steps)  # first steps allocate
+        timed(steps, device)  # first steps allocate
     rows = []
     for turn in tqdm(range(arguments.pairs), desc="pairs", leave=False):
         order = list(loops) if turn % 2 else list(reversed(loops))
-        rows.append({name: timed(loops[name]) for name in order})
+        rows.append({name: timed(loops[name], device) for name in order})
     plain = statistics.median(row["plain"][0] for row in rows)
+    where = processor(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(
-        f"{arguments.preset}, batch {arguments.batch}, {arguments.resolution}x{arguments.resolution}, {torch.get_num_threads()} threads, "
+        f"{arguments.preset}, batch {arguments.batch}, {arguments.resolution}x{arguments.resolution}, {where}, "
         f"median of {arguments.pairs} interleaved pairs"
     )
     print(f"plain diffusers + accelerate      {1000 * plain:9.1f} ms a step")
