@@ -423,7 +423,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(script, copy):
     steps = [json.loads(line)["step"] for line in (copy / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
     assert [path.name for path in (copy / "samples").iterdir()] == ["step-0000003.png"]
-    assert [path.name for path in copy.glob(".*")] == [".immiscible-run"]
+    assert sorted(path.name for path in copy.glob(".*")) == [".immiscible-lock", ".immiscible-run"]
 
 
 def test_overwriting_waits_until_all_else_is_known_to_fit(script, finished_run, tmp_path):

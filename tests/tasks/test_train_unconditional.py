@@ -88,7 +88,7 @@ def test_a_run_without_data_flags_leaves_everything(digits):
     assert equal(weights(folder, 15), load_file(folder / "unet_non_ema" / WEIGHTS))
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DDIMPipeline"
     assert list((folder / "logs").rglob("events.out.tfevents.*"))
-    assert [path.name for path in folder.glob(".*")] == [".immiscible-run"]
+    assert sorted(path.name for path in folder.glob(".*")) == [".immiscible-lock", ".immiscible-run"]
     assert str(folder) in result.stdout and "step-0000015.png" in result.stdout
 
 
