@@ -21,6 +21,13 @@ class UserError(ValueError):
         self.exit_code = exit_code
 
 
+class PeerLost(UserError):
+    """Another process of a run is gone; said by every one that is left, since it may have been the one that speaks."""
+
+    def __init__(self, message: str):
+        super().__init__(message, exit_code=1)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, for a line of ours: its first line, or its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -34,7 +41,7 @@ def run_script(main: Callable[[Sequence[str]], None]) -> int:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: interrupted\n")
         return 130
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if isinstance(error, PeerLost) or os.environ.get("RANK", "0") == "0":
             line = " ".join(str(error).split())
             sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {line}\n")
         return error.exit_code

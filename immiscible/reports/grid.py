@@ -75,7 +75,8 @@ class Job:
         if code < 0:
             self.problem = f"killed by signal {-code} ({signal.Signals(-code).name}); its log is {self.log}"
         else:
-            how = "stopped before its last step" if code == 0 else f"failed with exit code {code}"
+            stopped = code == 0 or code - 128 in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))
+            how = "stopped before its last step" if stopped else f"failed with exit code {code}"
             self.problem = f"{how}: {self.last_words()} (log {self.log})"
         return f"{self.folder.name}: {self.problem}"
 

@@ -36,6 +36,12 @@ def check_folder(config: RunConfig) -> Path | None:
     folder = config.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; give a folder")
+    if config.train_data_dir and not config.plan:
+        data, place = Path(config.train_data_dir).expanduser().resolve(), folder.resolve()
+        if data in (place, *place.parents):
+            raise UserError(
+                f"--output_dir {folder} lies inside --train_data_dir {config.train_data_dir}, whose images it would join; give another"
+            )
     held = _run_in(folder)
     foreign = [path for path in checkpoints(folder) if not is_ours(path)]  # another trainer's, or the user's own
     strange = [name for name in (*OWN_FILES, config.logging_dir) if os.path.lexists(folder / name)] + [path.name for path in foreign]

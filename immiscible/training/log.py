@@ -12,6 +12,7 @@ import numpy
 from immiscible.evaluation.leakage import ClassLeak
 from immiscible.files import append_line, drop_later_lines
 from immiscible.flags import save_config
+from immiscible.processes import on_main_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,16 +41,16 @@ class RunLog:
         self._sums: dict[str, float] = {}
         self._count = 0
         self.train_seconds = 0.0
-        if not accelerator.is_main_process:
-            return
+        on_main_process(accelerator, lambda: self._begin(folder, config, start_step))
+
+    def _begin(self, folder: Path, config: RunConfig, start_step: int) -> None:
         for line in drop_later_lines(self._path, start_step)[-1:]:
             self.train_seconds = line["train_seconds"]
         save_config(config, folder / "config.yaml")
         if config.tracker != "none":
-            scalars = {
-                name: value for name, value in asdict(config).items() if isinstance(value, int | float | str | bool) and name != "hub_token"
-            }
-            accelerator.init_trackers(config.tracker_project, config=scalars)
+            values = {name: value for name, value in asdict(config).items() if name != "hub_token"}
+            scalars = {name: value for name, value in values.items() if isinstance(value, int | float | str | bool)}
+            self._accelerator.init_trackers(config.tracker_project, config=scalars)
 
     def add(self, step: int, metrics: dict[str, float], *, write: bool, leak: ClassLeak | None = None) -> dict[str, float]:
         """Collects a step's metrics; with ``write`` their means become a line, with what ``leak`` has found. Returns the means so far."""
@@ -65,10 +66,12 @@ class RunLog:
                 logger.warning("the assignment's auction met its cap of bids and went on with a coarser step, up to step %d", step)
             if leak:
                 means |= {f"class_leak_{name}": value for name, value in leak.result().items() if isinstance(value, float)}
-            if self._accelerator.is_main_process:
-                append_line(self._path, {"step": step, **{name: float(f"{value:.8g}") for name, value in means.items()}})
-                self._accelerator.log(means, step=step)
+            on_main_process(self._accelerator, lambda: self._write(step, means))
         return means
+
+    def _write(self, step: int, means: dict[str, float]) -> None:
+        append_line(self._path, {"step": step, **{name: float(f"{value:.8g}") for name, value in means.items()}})
+        self._accelerator.log(means, step=step)
 
     def add_images(self, name: str, images: numpy.ndarray, step: int) -> None:
         """Samples, uint8 [N, H, W, 3], for the trackers in which diffusers' examples show theirs; to be called on rank 0."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,6 +23,7 @@ from immiscible.method import naming_flags
 from immiscible.objectives import DenoisingObjective, Pairs
 from immiscible.pools import GlobalCoupling
 from immiscible.randomness import Draws, PoolDraws, reseed_globally
+from immiscible.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,46 +52,6 @@ class Item(NamedTuple):
     draws: Draws
     pairs: Pairs
     coupling_state: Mapping[str, Tensor]
-
-
-class StopRequest:
-    """Turns SIGTERM and SIGINT into a wish that all ranks agree on at a step boundary; a second SIGINT interrupts at once.
-
-    ``reason`` says what stopped the run, ``error`` is set if that is a failure.
-    """
-
-    def __init__(self) -> None:
-        self.reason = ""
-        self.error = ""
-
-    def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason:
-            raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
-
-    def fail(self, error: UserError) -> None:
-        """A rank met a user's mistake outside any collective call, such as an image that cannot be read."""
-        self.reason = self.error = str(error)
-
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any rank wants to stop: one reduced number. Every rank learns the reason."""
-        wishes = accelerator.reduce(torch.tensor(float(bool(self.reason)), device=accelerator.device), reduction="sum")
-        if not wishes.item():
-            return False
-        if accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            told = gather_object([(self.error, self.reason)])
-            self.error, self.reason = max(told, key=lambda pair: (bool(pair[0]), bool(pair[1])))
-        return True
 
 
 def train(

@@ -29,9 +29,10 @@ from immiscible.training.cards import push_pipeline
 from immiscible.training.checkpoints import check_identity, load_checkpoint, save_checkpoint
 from immiscible.training.folder import check_folder, folder_state, prepare_folder, run_identity
 from immiscible.training.log import RunLog
-from immiscible.training.loop import StepStats, StopRequest, train, whole_windows
+from immiscible.training.loop import StepStats, train, whole_windows
 from immiscible.training.measuring import RunEvaluation
 from immiscible.training.session import settle_seed
+from immiscible.training.stop import StopRequest
 from immiscible.training.summary import check_batch_size, grid_path, is_finished, measured_facts, report_end, report_plan, report_start
 from immiscible.training.task import BuildTask, Task
 
@@ -72,10 +73,14 @@ def run(config: RunConfig, accelerator: Accelerator, build_task: BuildTask) -> N
     held = prepare_folder(config, accelerator, seen)
     life = _Life(config, accelerator, task, state, stop, leak)
     life.begin(resumed)
-    if life.follow(steps):
+    finished = life.follow(steps)
+    if finished:
         life.finish()
     for lock in held:
         lock.release()
+    if not finished:
+        accelerator.wait_for_everyone()
+        raise SystemExit(stop.exit_code)
 
 
 @dataclass
@@ -198,6 +203,8 @@ class _Life:
             self._alone(lambda: evaluation.prepare(self._state.start_step))
         if resumed and resumed.resolve().parent != self._folder.resolve():
             self._save(self._state.start_step)
+        elif resumed and self._state.start_step < self._state.max_steps:
+            self._show(self._state.start_step)  # what the kill came before
         self._saved = resumed is not None
 
     def follow(self, steps: Iterator[StepStats]) -> bool:
@@ -225,8 +232,8 @@ class _Life:
                 self._saved = due
                 if step < last:
                     self._show(step)
-        if not self._saved:
-            self._save(step)
+            if not self._saved:
+                self._save(step)
         if self._stop.error:
             raise UserError(f"{self._stop.error} (stopped and saved at step {step})", exit_code=1)
         if step < last:
@@ -235,10 +242,11 @@ class _Life:
         return step == last
 
     def finish(self) -> None:
-        """The last samples, the pipeline, the summary, the upload."""
+        """The pipeline, the last samples, which the card then shows, the summary, the upload."""
         step = self._state.max_steps
-        self._sample(step)
         self._save_pipeline()
+        self._sample(step)
+        self._alone(lambda: self._write_card(self._folder))
         self._alone(lambda: report_end(self._config, step, self._task.facts))
         if self._config.push_to_hub:
             self._alone(lambda: push_pipeline(self._config, step))
@@ -249,7 +257,11 @@ class _Life:
     def _measure(self, step: int) -> None:
         evaluation, config = self._evaluation, self._config
         if evaluation and config.eval_steps and (step % config.eval_steps == 0 or step == self._state.max_steps):
-            self._alone(lambda: evaluation(self._state.ema, step, self._log.train_seconds))
+            self._alone(lambda: self._measured(evaluation, step))
+
+    def _measured(self, evaluation: RunEvaluation, step: int) -> None:
+        with self._stop.interrupts(self._task.network, f"the evaluation of step {step}"):
+            evaluation(self._state.ema, step, self._log.train_seconds)
 
     def _save(self, step: int) -> None:
         state, limit = self._state, self._config.checkpoints_total_limit
@@ -264,22 +276,34 @@ class _Life:
             now, before = (count * accumulation // per_epoch for count in (step, step - 1))
             return epochs > 0 and now // epochs > before // epochs
 
-        if self._config.grid_is_due(step, passed):
+        if self._config.grid_is_due(step, passed) and not grid_path(self._folder, step).exists():
             self._sample(step)
         if self._config.pipeline_is_due(passed):
             self._save_pipeline()
 
     def _sample(self, step: int) -> None:
         def sample() -> None:
-            images = self._task.samples(self._state.ema)
-            if images is None:
-                return
-            path = grid_path(self._folder, step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image_grid(images).save(path)
-            self._log.add_images(self._task.grid_name, images, step)
+            with self._stop.interrupts(self._task.network, f"the samples of step {step}"):
+                images = self._task.samples(self._state.ema)
+                if images is None:
+                    return
+                path = grid_path(self._folder, step)
+                partial = path.with_name(f"{PARTIAL}{path.name}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image_grid(images).save(partial, format="PNG")
+                replace(partial, path)
+                self._log.add_images(self._task.grid_name, images, step)
 
         self._alone(sample)
+
+    def _write_card(self, folder: Path) -> None:
+        """Into ``folder``, of what the run's folder holds."""
+        facts = {**self._task.facts, **measured_facts(self._config)}
+        grid = max(self._folder.glob("samples/step-*.png"), default=None)
+        card = self._task.card(self._folder.resolve().name, facts, grid and grid.relative_to(self._folder))
+        partial = folder / f"{PARTIAL}README.md"
+        card.save(partial)
+        replace(partial, folder / "README.md")
 
     def _save_pipeline(self) -> None:
         """Leaves in the folder a pipeline that plain diffusers samples, with the card and the method in the weights' metadata."""
@@ -293,8 +317,7 @@ class _Life:
             task.save(partial, self._state.ema)
             for weights in [*partial.glob("*.safetensors"), *partial.glob(f"{task.part}*/*.safetensors")]:
                 add_metadata(weights, facts)
-            grid = max(folder.glob("samples/step-*.png"), default=None)
-            task.card(folder.resolve().name, facts, grid and grid.relative_to(folder)).save(partial / "README.md")
+            self._write_card(partial)
             for item in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):  # last: it makes the folder a pipeline
                 replace(item, folder / item.name)
             partial.rmdir()

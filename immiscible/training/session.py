@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import re
 import secrets
+import signal
+import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from immiscible.errors import UserError
+from immiscible.errors import PeerLost, UserError, first_line
 from immiscible.training.checkpoints import read_state
 
 if TYPE_CHECKING:
@@ -23,8 +29,12 @@ if TYPE_CHECKING:
 
     from immiscible.training.arguments import RunConfig
 
-
 logger = logging.getLogger(__name__)
+
+RENDEZVOUS = timedelta(minutes=5)  # in which all processes must have come
+PATIENCE = timedelta(hours=2)  # with which ranks wait for rank 0, which samples and measures alone
+GRACE = 20.0  # seconds in which a process whose partner is gone must have ended
+PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -36,6 +46,7 @@ def session(config: RunConfig) -> Iterator[Accelerator]:
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
     _check_launcher()
+    _end_with_the_launcher()
     _check_tracker(config.tracker, config.tracker_flag)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -51,10 +62,13 @@ def session(config: RunConfig) -> Iterator[Accelerator]:
             project_config=ProjectConfiguration(
                 project_dir=config.output_dir, logging_dir=os.path.join(config.output_dir or "", config.logging_dir)
             ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=RENDEZVOUS)],
         )
     except ValueError as error:  # accelerate's word for a precision that this device lacks
         raise UserError(f"--mixed_precision {config.mixed_precision}: {error}") from None
+    except RuntimeError as error:
+        raise _lost(error) from None
+    _check_processes(accelerator)
     package_logger = logging.getLogger("immiscible")
     package_logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if not package_logger.handlers:
@@ -69,9 +83,53 @@ def session(config: RunConfig) -> Iterator[Accelerator]:
         traceback.clear_frames(error.__traceback__)  # they hold the model
         accelerator.wait_for_everyone()  # raised by all ranks alike
         raise
+    except RuntimeError as error:
+        if accelerator.num_processes == 1:
+            raise
+        threading.Thread(target=_end_in, args=(GRACE,), daemon=True).start()  # the end of a process group may wait for the dead, too
+        raise _lost(error) from None
     finally:
         accelerator.free_memory()  # DDP must be gone before its process group is, whose end it can deadlock otherwise (gloo, torch 2.13)
         accelerator.end_training()
+
+
+def _lost(error: RuntimeError) -> Exception:
+    """What torch.distributed raises where a process is gone or never came, as a line; any other error as it is."""
+    kinds = tuple(getattr(torch.distributed, name) for name in ("DistBackendError", "DistNetworkError", "DistStoreError"))
+    if not isinstance(error, kinds) and not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|timed? ?out", str(error)):
+        return error
+    return PeerLost(
+        f"another process of this run has ended, or never came ({first_line(error)[:120]}); what is saved is whole: start all processes "
+        f"again with --resume_from_checkpoint latest"
+    )
+
+
+def _end_in(seconds: float) -> None:
+    time.sleep(seconds)
+    os._exit(1)
+
+
+def _end_with_the_launcher() -> None:
+    """Lets a launcher's death reach this process as SIGHUP, so that it saves: `docker stop` and `kill` end the launcher alone."""
+    if sys.platform == "linux" and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    """Refuses a launch in which each process would train by itself in one folder; and sets the patience of a training in which rank 0
+    samples and measures alone.
+
+    Raises:
+        UserError: the launcher has started another number of processes than accelerate sees.
+    """
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started != accelerator.num_processes:
+        raise UserError(
+            f"the launcher started {started} processes (WORLD_SIZE) and accelerate sees {accelerator.num_processes}: each would train by "
+            f"itself in one folder; on CPUs set ACCELERATE_USE_CPU=true for all of them, on GPUs launch with accelerate launch --multi_gpu"
+        )
+    if accelerator.num_processes > 1:
+        torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE)  # no public call changes what the rendezvous began with
 
 
 def _check_launcher() -> None:
