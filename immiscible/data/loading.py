@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from immiscible.data.arguments import DataArguments, ImageArguments, TextDataArguments
 from immiscible.data.batches import BadImage, Batch, GlobalBatchOrder, ImageDataset, Images, check_batch, collate
 from immiscible.data.bundled import BUNDLED
+from immiscible.data.folders import image_folder
+from immiscible.data.listing import check_one_kind, list_folder
 from immiscible.data.shards import load_shards
 from immiscible.data.sources import ImageSource, Subset
 from immiscible.data.stream_order import StreamDataset, StreamOrder
 from immiscible.data.streaming import Stream, load_stream
-from immiscible.data.tables import TableImages, folder_images, hub_images
-from immiscible.data.tars import tar_files
+from immiscible.data.tables import TableImages, hub_images, parquet_images
 from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError
 from immiscible.flags import given
@@ -147,11 +147,34 @@ def load_images(
         source: ImageSource = hub_images(dataset_name, dataset_config_name, *columns)
     elif train_data_dir is None:
         source = _bundled_images(bundled_data, resolution, labels_for)
-    elif tar_files(Path(train_data_dir).expanduser()):
-        source = load_shards(train_data_dir, *columns, skip_bad_images)
     else:
-        source = folder_images(train_data_dir, *columns)
+        source = _local_images(train_data_dir, *columns, skip_bad_images)
     return _drawn(source, max_train_samples, train_subset_fraction)
+
+
+def _local_images(
+    folder: str,
+    image_column: str,
+    label_column: str | None,
+    labels_for: str | None,
+    caption_column: str | None,
+    cache_dir: str | None,
+    skip_bad_images: bool,
+) -> ImageSource:
+    """What a folder holds, of the one kind that it holds; says in one line what of it is left out."""
+    listing = list_folder(folder)
+    check_one_kind(listing, folder, image_column)
+    columns = (image_column, label_column, labels_for, caption_column)
+    source: ImageSource
+    if listing.images:
+        source = image_folder(listing, *columns, skip_bad_images)
+    elif listing.shards:
+        source = load_shards(listing, *columns, cache_dir, skip_bad_images)
+    else:
+        source = parquet_images(listing, *columns, cache_dir)
+    if listing.left_out:
+        logger.warning("left out of %s: %s", listing.root, "; ".join(listing.left_out))
+    return source
 
 
 def _bundled_images(name: str, resolution: int, labels_for: str | None) -> ImageSource:
@@ -253,14 +276,27 @@ def _end_at_the_parents_sigterm() -> None:
     os._exit(0)
 
 
+def _whole(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The batches; the end of a loader process, of which torch says so by a `RuntimeError`, is a failure that the run can save before."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a process that decodes images has ended ({first_line(error)}), perhaps for want of memory: give fewer --dataloader_num_workers",
+            exit_code=1,
+        ) from None
+
+
 def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Images]:
     """The images of each batch, on the CPU, with labels if the dataset gives them; names each skipped image once, and counts them.
 
     Raises:
-        UserError: as `check_batch`.
+        UserError: as `check_batch`; or (exit code 1) a loader process is gone.
     """
     skipped: set[BadImage] = set()
-    for batch in loader:
+    for batch in _whole(loader):
         for bad in check_batch(batch, skip_bad_images):
             if bad not in skipped:
                 skipped.add(bad)
