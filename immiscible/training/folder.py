@@ -70,7 +70,7 @@ def check_folder(config: RunConfig) -> Path | None:
         logger.warning("--resume_from_checkpoint latest: %s holds no checkpoint; starting anew", folder)
     if resumed and resumed.resolve().parent == folder.resolve():
         later = [path.name for path in checkpoints(folder) if step_of(path) > step_of(resumed) and is_complete(path)]
-        if later:
+        if later and config.resume_from_checkpoint != "latest":  # which has found them damaged
             raise UserError(
                 f"--resume_from_checkpoint {config.resume_from_checkpoint}: {folder} holds later checkpoints ({', '.join(later)}), "
                 f"which the resumed run would mix with its own; give another --output_dir to branch off, or `latest`"
