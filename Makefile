@@ -6,7 +6,7 @@ DEMO_DIR := runs/demo
 TINY_SD_DIR := runs/tiny_sd
 SD_DEMO_DIR := runs/demo-sd
 
-.PHONY: demo demo-sd test test-slow results clean
+.PHONY: demo demo-sd test test-slow gpu-check results clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing pinned packages into $(VENV): a minute or more, most of it for torch"
@@ -47,6 +47,10 @@ test: $(VENV)/installed
 # Kill-and-resume at 20 random points on one and on two processes, and the other long tests.
 test-slow: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+# On a machine with a CUDA device: what runs on it against the CPU, and its benchmarks, into benchmarks/. Without one it says what it would run.
+gpu-check: $(VENV)/installed
+	$(BIN)/python scripts/gpu_check.py $(GPU_CHECK)
 
 # Every run behind docs/RESULTS.md: about an hour on two cores; continues where it was stopped.
 results: $(VENV)/installed
