@@ -17,6 +17,8 @@ from immiscible.method import MethodArguments, ProcessArguments
 from immiscible.networks.arguments import ModelArguments, OptimizationArguments, TextModelArguments, TextOptimizationArguments
 from immiscible.training.arguments import RunArguments, RunConfig, TextRunArguments
 
+LEAST_FP32 = 1.2e-38  # numbers below lose their digits in fp32, and then are 0
+
 
 @dataclass
 class UnconditionalConfig(
@@ -60,6 +62,7 @@ class UnconditionalConfig(
             UserError: they contradict each other.
         """
         _check_together(self)
+        _check_epsilon(self, "--class_conditional, as classes that a batch lacks have no gradient" if self.class_conditional else None)
         steps = self.ddpm_num_steps
         if self.coupling_min_timestep >= steps:
             raise UserError(f"--coupling_min_timestep must be below --ddpm_num_steps {steps}, not {self.coupling_min_timestep}")
@@ -69,6 +72,11 @@ class UnconditionalConfig(
             raise UserError(f"--eval_inference_steps {self.eval_inference_steps}: each must be from 1 to --ddpm_num_steps {steps}")
         if self.cache_latents and not self.vae_model_name_or_path:
             raise UserError("--cache_latents needs --vae_model_name_or_path, whose latents they are")
+        if self.noise_process == "flow" and self.sampling_scheduler != "ddpm":
+            raise UserError(
+                f"--sampling_scheduler {self.sampling_scheduler} samples a ddpm process; leave it out with --noise_process flow, which "
+                "has a sampler of its own"
+            )
         if self.vae_model_name_or_path and self.noise_process == "flow":
             raise UserError(
                 "--vae_model_name_or_path with --noise_process flow: diffusers has no pipeline that samples such a network; "
@@ -122,10 +130,17 @@ class TextToImageConfig(
         _check_together(self)
         if self.use_lora and self.use_ema:
             raise UserError("--use_ema averages the whole U-Net, which --use_lora leaves as it is; choose one")
+        _check_epsilon(self, "--use_lora, whose first gradients are 0" if self.use_lora else None)
         if self.use_lora and self.dream_training:
             raise UserError("--dream_training is for the whole U-Net; leave out --use_lora")
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             raise UserError(f"--dream_training needs epsilon-prediction, not {self.prediction_type}")
+
+
+def _check_epsilon(config: RunConfig, zeros: str | None) -> None:
+    """AdamW divides by the root of the squared gradient's average plus epsilon; ``zeros`` says why some of that is 0."""
+    if zeros and config.adam_epsilon < LEAST_FP32:
+        raise UserError(f"--adam_epsilon must be at least {LEAST_FP32:g} with {zeros}: 0 / 0 is NaN; not {config.adam_epsilon}")
 
 
 def _check_together(config: RunConfig) -> None:

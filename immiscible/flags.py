@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,43 @@ from immiscible.errors import UserError
 PACKAGE = Path(__file__).parent
 SPELLINGS = {"true": True, "t": True, "yes": True, "y": True, "1": True, "false": False, "f": False, "no": False, "n": False, "0": False}
 HELP_WIDTH = 140  # of --help, in characters
+MOST = 2**31 - 1  # of a whole number whose flag does not say otherwise
+LARGEST_FILE = 2**20  # bytes of a config file
+LONGEST_NAME, LONGEST_TEXT = 255, 4096  # bytes of a name in a path, and of a path, that file systems take
+SHOWN = 60  # characters of a wrong value in a message
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which numbers a flag takes: finite ones between two ends; ``least`` and ``most`` belong to it, ``above`` and ``below`` not."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def problem(self, value: float) -> str | None:
+        """What a number must be that ``value`` is not, as in "must be at least 1, not 0"; None if it is right."""
+        if not math.isfinite(value):
+            return f"must be finite, not {value}"
+        most = MOST if isinstance(value, int) and self.most is None and self.below is None else self.most
+        ends = (
+            ("at least", self.least, self.least is None or value >= self.least),
+            ("above", self.above, self.above is None or value > self.above),
+            ("at most", most, most is None or value <= most),
+            ("below", self.below, self.below is None or value < self.below),
+        )
+        missed = [f"{words} {end}" for words, end, is_right in ends if not is_right]
+        return f"must be {str(self) or missed[0]}, not {value if abs(value) < 1e30 else f'{value:g}'}" if missed else None
+
+    def __str__(self) -> str:
+        """Both ends of a range no wider than 1, else nothing: the far end of others is only what nobody can mean."""
+        low, high = (self.above if self.least is None else self.least), (self.below if self.most is None else self.most)
+        if low is None or high is None or high - low > 1:
+            return ""
+        if self.least is not None and self.most is not None:
+            return f"from {low} to {high}"
+        return f"{'above' if self.least is None else 'at least'} {low} and {'below' if self.most is None else 'at most'} {high}"
 
 
 def flag(default: Any, text: str, **options: Any) -> Any:
@@ -38,7 +76,8 @@ def flag(default: Any, text: str, **options: Any) -> Any:
     Args:
         default: of the flag; a list is copied for each configuration.
         text: what ``--help`` says.
-        **options: ``choices``, the values that are taken; ``saved=False`` keeps the value out of the run's config.
+        **options: ``choices``, the values that are taken; ``least``, ``above``, ``most`` and ``below``, the `Range` of a number;
+            ``prose=True`` for a text that may be anything, also empty; ``saved=False`` keeps the value out of the run's config.
     """
     metadata = {"help": text, **options}
     return (
@@ -114,7 +153,7 @@ class Parser(argparse.ArgumentParser):
         for word in unknown[:1]:
             near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), self._option_string_actions, n=1, cutoff=0.8)
             message += f"; did you mean {near[0]}?" if near and word not in self._option_string_actions else ""
-        raise UserError(message)
+        raise UserError(re.sub(r"^argument (--\w+): must ", r"\1 must ", message))
 
     def add_flags(self, config_class: type) -> None:
         """Adds the flags of a configuration, group by group."""
@@ -145,9 +184,12 @@ def _add(group: Any, item: Any, hint: Any) -> None:
         options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
         text += " (default: on; --no_" + item.name + " is off)" if default else ""
     else:
-        options |= {"type": kind, "choices": choices, **({"nargs": "+"} if several else {})}
+        allowed = range_of(item)
+        reading = str if item.metadata.get("prose") else plain_text if kind is str else number(kind, **vars(allowed))
+        options |= {"type": reading, "choices": choices, **({"nargs": "+"} if several else {})}
         options["metavar"] = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "TEXT")
-        text += "" if default is None else f" (default: {str(shown).replace('%', '%%')})"
+        notes = ([] if default is None else [f"default: {str(shown).replace('%', '%%')}"]) + ([str(allowed)] if str(allowed) else [])
+        text += f" ({'; '.join(notes)})" if notes else ""
     shortest, *others = names
     group.add_argument(shortest, help=text, **options)
     for name in others:
@@ -171,8 +213,62 @@ def _kind(hint: Any) -> tuple[Any, bool]:
 
 def _boolean(text: str) -> bool:
     if text.lower() not in SPELLINGS:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        raise argparse.ArgumentTypeError(f"{_short(text)!r} is neither true nor false")
     return SPELLINGS[text.lower()]
+
+
+def number(kind: type[int] | type[float], **ends: Any) -> Callable[[str], Any]:
+    """What reads a number for argparse; the words are the ends of a `Range`."""
+    allowed = Range(**ends)
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {_short(text)!r}") from None
+        if problem := allowed.problem(value):
+            raise argparse.ArgumentTypeError(problem)
+        return value
+
+    return read
+
+
+def plain_text(text: str) -> str:
+    """What reads a name or a path for argparse: not empty, as an unset variable of a shell is, and something that file systems take."""
+    encoded = text.encode(errors="surrogatepass")
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty; give a value, or leave the flag out")
+    if b"\0" in encoded:
+        raise argparse.ArgumentTypeError(f"must not hold a NUL character, as {_short(text)!r} does")
+    if len(encoded) > LONGEST_TEXT or max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"must not hold a name of more than {LONGEST_NAME} bytes, as {_short(text)!r} does")
+    return text
+
+
+def text_path(text: str) -> Path:
+    """`plain_text` as a path."""
+    return Path(plain_text(text))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def range_of(item: Any) -> Range:
+    """Of a field that is a flag."""
+    return Range(**{name: item.metadata[name] for name in ("least", "above", "most", "below") if name in item.metadata})
+
+
+def check_ranges(arguments: Any) -> None:
+    """The rule of `number` for a dataclass of flags that nobody has parsed.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+    for item in fields(arguments):
+        value = getattr(arguments, item.name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and (problem := range_of(item).problem(value)):
+            raise UserError(f"--{item.name} {problem}")
 
 
 def parse_config(
@@ -196,7 +292,12 @@ def parse_config(
     parser = Parser(prog=program, usage=usage, description=description, allow_abbrev=False, formatter_class=_Help)
     parser.add_flags(config_class)
     parser.add_argument(
-        "--config", nargs="+", default=[], metavar="FILE", help="YAML files of flags, applied left to right before the command line"
+        "--config",
+        nargs="+",
+        type=plain_text,
+        default=[],
+        metavar="FILE",
+        help="YAML files of flags, applied left to right before the command line",
     )
     paths = [Path(path) for path in parser.parse_args(argv).config]
     arguments = [word for path in paths for word in _file_arguments(path, parser)]
@@ -211,40 +312,6 @@ def parse_config(
         group.check(config)  # type: ignore[attr-defined]
     config.check()
     return config
-
-
-@dataclass
-class Bounds:
-    """The least values of flags, for the ``check`` of a group.
-
-    Args:
-        at_least_one: flags that are numbers of at least 1.
-        not_negative: of at least 0.
-        positive: above 0.
-        shares: at least 0 and below 1.
-    """
-
-    at_least_one: str = ""
-    not_negative: str = ""
-    positive: str = ""
-    shares: str = ""
-
-    def check(self, config: Any) -> None:
-        """Looks at those that are given.
-
-        Raises:
-            UserError: one is out of range.
-        """
-        for names, is_right, what in (
-            (self.at_least_one, lambda value: value >= 1, "at least 1"),
-            (self.not_negative, lambda value: value >= 0, "at least 0"),
-            (self.positive, lambda value: value > 0, "above 0"),
-            (self.shares, lambda value: 0 <= value < 1, "at least 0 and below 1"),
-        ):
-            for name in names.split():
-                value = getattr(config, name)
-                if value is not None and not is_right(value):
-                    raise UserError(f"--{name} must be {what}, not {value}")
 
 
 def flag_value(argv: Sequence[str], name: str) -> str | None:
@@ -283,26 +350,79 @@ def _file_arguments(path: Path, parser: Parser) -> list[str]:
 
 def _file_words(path: Path) -> list[str]:
     """The file's keys as ``--key value`` words."""
-    try:
-        content = yaml.load(path.read_text(), Loader=_TextLoader)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--config {path}: not a text file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not valid YAML: {error}") from None
-    if content is None or content == "":
-        return []
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected lines of `flag: value`")
-    words: list[str] = []
+    content = _file_content(path)
+    if {"config", "help", "h"} & content.keys():
+        which = "a config file cannot name further config files; give them all" if "config" in content else "help belongs"
+        raise UserError(f"--config {path}: {which} on the command line")
+    found: list[str] = []
     for key, value in content.items():
         if isinstance(value, dict):
-            raise UserError(f"--config {path}: {key} holds a mapping; flags are flat, one `flag: value` a line")
-        if value != "":
-            words += [f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"]  # "=": values like -1e-3 are no flags
-    if "config" in content:
-        raise UserError(f"--config {path}: a config file cannot name further config files; give them all on the command line")
-    if {"help", "h"} & content.keys():
-        raise UserError(f"--config {path}: help belongs on the command line")
-    return words
+            raise UserError(f"--config {path}: {_short(key)} holds a mapping; flags are flat, one `flag: value` a line")
+        if not isinstance(value, list):
+            found += [f"--{key}={value}"] if value != "" else []  # "=": values like -1e-3 are no flags
+            continue
+        for item in value:
+            if not isinstance(item, str):
+                raise UserError(f"--config {path}: {_short(key)} holds a list or a mapping inside a list; its items must be plain values")
+            if item.startswith("-") and not _is_number(item):
+                raise UserError(
+                    f"--config {path}: {_short(key)} holds {_short(item)!r}, which looks like a flag; a flag has a line of its own"
+                )
+        found += [f"--{key}", *value]
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _file_content(path: Path) -> dict[str, Any]:
+    """What a config file says: texts, lists and mappings by key.
+
+    Raises:
+        UserError: it cannot be read, is too large, is not YAML of `flag: value`, or gives a key twice.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from None
+    if len(data) > LARGEST_FILE:
+        raise UserError(f"--config {path}: larger than {LARGEST_FILE / 2**20:g} MiB, which no file of flags is")
+    loader = None
+    try:
+        loader = _TextLoader(data.decode("utf-8-sig"))
+        node = loader.get_single_node()
+        lines: dict[str, int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+            _check_key(path, key, lines)
+        content = loader.construct_document(node) if node else None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path}: not a text file in UTF-8") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"--config {path}: nested too deeply; flags are flat, one `flag: value` a line") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    if content is None or content == "":
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected lines of `flag: value`")
+    return content
+
+
+def _check_key(path: Path, key: Any, lines: dict[str, int]) -> None:
+    """Whether a key can be a flag's name and is new; ``lines`` says in which line each was, and gets this one's."""
+    line = key.start_mark.line + 1
+    if not isinstance(key, yaml.ScalarNode) or not re.fullmatch(r"\w[\w-]*", key.value):
+        raise UserError(f"--config {path}: line {line} begins with what is no flag's name; expected lines of `flag: value`")
+    name = key.value.replace("-", "_")
+    if name in lines:
+        raise UserError(f"--config {path}: {key.value} is given twice, in lines {lines[name]} and {line}; leave one of them")
+    lines[name] = line

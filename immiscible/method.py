@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError
-from immiscible.flags import Bounds, Names, flag, given
+from immiscible.flags import Names, check_ranges, flag, given
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +32,8 @@ COUPLING_OPTIONS = {
     "coupling_reservoir": "size",
 }
 
+LEAST_WEIGHT = 1e-12  # of the greatest in a vector of loss weights; AdamW's epsilon and fp32 would make less of it nothing
+
 
 @dataclass
 class ProcessArguments:
@@ -41,27 +43,24 @@ class ProcessArguments:
 
     prediction_type: str = flag("epsilon", "what the network predicts", choices=("epsilon", "sample", "v_prediction", "flow_prediction"))
     noise_process: str = flag("ddpm", "ddpm, or flow: x_t = (1-s) x0 + s noise (needs flow_prediction)", choices=("ddpm", "flow"))
-    ddpm_num_steps: int = flag(1000, "T: the number of noise levels, of either process")
+    ddpm_num_steps: int = flag(1000, "T: the number of noise levels, of either process", least=1, most=10**5)
     ddpm_beta_schedule: str = flag(
         "linear",
         "the noise schedule; the papers' quadratic is scaled_linear, Stable Diffusion's too with betas 0.00085 and 0.012",
         choices=Names("immiscible.process", "BETA_SCHEDULES"),
     )
-    ddpm_beta_start: float = flag(1e-4, "beta of the first step")
-    ddpm_beta_end: float = flag(0.02, "beta of the last step")
+    ddpm_beta_start: float = flag(1e-4, "beta of the first step", least=0, most=1)
+    ddpm_beta_end: float = flag(0.02, "beta of the last step", least=0, most=1)
     image_scale: float = flag(
         1.0,
         "c: diffuse c times the image (the paper's image projection); x_t is divided by its deviation, which multiplies the "
         "signal-to-noise ratio by c^2 and lets plain diffusers sample the result",
+        least=1e-3,
+        most=1e3,
     )
 
     def check(self) -> None:
-        """What these flags can get wrong; what depends on the schedule is checked where it is built.
-
-        Raises:
-            UserError: one is out of range.
-        """
-        Bounds("ddpm_num_steps", positive="image_scale").check(self)
+        """Nothing here: what depends on the schedule is checked where it is built."""
 
 
 @dataclass
@@ -93,7 +92,10 @@ class MethodArguments:
         choices=Names("immiscible.assignment.ranks", "SCOPES"),
     )
     coupling_window: int = flag(
-        1, "assign over this many micro-batches at once, accumulated or of successive steps: the remedy for small batches"
+        1,
+        "assign over this many micro-batches at once, accumulated or of successive steps: the remedy for small batches",
+        least=1,
+        most=2**10,
     )
     coupling_condition: str = flag(
         "none",
@@ -102,46 +104,55 @@ class MethodArguments:
         choices=Names("immiscible.assignment.conditions", "CONDITIONS"),
     )
     coupling_condition_ratio: float = flag(
-        0.01, "r of --coupling_condition penalty: the share of all pairs of a batch that may still be better than an image's own noise"
+        0.01,
+        "r of --coupling_condition penalty: the share of all pairs of a batch that may still be better than an image's own noise",
+        least=0,
+        most=1,
     )
-    coupling_reservoir: int = flag(256, "noises that the reservoir coupling keeps")
-    coupling_candidates: int = flag(8, "k of the nearest coupling")
+    coupling_reservoir: int = flag(256, "noises that the reservoir coupling keeps", least=1, most=2**20)
+    coupling_candidates: int = flag(8, "k of the nearest coupling", least=1, most=2**16)
     coupling_score: str = flag(
         "l2", "nearest by l2, or by dot (keeps the length of the noise)", choices=Names("immiscible.coupling", "SCORES")
     )
-    coupling_min_timestep: int = flag(0, "pair only images at or above this timestep; the others keep their own noise")
+    coupling_min_timestep: int = flag(0, "pair only images at or above this timestep; the others keep their own noise", least=0)
     coupling_start_step: int = flag(
-        0, "train with independent noise until this optimizer step; a window is paired if it begins at or after it"
+        0, "train with independent noise until this optimizer step; a window is paired if it begins at or after it", least=0
     )
     timestep_sampling: str = flag(
         "uniform",
         "how often each noise level is trained: asymmetric is SpeeD's eq. 3, asymmetric_released what its code does",
         choices=Names("immiscible.timesteps", "TIMESTEP_SAMPLINGS"),
     )
-    asymmetric_k: float = flag(5.0, "k of SpeeD: steps before the threshold are drawn k times as often as those after")
+    asymmetric_k: float = flag(5.0, "k of SpeeD: steps before the threshold are drawn k times as often as those after", least=1, most=1e6)
     asymmetric_r: float | None = flag(
         None,
         "r of SpeeD: the threshold tau is the first step with alpha_bar <= 1/r; 143.55 (tau = 700 on the linear schedule) if "
         "neither this nor --asymmetric_tau is given",
+        least=1,
+        most=1e12,
     )
-    asymmetric_tau: int | None = flag(None, "tau of SpeeD, directly: steps 0..tau-1 are boosted; not together with --asymmetric_r")
-    logit_mean: float = flag(0.0, "m of logit_normal; positive means noisier")
-    logit_std: float = flag(1.0, "s of logit_normal")
+    asymmetric_tau: int | None = flag(None, "tau of SpeeD, directly: steps 0..tau-1 are boosted; not together with --asymmetric_r", least=1)
+    logit_mean: float = flag(0.0, "m of logit_normal; positive means noisier", least=-10, most=10)
+    logit_std: float = flag(1.0, "s of logit_normal", above=0, most=100)
     loss_weighting: str = flag(
         "none",
         "what an error at each level costs: none is the plain MSE, change_aware SpeeD's, snr the diffusers script's for "
         "--prediction_type sample",
         choices=Names("immiscible.weighting", "LOSS_WEIGHTINGS"),
     )
-    change_aware_lambda: float = flag(0.6, "lambda of SpeeD's weighting, 0.5 (flat) to 1")
-    snr_gamma: float | None = flag(None, "gamma of min_snr; 5 if not given")
-    p2_k: float = flag(1.0, "k of p2")
-    p2_gamma: float = flag(1.0, "gamma of p2")
-    noise_offset: float = flag(0.0, "add this times a normal number per image and channel to the noise, after the coupling")
+    change_aware_lambda: float = flag(0.6, "lambda of SpeeD's weighting; 0.5 is flat", least=0.5, most=1)
+    snr_gamma: float | None = flag(None, "gamma of min_snr; 5 if not given", above=0, most=1e6)
+    p2_k: float = flag(1.0, "k of p2", least=0, most=1000)
+    p2_gamma: float = flag(1.0, "gamma of p2", least=0, most=10)
+    noise_offset: float = flag(
+        0.0, "add this times a normal number per image and channel to the noise, after the coupling", least=0, most=10
+    )
     log_class_leak: bool = flag(
         False, "log how well a linear probe reads the class from the paired noise (of the last 4,096 images), beside chance"
     )
-    input_perturbation: float = flag(0.0, "perturb the noise by this in x_t but not in the target, after coupling and offset")
+    input_perturbation: float = flag(
+        0.0, "perturb the noise by this in x_t but not in the target, after coupling and offset", least=0, most=10
+    )
 
     def check(self) -> None:
         """What these flags can get wrong, also of methods that are not on; what depends on the schedule is checked where it is built.
@@ -149,15 +160,7 @@ class MethodArguments:
         Raises:
             UserError: one is out of range, or does not go with another.
         """
-        Bounds(
-            "coupling_candidates coupling_window coupling_reservoir asymmetric_k asymmetric_r asymmetric_tau",
-            "coupling_min_timestep coupling_start_step noise_offset input_perturbation p2_k p2_gamma",
-            positive="logit_std snr_gamma",
-        ).check(self)
-        if not 0 <= self.coupling_condition_ratio <= 1:
-            raise UserError(f"--coupling_condition_ratio must be from 0 to 1, not {self.coupling_condition_ratio}")
-        if not 0.5 <= self.change_aware_lambda <= 1:
-            raise UserError(f"--change_aware_lambda must be from 0.5 to 1, not {self.change_aware_lambda}")
+        check_ranges(self)  # which parsing has done; these arguments are also put together by hand
         if self.asymmetric_tau is not None and self.asymmetric_r is not None:
             raise UserError("--asymmetric_tau and --asymmetric_r both say where SpeeD's threshold is; give one of them")
         for name, users in _unused(vars(self)).items():
@@ -324,4 +327,9 @@ def chosen_weights(config: MethodArguments, process: NoiseProcess, prediction_ty
     from immiscible.weighting import LOSS_WEIGHTINGS, loss_weights
 
     name = config.loss_weighting
-    return loss_weights(name, process, prediction_type, **used_options(LOSS_WEIGHTINGS[name], given(config, MethodArguments)))
+    options = used_options(LOSS_WEIGHTINGS[name], given(config, MethodArguments))
+    weights = loss_weights(name, process, prediction_type, **options)
+    if not LEAST_WEIGHT <= (greatest := float(weights.vector.max())) <= 1 / LEAST_WEIGHT:
+        flags = "".join(f" --{option} {options[option]:g}" for option in options)
+        raise UserError(f"--loss_weighting {name}{flags}: the greatest weight of any timestep is {greatest:g}, which trains nothing")
+    return weights

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from immiscible.errors import UserError, run_script
-from immiscible.flags import Parser
+from immiscible.flags import Parser, number, plain_text, text_path
 
 if TYPE_CHECKING:
     from immiscible.reports.comparison import Comparison
@@ -39,23 +39,37 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     own, extra = (list(argv[: argv.index("--")]), list(argv[argv.index("--") + 1 :])) if "--" in argv else (list(argv), [])
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
-        "--runs", type=Path, nargs="+", metavar="DIR", help="folders of runs to compare, each trained with --eval_steps; none is trained"
-    )
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="the arm of each of --runs; runs of one name are seeds of one arm")
-    parser.add_argument("--task", nargs="+", metavar="FILE", help="what is trained: files or names in configs/tasks")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="the arms to train")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="N", default=[0, 1, 2], help="each method is trained once with each (default 0 1 2)"
-    )
-    parser.add_argument("--baseline", metavar="NAME", help="the arm to compare with (default: the first)")
-    parser.add_argument(
-        "--output_dir", type=Path, metavar="DIR", default=Path("runs/compare"), help="runs, logs and report (default runs/compare)"
+        "--runs",
+        type=text_path,
+        nargs="+",
+        metavar="DIR",
+        help="folders of runs to compare, each trained with --eval_steps; none is trained",
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at a time, one thread each if several (default: CPU cores, 1 with a GPU)"
+        "--names", type=plain_text, nargs="+", metavar="NAME", help="the arm of each of --runs; runs of one name are seeds of one arm"
+    )
+    parser.add_argument("--task", type=plain_text, nargs="+", metavar="FILE", help="what is trained: files or names in configs/tasks")
+    parser.add_argument("--methods", type=plain_text, nargs="+", metavar="METHOD", help="the arms to train")
+    parser.add_argument(
+        "--seeds",
+        type=number(int, least=0, most=2**63 - 1),
+        nargs="+",
+        metavar="N",
+        default=[0, 1, 2],
+        help="each method is trained once with each (default 0 1 2)",
+    )
+    parser.add_argument("--baseline", type=plain_text, metavar="NAME", help="the arm to compare with (default: the first)")
+    parser.add_argument(
+        "--output_dir", type=text_path, metavar="DIR", default=Path("runs/compare"), help="runs, logs and report (default runs/compare)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=number(int, least=1, most=1024),
+        metavar="N",
+        help="runs at a time, one thread each if several (default: CPU cores, 1 with a GPU)",
     )
     parser.add_argument("--open", action="store_true", help="open the report in a browser, where there is a screen")
-    parser.add_argument("--script", type=Path, metavar="FILE", default=HERE / "train_unconditional.py", help="the training script")
+    parser.add_argument("--script", type=text_path, metavar="FILE", default=HERE / "train_unconditional.py", help="the training script")
     args = parser.parse_args(own)
     if bool(args.runs) == bool(args.methods):
         raise UserError("give either --runs, to compare what is trained, or --task and --methods, to train")
@@ -65,10 +79,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"--names needs one name for each of --runs: {len(args.names)} names, {len(args.runs or [])} folders")
     if args.methods and not args.task:
         raise UserError("--methods needs --task, which says what is trained")
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {args.jobs}")
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        raise UserError(f"--seeds must be different numbers of at least 0, not {' '.join(map(str, args.seeds))}")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds must be different numbers, not {' '.join(map(str, args.seeds))}")
     for word in extra:
         if word.partition("=")[0] in OURS:
             raise UserError(f"{word} after `--` is set by this script for each run")
@@ -135,8 +147,8 @@ def arms_of(runs: Sequence[Path], names: Sequence[str] | None) -> dict[str, list
     """The folders of each arm: by --names, else by folders called ARM-seedN, else by the flags that differ."""
     from immiscible.reports.runs import group_runs
 
-    for number, folder in enumerate(runs):
-        if folder.resolve() in {other.resolve() for other in runs[:number]}:
+    for place, folder in enumerate(runs):
+        if folder.resolve() in {other.resolve() for other in runs[:place]}:
             raise UserError(f"--runs names {folder} twice")
     if names is None:
         matches = [re.fullmatch(r"(.+)-seed\d+", folder.resolve().name) for folder in runs]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.errors import UserError, run_script
-from immiscible.flags import Bounds, flag, flag_value, parse_config
+from immiscible.flags import flag, flag_value, parse_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,16 +37,11 @@ class CacheArguments:
 
     _argument_group_name = "cache"
 
-    encode_batch_size: int = flag(16, "images or captions encoded together")
-    rows_per_shard: int = flag(2048, "images or captions in a file; a stopped call loses at most one file per process")
+    encode_batch_size: int = flag(16, "images or captions encoded together", least=1, most=2**16)
+    rows_per_shard: int = flag(2048, "images or captions in a file; a stopped call loses at most one file per process", least=1)
 
     def check(self) -> None:
-        """What these flags can get wrong.
-
-        Raises:
-            UserError: a number is below 1.
-        """
-        Bounds("encode_batch_size rows_per_shard").check(self)
+        """Nothing here: neither of these flags contradicts another."""
 
 
 @dataclass

@@ -18,11 +18,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError, run_script
-from immiscible.flags import Names, Parser
+from immiscible.flags import Names, Parser, number, plain_text, text_path
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,29 +33,48 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", required=True, help="a run's folder, a checkpoint-N in one, or a diffusers pipeline, local or on the hub"
+        "--model",
+        type=plain_text,
+        required=True,
+        help="a run's folder, a checkpoint-N in one, or a diffusers pipeline, local or on the hub",
     )
     parser.add_argument(
-        "--output_dir", type=Path, required=True, help="gets 000000.png and so on, manifest.json, and metadata.jsonl (what each was told)"
+        "--output_dir",
+        type=text_path,
+        required=True,
+        help="gets 000000.png and so on, manifest.json, and metadata.jsonl (what each was told)",
     )
-    parser.add_argument("--num_images", type=int, required=True, help="N: exactly as many files are left")
-    parser.add_argument("--num_inference_steps", type=int, required=True, help="steps of the sampler")
+    parser.add_argument("--num_images", type=number(int, least=1, most=10**8), required=True, help="N: exactly as many files are left")
+    parser.add_argument("--num_inference_steps", type=number(int, least=1, most=10**5), required=True, help="steps of the sampler")
     parser.add_argument("--weights", choices=("ema", "raw"), help="of a run or checkpoint; by default the average where the run kept one")
-    parser.add_argument("--lora", help="adapters for a text-to-image pipeline: a folder, or a name on the hub")
+    parser.add_argument("--lora", type=plain_text, help="adapters for a text-to-image pipeline: a folder, or a name on the hub")
     parser.add_argument(
-        "--base", help="of a checkpoint or a LoRA run: the VAE or the checkpoint it was trained with, if that is not where it was"
+        "--base",
+        type=plain_text,
+        help="of a checkpoint or a LoRA run: the VAE or the checkpoint it was trained with, if that is not where it was",
     )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line; image i is of prompt i modulo their number")
+    parser.add_argument("--prompts", type=text_path, metavar="FILE", help="a prompt a line; image i is of prompt i modulo their number")
     parser.add_argument(
-        "--class_names", type=Path, metavar="FILE", help="as --prompts, a class a line; equal names stay classes apart, and go into arr_1"
+        "--class_names",
+        type=text_path,
+        metavar="FILE",
+        help="as --prompts, a class a line; equal names stay classes apart, and go into arr_1",
     )
-    parser.add_argument("--guidance_scale", type=float, help="with prompts or class names, required there; 1, the least, is no guidance")
+    parser.add_argument(
+        "--guidance_scale",
+        type=number(float, least=1, most=100),
+        help="with prompts or class names, required there; 1, the least, is no guidance",
+    )
     parser.add_argument(
         "--scheduler", choices=Names("immiscible.sampling.loaded", "SCHEDULERS"), help="the sampler; by default what the pipeline has"
     )
-    parser.add_argument("--resolution", type=int, help="side of text-to-image samples; by default the run's, or what the network says")
-    parser.add_argument("--seed", type=int, default=0, help="image i is a function of it and of i")
-    parser.add_argument("--batch_size", type=int, default=16, help="images sampled together by a process")
+    parser.add_argument(
+        "--resolution",
+        type=number(int, least=1, most=2**14),
+        help="side of text-to-image samples; by default the run's, or what the network says",
+    )
+    parser.add_argument("--seed", type=number(int, least=0, most=2**63 - 1), default=0, help="image i is a function of it and of i")
+    parser.add_argument("--batch_size", type=number(int, least=1, most=2**14), default=16, help="images sampled together by a process")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="inside the U-Net")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz, as the ADM evaluation reads it")
     return parser
@@ -81,13 +99,6 @@ def session(mixed_precision: str) -> Iterator[Accelerator]:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    for name, least in (("num_images", 1), ("num_inference_steps", 1), ("batch_size", 1), ("seed", 0), ("resolution", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, not {value}")
-    guidance = arguments.guidance_scale
-    if guidance is not None and not 1 <= guidance < float("inf"):
-        raise UserError(f"--guidance_scale must be a number of at least 1, which is without guidance, not {guidance:g}")
     if arguments.prompts and arguments.class_names:
         raise UserError("--prompts and --class_names are given together; choose one")
 

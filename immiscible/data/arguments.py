@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from immiscible.errors import UserError
-from immiscible.flags import Bounds, Names, flag
+from immiscible.flags import Names, flag
 
 CROPS = ("diffusers", "adm")
+MOST_PIXELS = 2**14  # a side
 INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -25,7 +26,7 @@ class ImageArguments:
     train_data_dir: str | None = flag(None, "a folder of images (subfolders allowed), of parquet files or of WebDataset shards (.tar)")
     image_column: str = flag("image", "the column of the data set that holds the images")
     cache_dir: str | None = flag(None, "where downloaded data sets and models are kept")
-    resolution: int = flag(64, "images are resized and cropped to this many pixels a side")
+    resolution: int = flag(64, "images are resized and cropped to this many pixels a side", least=1, most=MOST_PIXELS)
     center_crop: bool = flag(False, "crop the center instead of a random place")
     random_flip: bool = flag(False, "flip half of the images left to right")
     crop: str = flag(
@@ -33,9 +34,12 @@ class ImageArguments:
         "diffusers: resize the short side, then cut; adm: halve by box filters, then bicubic, and cut the center, as ImageNet papers do",
         choices=CROPS,
     )
-    max_train_samples: int | None = flag(None, "train on at most this many images, a fixed random subset")
+    max_train_samples: int | None = flag(None, "train on at most this many images, a fixed random subset", least=1, most=10**12)
     train_subset_fraction: float | None = flag(
-        None, "train on this share of the images, a fixed random subset that does not depend on --seed: 0.1 is the paper's 10 % of ImageNet"
+        None,
+        "train on this share of the images, a fixed random subset that does not depend on --seed: 0.1 is the paper's 10 % of ImageNet",
+        above=0,
+        most=1,
     )
     skip_bad_images: bool = flag(False, "replace unreadable images by the next one and count them, instead of stopping")
     streaming: bool = flag(
@@ -43,8 +47,8 @@ class ImageArguments:
         "read .tar or .parquet shards from front to back, over the network if --dataset_name is on the hub, and keep nothing on disk; "
         "epochs are not counted, so give --max_train_steps",
     )
-    shuffle_buffer: int = flag(1000, "with --streaming: images of one shard that are shuffled together")
-    dataloader_num_workers: int = flag(0, "processes that decode images; 0 decodes in the training process")
+    shuffle_buffer: int = flag(1000, "with --streaming: images of one shard that are shuffled together", least=1)
+    dataloader_num_workers: int = flag(0, "processes that decode images; 0 decodes in the training process", least=0, most=1024)
 
     if TYPE_CHECKING:  # flags of one of the subclasses, constants of the other
         bundled_data: str | None = None
@@ -63,16 +67,12 @@ class ImageArguments:
         """What these flags can get wrong.
 
         Raises:
-            UserError: one is out of range, or they contradict each other.
+            UserError: they contradict each other.
         """
-        Bounds("resolution max_train_samples shuffle_buffer", "dataloader_num_workers").check(self)
         if len(self.named_sources) > 1:
             raise UserError(f"{' and '.join(self.named_sources)} are given together; choose one source of images")
-        if self.train_subset_fraction is not None:
-            if not 0 < self.train_subset_fraction <= 1:
-                raise UserError(f"--train_subset_fraction must be above 0 and at most 1, not {self.train_subset_fraction}")
-            if self.max_train_samples is not None:
-                raise UserError("--train_subset_fraction and --max_train_samples both say how many images are used; give one of them")
+        if self.train_subset_fraction is not None and self.max_train_samples is not None:
+            raise UserError("--train_subset_fraction and --max_train_samples both say how many images are used; give one of them")
         if not self.streaming:
             return
         if not (self.dataset_name or self.train_data_dir):
@@ -117,7 +117,7 @@ class TextDataArguments(ImageArguments):
     bundled_data = label_column = None
     preserve_input_precision = False
 
-    resolution: int = flag(512, "images are resized and cropped to this many pixels a side")
+    resolution: int = flag(512, "images are resized and cropped to this many pixels a side", least=1, most=MOST_PIXELS)
     train_data_dir: str | None = flag(
         None, "a folder of images with a metadata.jsonl that has their captions, of parquet files, or of WebDataset shards (.tar)"
     )
@@ -126,7 +126,7 @@ class TextDataArguments(ImageArguments):
         "the column of the captions: text, a list of texts of which each epoch takes one, or classes (ClassLabel), whose names become "
         "the prompts, by number; for .tar shards `text` is the .txt member, any other name a key of the .json member",
     )
-    proportion_empty_prompts: float = flag(0.0, "share of the images that are trained without their caption, for guidance")
+    proportion_empty_prompts: float = flag(0.0, "share of the images that are trained without their caption, for guidance", least=0, most=1)
     image_interpolation_mode: str = flag("lanczos", "how images are resized", choices=INTERPOLATIONS)
 
     def check(self) -> None:
@@ -134,5 +134,3 @@ class TextDataArguments(ImageArguments):
         super().check()
         if not self.named_sources:
             raise UserError("--dataset_name or --train_data_dir is required: images with captions")
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            raise UserError(f"--proportion_empty_prompts must be from 0 to 1, not {self.proportion_empty_prompts}")

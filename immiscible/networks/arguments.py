@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError
-from immiscible.flags import Bounds, Names, flag
+from immiscible.flags import Names, flag
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -30,15 +30,14 @@ class ModelArguments:
         "`vae`, on the hub or local; it stays as it is",
     )
     class_conditional: bool = flag(False, "tell the network the class of each image; the data must have classes")
-    dropout: float | None = flag(None, "dropout in the U-Net; by default what the configuration says")
+    dropout: float | None = flag(None, "dropout in the U-Net; by default what the configuration says", least=0, below=1)
 
     def check(self) -> None:
         """What these flags can get wrong.
 
         Raises:
-            UserError: one is out of range, or they contradict each other.
+            UserError: they contradict each other.
         """
-        Bounds(shares="dropout").check(self)
         if self.model_preset and self.model_config_name_or_path:
             raise UserError("--model_preset and --model_config_name_or_path are given together; choose one")
 
@@ -57,15 +56,14 @@ class TextModelArguments:
         None, "what the network predicts; by default what the checkpoint's scheduler says", choices=("epsilon", "sample", "v_prediction")
     )
     use_lora: bool = flag(False, "train low-rank adapters of the attention and leave the rest of the U-Net as it is (finetune_sd.py)")
-    rank: int = flag(4, "rank of the adapters")
+    rank: int = flag(4, "rank of the adapters", least=1, most=2**12)
 
     def check(self) -> None:
         """What these flags can get wrong.
 
         Raises:
-            UserError: the checkpoint is not named, or the rank is out of range.
+            UserError: the checkpoint is not named.
         """
-        Bounds("rank").check(self)
         if self.pretrained_model_name_or_path is None:
             raise UserError("--pretrained_model_name_or_path is required: a Stable Diffusion checkpoint, on the hub or in a folder")
 
@@ -77,19 +75,21 @@ class TrainingArguments:
     What only some of them have a flag for stands here as what it is for the others.
     """
 
-    seed: int | None = flag(None, "seed of everything drawn; if not given one is drawn, printed and written into the run's config")
-    train_batch_size: int = flag(16, "images per process and micro-batch")
-    max_train_steps: int | None = flag(None, "optimizer steps; overrides the number of epochs")
-    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
+    seed: int | None = flag(
+        None, "seed of everything drawn; if not given one is drawn, printed and written into the run's config", least=0, most=2**63 - 1
+    )
+    train_batch_size: int = flag(16, "images per process and micro-batch", least=1, most=2**16)
+    max_train_steps: int | None = flag(None, "optimizer steps; overrides the number of epochs", least=1)
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", least=1, most=2**16)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
-    learning_rate: float = flag(1e-4, "peak learning rate of AdamW")
+    learning_rate: float = flag(1e-4, "peak learning rate of AdamW", least=0, most=1000)
     lr_scheduler: str = flag("cosine", "the learning rate's course over the optimizer steps", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int = flag(500, "optimizer steps over which the learning rate rises")
-    adam_beta1: float = flag(0.95, "AdamW's beta1")
-    adam_beta2: float = flag(0.999, "AdamW's beta2")
-    adam_weight_decay: float = flag(1e-6, "AdamW's weight decay")
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 does not clip")
+    lr_warmup_steps: int = flag(500, "optimizer steps over which the learning rate rises", least=0)
+    adam_beta1: float = flag(0.95, "AdamW's beta1", least=0, below=1)
+    adam_beta2: float = flag(0.999, "AdamW's beta2", least=0, below=1)
+    adam_weight_decay: float = flag(1e-6, "AdamW's weight decay", least=0, most=1000)
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", least=0, most=1)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 does not clip", least=0, most=1e12)
     use_ema: bool = flag(False, "keep an exponential moving average of the weights; samples and the final pipeline use it")
     mixed_precision: str | None = flag(
         None, "precision inside the networks; by default what accelerate is configured for", choices=("no", "fp16", "bf16")
@@ -100,7 +100,7 @@ class TrainingArguments:
     look_ahead: bool = flag(True, "load, encode and pair the next step's batches on another thread while this step runs; changes no number")
     torch_compile: bool = flag(False, "compile the network with torch.compile")
     torch_compile_backend: str = flag("inductor", "the backend of --torch_compile")
-    local_rank: int = flag(-1, "set by old distributed launchers; goes into LOCAL_RANK if the environment has none")
+    local_rank: int = flag(-1, "set by old distributed launchers; goes into LOCAL_RANK if the environment has none", least=-1)
 
     if TYPE_CHECKING:  # flags of one of the subclasses, constants of the other
         use_8bit_adam: bool = False
@@ -118,16 +118,7 @@ class TrainingArguments:
         """What `diffusers.training_utils.EMAModel` is built with."""
 
     def check(self) -> None:
-        """What these flags can get wrong.
-
-        Raises:
-            UserError: one is out of range.
-        """
-        Bounds(
-            "train_batch_size max_train_steps gradient_accumulation_steps",
-            "lr_warmup_steps learning_rate adam_epsilon adam_weight_decay max_grad_norm seed",
-            shares="adam_beta1 adam_beta2",
-        ).check(self)
+        """Nothing here: none of these flags contradicts another."""
 
 
 @dataclass
@@ -137,10 +128,10 @@ class OptimizationArguments(TrainingArguments):
     _argument_group_name = "optimization"
     use_8bit_adam = scale_lr = offload_ema = False
 
-    num_epochs: int = flag(100, "passes over the data")
-    ema_inv_gamma: float = flag(1.0, "warm-up of the EMA decay 1 - (1 + step / inv_gamma)^-power: inverse gamma")
-    ema_power: float = flag(0.75, "warm-up of the EMA decay: power")
-    ema_max_decay: float = flag(0.9999, "where the EMA decay stops rising")
+    num_epochs: int = flag(100, "passes over the data", least=1)
+    ema_inv_gamma: float = flag(1.0, "warm-up of the EMA decay 1 - (1 + step / inv_gamma)^-power: inverse gamma", above=0, most=1e6)
+    ema_power: float = flag(0.75, "warm-up of the EMA decay: power", least=0, most=10)
+    ema_max_decay: float = flag(0.9999, "where the EMA decay stops rising", least=0, most=1)
     mixed_precision: str = flag("no", "precision inside the network; the noise process stays in fp32", choices=("no", "fp16", "bf16"))
 
     @property
@@ -154,11 +145,6 @@ class OptimizationArguments(TrainingArguments):
         warm_up = {"use_ema_warmup": True, "inv_gamma": self.ema_inv_gamma, "power": self.ema_power}
         return {"decay": self.ema_max_decay, **warm_up, "foreach": True}
 
-    def check(self) -> None:
-        """See `TrainingArguments.check`."""
-        super().check()
-        Bounds("num_epochs", "ema_power", "ema_inv_gamma", "ema_max_decay").check(self)
-
 
 @dataclass
 class TextOptimizationArguments(TrainingArguments):
@@ -166,16 +152,16 @@ class TextOptimizationArguments(TrainingArguments):
 
     _argument_group_name = "optimization"
 
-    num_train_epochs: int = flag(100, "passes over the data")
+    num_train_epochs: int = flag(100, "passes over the data", least=1)
     scale_lr: bool = flag(False, "multiply the learning rate by accumulation, batch size and processes")
     lr_scheduler: str = flag("constant", "the learning rate's course over the optimizer steps", choices=LR_SCHEDULERS)
     use_8bit_adam: bool = flag(False, "AdamW with 8-bit states (bitsandbytes)")
-    adam_beta1: float = flag(0.9, "AdamW's beta1")
-    adam_weight_decay: float = flag(1e-2, "AdamW's weight decay")
+    adam_beta1: float = flag(0.9, "AdamW's beta1", least=0, below=1)
+    adam_weight_decay: float = flag(1e-2, "AdamW's weight decay", least=0, most=1000)
     offload_ema: bool = flag(False, "keep the average in host memory between steps")
     foreach_ema: bool = flag(False, "update the average with one call for all weights")
     dream_training: bool = flag(False, "DREAM: correct noise and target by what the network itself would get wrong, for another forward")
-    dream_detail_preservation: float = flag(1.0, "p of DREAM")
+    dream_detail_preservation: float = flag(1.0, "p of DREAM", least=0, most=1000)
 
     @property
     def epochs(self) -> int:
@@ -191,8 +177,3 @@ class TextOptimizationArguments(TrainingArguments):
     def dream_power(self) -> float | None:
         """p of DREAM, None without it."""
         return self.dream_detail_preservation if self.dream_training else None
-
-    def check(self) -> None:
-        """See `TrainingArguments.check`."""
-        super().check()
-        Bounds("num_train_epochs", "dream_detail_preservation").check(self)

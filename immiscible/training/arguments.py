@@ -11,7 +11,7 @@ from immiscible.data.arguments import ImageArguments
 from immiscible.encoding.arguments import LatentCacheArguments
 from immiscible.errors import UserError
 from immiscible.evaluation.arguments import EvaluationArguments
-from immiscible.flags import Bounds, flag
+from immiscible.flags import flag
 from immiscible.method import MethodArguments
 from immiscible.networks.arguments import TrainingArguments
 
@@ -44,11 +44,11 @@ class FolderArguments:
     output_dir: str | None = flag(None, "the run's folder")
     overwrite_output_dir: bool = flag(False, "delete the run that --output_dir holds (its own files only) and start anew", saved=False)
     resume_from_checkpoint: str | None = flag(None, "`latest`, or a checkpoint's path; continues bit-exactly", saved=False)
-    checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; one is always left at the end")
-    checkpoints_total_limit: int | None = flag(None, "keep this many checkpoints, the newest")
-    eval_batch_size: int = flag(16, "samples drawn together")
+    checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; one is always left at the end", least=1)
+    checkpoints_total_limit: int | None = flag(None, "keep this many checkpoints, the newest", least=1)
+    eval_batch_size: int = flag(16, "samples drawn together", least=1, most=2**14)
     logging_dir: str = flag("logs", "the tracker's folder, inside --output_dir")
-    logging_steps: int = flag(10, "optimizer steps between lines of metrics.jsonl")
+    logging_steps: int = flag(10, "optimizer steps between lines of metrics.jsonl", least=1)
     push_to_hub: bool = flag(False, "upload the pipeline, or the adapters, to the hub")
     hub_token: str | None = flag(None, "the token for --push_to_hub", saved=False)
     hub_model_id: str | None = flag(None, "the repository for --push_to_hub; by default the name of --output_dir")
@@ -87,11 +87,11 @@ class FolderArguments:
         """What these flags can get wrong.
 
         Raises:
-            UserError: one is out of range, or they contradict each other.
+            UserError: they contradict each other.
         """
-        Bounds("checkpointing_steps checkpoints_total_limit eval_batch_size logging_steps").check(self)
         logs = PurePath(self.logging_dir)
-        if logs.is_absolute() or not logs.parts or ".." in logs.parts or logs.parts[0] in OWN_FILES:
+        taken = logs.parts[:1] and (logs.parts[0] in OWN_FILES or logs.parts[0].startswith(("checkpoint-", ".")))
+        if logs.is_absolute() or not logs.parts or ".." in logs.parts or taken:
             raise UserError(f"--logging_dir {self.logging_dir} must be a folder of its own inside --output_dir, such as logs")
         if self.resume_from_checkpoint and self.overwrite_output_dir:
             raise UserError("--resume_from_checkpoint continues a run and --overwrite_output_dir deletes it; choose one")
@@ -105,10 +105,10 @@ class RunArguments(FolderArguments):
     tracker_flag, tracker_project = "--logger", "immiscible"
 
     output_dir: str = flag("ddpm-model-64", "the run's folder")
-    save_images_epochs: int = flag(10, "epochs between sample grids; 0 samples at the end only")
-    save_model_epochs: int = flag(10, "epochs between saves of the pipeline; 0 saves at the end only")
-    eval_batch_size: int = flag(16, "images in a sample grid")
-    ddpm_num_inference_steps: int = flag(1000, "steps with which samples are drawn")
+    save_images_epochs: int = flag(10, "epochs between sample grids; 0 samples at the end only", least=0)
+    save_model_epochs: int = flag(10, "epochs between saves of the pipeline; 0 saves at the end only", least=0)
+    eval_batch_size: int = flag(16, "images in a sample grid", least=1, most=2**14)
+    ddpm_num_inference_steps: int = flag(1000, "steps with which samples are drawn", least=1, most=10**5)
     sampling_scheduler: str = flag(
         "ddpm", "sampler of a ddpm process, in the run and in the saved pipeline (ddim has eta 0)", choices=("ddpm", "ddim")
     )
@@ -128,11 +128,6 @@ class RunArguments(FolderArguments):
         """See `FolderArguments.pipeline_is_due`."""
         return passed(self.save_model_epochs)
 
-    def check(self) -> None:
-        """See `FolderArguments.check`."""
-        super().check()
-        Bounds("ddpm_num_inference_steps", "save_images_epochs save_model_epochs").check(self)
-
 
 @dataclass
 class TextRunArguments(FolderArguments):
@@ -142,15 +137,15 @@ class TextRunArguments(FolderArguments):
     tracker_flag = "--report_to"
 
     output_dir: str | None = flag(None, "the run's folder; by default sd-model-finetuned, with --use_lora sd-model-finetuned-lora")
-    validation_prompts: list[str] | None = flag(None, "prompts of the sample grids")  # noqa: RUF009 (a field)
-    validation_prompt: str | None = flag(None, "one prompt, of which --num_validation_images samples are drawn")
-    num_validation_images: int = flag(4, "samples of --validation_prompt")
-    validation_epochs: int | None = flag(None, "epochs between sample grids; by default 5, with --use_lora 1")
+    validation_prompts: list[str] | None = flag(None, "prompts of the sample grids", prose=True)  # noqa: RUF009 (a field)
+    validation_prompt: str | None = flag(None, "one prompt, of which --num_validation_images samples are drawn", prose=True)
+    num_validation_images: int = flag(4, "samples of --validation_prompt", least=1, most=2**12)
+    validation_epochs: int | None = flag(None, "epochs between sample grids; by default 5, with --use_lora 1", least=1)
     validation_steps: int | None = flag(
-        None, "optimizer steps between sample grids, instead of --validation_epochs, which --streaming does not count"
+        None, "optimizer steps between sample grids, instead of --validation_epochs, which --streaming does not count", least=1
     )
-    validation_inference_steps: int = flag(20, "steps with which samples are drawn")
-    guidance_scale: float = flag(7.5, "guidance of the samples; 1 samples without")
+    validation_inference_steps: int = flag(20, "steps with which samples are drawn", least=1, most=10**5)
+    guidance_scale: float = flag(7.5, "guidance of the samples; 1 samples without", least=0, most=100)
     report_to: str = flag(
         "tensorboard",
         "experiment tracker, of accelerate's, or none; metrics.jsonl is written with each; tensorboard and wandb show the samples",
@@ -185,7 +180,6 @@ class TextRunArguments(FolderArguments):
     def check(self) -> None:
         """See `FolderArguments.check`."""
         super().check()
-        Bounds("num_validation_images validation_epochs validation_steps validation_inference_steps").check(self)
         if self.validation_prompt is not None and self.validation_prompts is not None:
             raise UserError("--validation_prompt and --validation_prompts are given together; choose one")
 

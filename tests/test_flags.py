@@ -1,0 +1,299 @@
+"""What flags take, whatever the script: finite numbers in a range that each flag states, names that file systems take, files of flags."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import MISSING, dataclass, fields
+from typing import get_type_hints
+
+import pytest
+from launch import ROOT
+from test_config import parse
+
+from immiscible.configs import TextToImageConfig, UnconditionalConfig
+from immiscible.errors import UserError
+from immiscible.flags import LARGEST_FILE, MOST, Parser, Range, _kind, check_ranges, flag, parse_config, range_of
+
+CONFIGS = (UnconditionalConfig, TextToImageConfig)
+
+
+def parse_text(*words) -> TextToImageConfig:
+    needed = ("--pretrained_model_name_or_path", "model", "--train_data_dir", "photos")
+    argv = [str(word) for word in (*needed, *words)]
+    return parse_config(TextToImageConfig, argv, program="finetune_sd.py", description="")
+
+
+HINTS = {config: get_type_hints(config) for config in CONFIGS}
+
+
+def numbers(config: type) -> dict[str, tuple[type, Range]]:
+    """The flags that are numbers, with their type and range."""
+    kinds = {item.name: (_kind(HINTS[config][item.name])[0], range_of(item)) for item in fields(config)}
+    return {name: (kind, allowed) for name, (kind, allowed) in kinds.items() if kind in (int, float)}
+
+
+def parser_of(config: type) -> Parser:
+    parser = Parser(allow_abbrev=False)
+    parser.add_flags(config)
+    return parser
+
+
+PARSERS = {config: parser_of(config) for config in CONFIGS}  # parsing takes a thousandth of the time of making one
+NUMBERS = [(config, name) for config in CONFIGS for name in numbers(config)]
+
+
+def one_refused(config: type, word: str) -> str:
+    with pytest.raises(UserError) as caught:
+        PARSERS[config].parse_args([word])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def refused(config: type, *words) -> str:
+    with pytest.raises(UserError) as caught:
+        parse("--bundled_data", "digits", *words) if config is UnconditionalConfig else parse_text(*words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_there_are_numbers():
+    assert len(numbers(UnconditionalConfig)) > 40 and len(numbers(TextToImageConfig)) > 40
+
+
+@pytest.mark.parametrize(("config", "name"), NUMBERS)
+def test_what_is_no_number_or_absurd_is_refused_by_the_flags_name(config, name):
+    for value in ("inf", "-inf", "nan", "1e999", "1" + "0" * 30, "-1" + "0" * 30, "9" * 5000, "1e30", "ten", "", "0x10"):
+        message = one_refused(config, f"--{name}={value}")
+        assert f"--{name}" in message and len(message) < 250
+        assert "must be" in message or f"{value[:60]}" in message
+
+
+@pytest.mark.parametrize(("config", "name"), NUMBERS)
+def test_every_number_has_two_ends_and_its_default_between_them(config, name):
+    kind, allowed = numbers(config)[name]
+    low, high = (allowed.above if allowed.least is None else allowed.least), (allowed.below if allowed.most is None else allowed.most)
+    assert low is not None and (high is not None or kind is int)
+    (item,) = (each for each in fields(config) if each.name == name)
+    default = item.default if item.default is not MISSING else item.default_factory()
+    for value in default if isinstance(default, list) else [default]:
+        assert value is None or allowed.problem(value) is None
+    for end, inside in ((allowed.least, True), (allowed.above, False), (allowed.most, True), (allowed.below, False)):
+        assert end is None or (allowed.problem(kind(end)) is None) is inside
+    for beyond in (low - 1, MOST + 1 if high is None else high + 1):
+        assert f"--{name} must be" in one_refused(config, f"--{name}={kind(beyond)}")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--num_train_epochs", "0"], "--num_train_epochs must be at least 1, not 0"),
+        (["--adam_epsilon", "inf"], "--adam_epsilon must be finite, not inf"),
+        (["--adam_epsilon", "1e30"], "--adam_epsilon must be from 0 to 1, not 1e+30"),
+        (["--guidance_scale", "nan"], "--guidance_scale must be finite, not nan"),
+        (["--guidance-scale=-inf"], "--guidance_scale must be finite, not -inf"),
+        (["--rank", "9999999"], "--rank must be at most 4096, not 9999999"),
+        (["--coupling_condition_ratio", "1.5"], "--coupling_condition_ratio must be from 0 to 1, not 1.5"),
+        (["--adam_beta2", "1"], "--adam_beta2 must be at least 0 and below 1, not 1.0"),
+        (["--eval_inference_steps", "5", "0"], "--eval_inference_steps must be at least 1, not 0"),
+        (["--use_lora", "--adam_epsilon", "0"], "--adam_epsilon must be at least 1.2e-38 with --use_lora, whose first gradients are 0"),
+        (["--use_lora", "--adam_epsilon", "1e-50"], "--adam_epsilon must be at least 1.2e-38 with --use_lora"),
+    ],
+)
+def test_one_line_names_the_flag_as_it_is_called(words, line):
+    assert refused(TextToImageConfig, *words).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--ema_inv_gamma", "inf"], "--ema_inv_gamma"),
+        (["--image_scale", "1e30"], "--image_scale"),
+        (["--learning_rate", "1e38"], "--learning_rate"),
+        (["--noise_offset", "inf"], "--noise_offset"),
+        (["--loss_weighting", "p2", "--p2_gamma", "1e30"], "--p2_gamma"),
+        (["--loss_weighting", "p2", "--p2_k", "1e30"], "--p2_k"),
+        (["--noise_process", "flow", "--prediction_type", "flow_prediction", "--sampling_scheduler", "ddim"], "--sampling_scheduler ddim"),
+        (["--class_conditional", "--adam_epsilon", "0"], "--adam_epsilon must be at least 1.2e-38 with --class_conditional"),
+        (["--logging_dir", "checkpoint-1"], "--logging_dir checkpoint-1"),
+    ],
+)
+def test_what_would_train_nothing_is_refused(words, named):
+    assert named in refused(UnconditionalConfig, *words)
+
+
+def test_what_people_mean_is_taken():
+    words = {
+        "learning_rate": 10,
+        "adam_epsilon": 1,
+        "max_grad_norm": 1e9,
+        "adam_weight_decay": 0,
+        "ema_inv_gamma": 1000,
+        "ema_max_decay": 1,
+        "seed": 2**63 - 1,
+        "max_train_steps": 10**9,
+        "resolution": 4096,
+        "train_batch_size": 8192,
+        "gradient_accumulation_steps": 1024,
+        "ddpm_num_steps": 4000,
+        "image_scale": 0.1,
+        "noise_offset": 0.1,
+        "input_perturbation": 0.5,
+        "max_train_samples": 5 * 10**9,
+        "eval_samples": 50_000,
+        "eval_steps": 1,
+        "dataloader_num_workers": 64,
+        "num_epochs": 10**6,
+    }
+    config = parse("--bundled_data", "digits", *[word for name, value in words.items() for word in (f"--{name}", value)])
+    assert {name: getattr(config, name) for name in words} == words
+    assert parse_text("--guidance_scale", 30, "--rank", 1024, "--validation_prompt", "").validation_prompt == ""
+
+
+def test_ranges_of_arguments_that_nobody_has_parsed():
+    @dataclass
+    class Numbers:
+        share: float = flag(0.5, "", least=0, most=1)
+        count: int | None = flag(None, "", above=1)
+        on: bool = flag(True, "")
+        name: str = flag("x", "")
+
+    check_ranges(Numbers())
+    check_ranges(Numbers(share=1, count=2))
+    for wrong, line in (({"share": float("nan")}, "--share must be finite"), ({"share": -1}, "--share must be from 0 to 1, not -1")):
+        with pytest.raises(UserError, match=line):
+            check_ranges(Numbers(**wrong))
+    with pytest.raises(UserError, match=f"--count must be at most {MOST}, not {MOST + 1}"):
+        check_ranges(Numbers(count=MOST + 1))
+
+
+TEXTS = [
+    (config, item.name)
+    for config in CONFIGS
+    for item in fields(config)
+    if _kind(HINTS[config][item.name])[0] is str and not item.metadata.get("prose")
+]
+
+
+@pytest.mark.parametrize(("config", "name"), TEXTS)
+def test_an_unset_variable_of_the_shell_is_an_error(config, name):
+    for value in ("", "  "):
+        assert f"--{name} must not be empty" in one_refused(config, f"--{name}={value}")
+
+
+@pytest.mark.parametrize(
+    "name", ["output_dir", "train_data_dir", "latent_cache_dir", "model_config_name_or_path", "resume_from_checkpoint"]
+)
+def test_names_that_no_file_system_takes(tmp_path, name):
+    for value in ("x" * 300, "ü" * 200, "a/" + "b" * 256, "/".join(["y" * 200] * 30)):
+        assert f"--{name} must not hold a name of more than 255 bytes" in refused(UnconditionalConfig, f"--{name}={value}")
+    (tmp_path / "nul.yaml").write_text(f'{name}: "a\\0b"\n')
+    assert "must not hold a NUL" in refused(UnconditionalConfig, "--config", tmp_path / "nul.yaml")
+
+
+# Files
+
+
+def file_refused(tmp_path, text: str | bytes) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = refused(UnconditionalConfig, "--config", path)
+    assert message.startswith(f"--config {path}: ")
+    return message.removeprefix(f"--config {path}: ")
+
+
+@pytest.mark.parametrize("item", ["--overwrite_output_dir", "--output_dir=elsewhere", "-h", "--", "-x"])
+def test_an_item_that_looks_like_a_flag(tmp_path, item):
+    message = file_refused(tmp_path, f"eval_inference_steps: [5, {item}]\n")
+    assert message.startswith(f"eval_inference_steps holds {item!r}, which looks like a flag")
+
+
+def test_numbers_below_zero_are_items(tmp_path):
+    assert file_refused(tmp_path, "eval_inference_steps: [5, -1]\n").startswith("--eval_inference_steps must be at least 1, not -1")
+
+
+def test_a_key_that_is_given_twice(tmp_path):
+    message = file_refused(tmp_path, "learning_rate: 1e-3\n# as above\nseed: 1\nlearning_rate: 5e-2\n")
+    assert message == "learning_rate is given twice, in lines 1 and 4; leave one of them"
+    message = file_refused(tmp_path, "learning_rate: 1e-3\nlearning-rate: 5e-2\n")
+    assert message == "learning-rate is given twice, in lines 1 and 2; leave one of them"
+    assert "seed is given twice, in lines 1 and 1" in file_refused(tmp_path, "{seed: 1, seed: 1}")
+
+
+def test_files_that_are_too_large(tmp_path):
+    assert file_refused(tmp_path, b"#" * (LARGEST_FILE + 1)) == "larger than 1 MiB, which no file of flags is"
+    (tmp_path / "large.yaml").write_bytes(b"#" * (LARGEST_FILE - 20) + b"\nseed: 3\n")
+    assert parse("--bundled_data", "digits", "--config", tmp_path / "large.yaml").seed == 3
+    assert "larger than 1 MiB" in refused(UnconditionalConfig, "--config", "/dev/zero")
+
+
+def test_deep_nesting(tmp_path):
+    laughs = "k: &k [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("klmnopqr", "lmnopqrs", strict=True))
+    assert "holds a list or a mapping inside a list" in file_refused(tmp_path, laughs)
+    assert "not valid YAML: found unconstructable" in file_refused(tmp_path, "seed: &a [*a]\n")
+    assert "nested too deeply" in file_refused(tmp_path, "".join("x:\n" + " " * depth for depth in range(1, 1400)) + "y")
+    assert "nested too deeply" in file_refused(tmp_path, "seed: " + "[" * 5000 + "]" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('"seed=1 --output_dir": x\n', "line 1 begins with what is no flag's name"),
+        ("seed: 1\n? [a]\n: b\n", "line 2 begins with what is no flag's name"),
+        ('"": x\n', "line 1 begins with what is no flag's name"),
+        ("seed: 1\n---\nseed: 2\n", "not valid YAML"),
+        ("seed: \x07\n", "not valid YAML"),
+        (b"\xff\xfe\x00", "not a text file in UTF-8"),
+        ("learning_rate: .inf\n", "argument --learning_rate: invalid float value: '.inf'"),
+        ("learning_rate: inf\n", "--learning_rate must be finite"),
+        ("resolution: 1000000000000000000000000000000\n", "--resolution must be at most 16384"),
+    ],
+)
+def test_one_line_for_what_is_wrong_with_a_file(tmp_path, text, line):
+    assert file_refused(tmp_path, text).startswith(line)
+
+
+# The other scripts
+
+
+def script(name: str):
+    path = ROOT / "scripts" / name
+    spec = importlib.util.spec_from_file_location(f"flags_of_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+SAMPLE = {"model": "m", "output_dir": "o", "num_images": 1, "num_inference_steps": 1}
+
+
+@pytest.mark.parametrize("name", ["num_images", "num_inference_steps", "guidance_scale", "resolution", "seed", "batch_size"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1" + "0" * 30, "-1", "", "one"])
+def test_numbers_of_sample(name, value):
+    words = [f"--{flag}={given}" for flag, given in {**SAMPLE, name: value}.items()]
+    with pytest.raises(UserError, match=f"--{name}"):
+        script("sample.py").parser().parse_args(words)
+
+
+@pytest.mark.parametrize("name", ["model", "output_dir", "lora", "base", "prompts", "class_names"])
+@pytest.mark.parametrize("value", ["", "x" * 300])
+def test_paths_of_sample(name, value):
+    words = [f"--{flag}={given}" for flag, given in {**SAMPLE, name: value}.items()]
+    with pytest.raises(UserError, match=f"--{name} must not"):
+        script("sample.py").parser().parse_args(words)
+
+
+@pytest.mark.parametrize(
+    "words", [["--jobs", "1e3"], ["--jobs", "9" * 30], ["--seeds", "1", "-1"], ["--seeds", "9" * 30], ["--output_dir="]]
+)
+def test_flags_of_compare(words):
+    with pytest.raises(UserError, match=words[0].rstrip("=")):
+        script("compare.py").parse(["--task", "digits", "--methods", "baseline", *words])
+
+
+@pytest.mark.parametrize("name", ["encode_batch_size", "rows_per_shard"])
+@pytest.mark.parametrize("value", ["0", "inf", "1" + "0" * 30, "x"])
+def test_numbers_of_precompute_latents(name, value):
+    with pytest.raises(UserError, match=f"--{name}"):
+        script("precompute_latents.py").main(["--latent_cache_dir", "c", f"--{name}={value}"])
