@@ -25,7 +25,7 @@ from immiscible.data.stream_order import StreamDataset, StreamOrder
 from immiscible.data.streaming import Stream, load_stream
 from immiscible.data.tables import TableImages, hub_images, parquet_images
 from immiscible.data.transforms import ImageTransform
-from immiscible.errors import UserError
+from immiscible.errors import UserError, first_line
 from immiscible.flags import given
 from immiscible.randomness import seeded_generator
 
@@ -278,13 +278,16 @@ def _end_at_the_parents_sigterm() -> None:
 
 def _whole(loader: DataLoader[Batch]) -> Iterator[Batch]:
     """The batches; the end of a loader process, of which torch says so by a `RuntimeError`, is a failure that the run can save before."""
+    iterator = iter(loader)
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of a step; its iterator notices all the same
     try:
-        yield from loader
+        yield from iterator
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"a process that decodes images has ended ({first_line(error)}), perhaps for want of memory: give fewer --dataloader_num_workers",
+            f"a process that decodes images has ended ({first_line(error)}), for want of memory perhaps: lower --dataloader_num_workers",
             exit_code=1,
         ) from None
 

@@ -7,7 +7,6 @@ Local shards are indexed once (where each sample begins and ends, 16 bytes of me
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import logging
@@ -22,6 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from immiscible.data.listing import Listing
 from immiscible.data.tars import (
     Columns,
     DamagedShard,
@@ -30,7 +30,6 @@ from immiscible.data.tars import (
     check_label_column,
     class_number,
     content,
-    tar_files,
     tar_samples,
 )
 from immiscible.errors import UserError
@@ -123,7 +122,7 @@ class ShardImages:
 
 
 def load_shards(
-    folder: str,
+    listing: Listing,
     image_column: str = "image",
     label_column: str | None = None,
     labels_for: str | None = None,
@@ -134,7 +133,7 @@ def load_shards(
     """The images of a folder's ``.tar`` files at any depth; their index is made once for each shard and kept in the cache folder.
 
     Args:
-        folder: of the shards.
+        listing: of the folder with the shards.
         image_column: see `Columns`.
         label_column: ``cls`` or None: classes are the numbers in ``.cls`` members.
         labels_for: the flag that needs classes; None if the run does without.
@@ -145,17 +144,17 @@ def load_shards(
     Raises:
         UserError: a shard is damaged, no sample, or the first ones have no image, class or caption where one is needed.
     """
-    root = Path(folder).expanduser().resolve()
+    root = listing.root
     columns = Columns(image_column, caption_column)
     check_label_column(label_column, caption_column)
-    shards = tar_files(root)
+    shards = [str(root / name) for name in listing.shards]
     # The parquet files that img2dataset writes are named after their shards, and hold no images.
-    tables = {Path(file).with_suffix(".tar").name for file in glob.glob("**/*.parquet", root_dir=root, recursive=True)}
-    if not tables <= {Path(shard).name for shard in shards} | {"metadata.tar"}:
-        raise UserError(f"--train_data_dir {folder} holds both .tar and .parquet files of images; give a folder with one of them")
+    tables = {Path(name).with_suffix(".tar").name for name in listing.tables}
+    if not tables <= {Path(shard).name for shard in shards}:
+        raise UserError(f"--train_data_dir {root} holds both .tar and .parquet files of images; give a folder with one of them")
     table = _indexed(shards, _index_folder(cache_dir), skip_bad_images)
     if not any(map(len, table)):
-        raise UserError(f"--train_data_dir {folder}: its {len(shards)} .tar files hold no samples")
+        raise UserError(f"--train_data_dir {root}: its {len(shards)} .tar files hold no samples")
     rows = np.concatenate(table)
     names = [f"{os.path.relpath(shard, root)} {len(found)}" for shard, found in zip(shards, table, strict=True)]
     digest = hashlib.blake2b("\n".join(names).encode(errors="surrogateescape"), digest_size=8).hexdigest()

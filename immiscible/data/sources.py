@@ -1,23 +1,48 @@
 """What a source of images is, images held in memory, and parts of a source.
 
-Other sources stand in `bundled`, `tables` and `shards`; what is read in passing, and so is no `ImageSource`, in `streaming`.
+Other sources stand in `bundled`, `folders`, `tables` and `shards`; what is read in passing, and so is no `ImageSource`, in `streaming`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps, features
 
 from immiscible.errors import UserError
 from immiscible.randomness import seeded_generator
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
+# Formats that Pillow knows by name and cannot read without more than itself.
+NOT_READ = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
+# What else is called an image, with the package that lets Pillow read it, or nothing.
+PLUG_INS = {"pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}
+OTHER_IMAGES = {
+    **dict.fromkeys(("heic", "heif", "hif"), "pillow-heif"),
+    "jxl": "pillow-jxl-plugin",
+    **dict.fromkeys(("avif", "avifs", "eps", "ps", "svg", "exr", "hdr", "psb", "xcf"), ""),
+    **dict.fromkeys(("dng", "cr2", "cr3", "crw", "nef", "nrw", "arw", "orf", "raf", "rw2", "pef", "srw"), ""),
+}
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """The extensions, in lower case and without a dot, of what Pillow reads here; its plug-ins for HEIC and JXL count where installed."""
+    for module in PLUG_INS:
+        with suppress(ImportError):
+            getattr(import_module(module), "register_heif_opener", lambda: None)()
+    Image.init()
+    unread = {*NOT_READ, *(() if EpsImagePlugin.has_ghostscript() else ("EPS",))}
+    unread |= {kind for kind, feature in (("WEBP", "webp"), ("AVIF", "avif"), ("JPEG2000", "jpg_2000")) if not features.check(feature)}
+    readable = set(Image.OPEN) - unread
+    return frozenset(extension[1:] for extension, kind in Image.registered_extensions().items() if kind in readable)
 
 
 class ImageSource(Protocol):
@@ -57,12 +82,24 @@ class ImageSource(Protocol):
 
 def open_image(file: Any) -> Image.Image:
     """The decoded image of a path or a binary file, turned upright as its EXIF orientation says."""
+    image_extensions()  # a worker knows the plug-ins too
     with Image.open(file) as image:
         image.load()
         try:
             return ImageOps.exif_transpose(image)
         except Exception:  # nearly any type, of EXIF data that is broken; the pixels are sound
             return image
+
+
+def captions_in(found: Any) -> list[str] | None:
+    """The captions that a text or a list of texts holds; None if there is none, as in null.
+
+    A blank text is the empty prompt; in a list it is dropped, unless there is nothing else.
+    """
+    texts = [found] if isinstance(found, str) else found
+    if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+        return None
+    return [text for text in texts if text.strip()] or [""]
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,25 @@ them is told in `immiscible.data.stream_order`.
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from immiscible.data.listing import list_folder
 from immiscible.data.tables import TableImages, only_images, only_labels, only_texts, parquet_files
-from immiscible.data.tars import Columns, DamagedShard, TarSample, check_first, check_label_column, content, tar_files, tar_samples
+from immiscible.data.tars import Columns, DamagedShard, TarSample, check_first, check_label_column, content, tar_samples
 from immiscible.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -214,17 +218,19 @@ def _found(
         builder = datasets.load_dataset_builder(dataset_name, dataset_config_name, cache_dir=cache_dir)
         files = [str(file) for file in (builder.config.data_files or {}).get("train", ())]
         return dataset_name if dataset_config_name is None else f"{dataset_name}/{dataset_config_name}", files, builder
-    root = Path(str(train_data_dir)).expanduser().resolve()
-    if not root.is_dir():
-        raise UserError(f"--train_data_dir {train_data_dir}: no such folder")
-    if files := tar_files(root):
+    listing = list_folder(str(train_data_dir))
+    root = listing.root
+    files = [str(root / name) for name in listing.shards or parquet_files(listing)]
+    if listing.left_out:
+        logger.warning("left out of %s: %s", root, "; ".join(listing.left_out))
+    if listing.shards:
         return str(root), files, None
-    files = [str(root / file) for file in parquet_files(root)]
     if not files:
         raise UserError(
             f"--streaming reads .tar or .parquet files, and --train_data_dir {train_data_dir} holds none; leave out --streaming"
         )
-    return str(root), files, datasets.load_dataset_builder("parquet", data_files={"train": files}, cache_dir=cache_dir)
+    escaped = {"train": list(map(glob.escape, files))}
+    return str(root), files, datasets.load_dataset_builder("parquet", data_files=escaped, cache_dir=cache_dir)
 
 
 def _streaming_table(builder: Any) -> Any:

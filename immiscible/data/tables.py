@@ -1,27 +1,24 @@
-"""Tables of images: data sets of the hub, folders of images, parquet files."""
+"""Tables of images: data sets of the hub, parquet files; folders of images become such tables in `immiscible.data.folders`."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import io
-import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from immiscible.data.sources import IMAGE_EXTENSIONS, open_image
+from immiscible.data.listing import Listing
+from immiscible.data.sources import captions_in, open_image
 from immiscible.errors import UserError, first_line
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,7 @@ class TableImages:
         fingerprint: see `ImageSource`.
         labels: the same rows with the one column of classes, a `datasets.ClassLabel`, or None.
         texts: the same rows with the one column of captions, or None.
+        folders: where the files are that relative paths name.
     """
 
     table: Any
@@ -44,6 +42,7 @@ class TableImages:
     labels: Any = None
     texts: Any = None
     channels: int = 3
+    folders: Sequence[str] = ()
 
     @cached_property
     def class_names(self) -> Sequence[str] | None:
@@ -63,13 +62,17 @@ class TableImages:
         cell = self.table[index][self.column]
         if cell is None:
             raise ValueError("the row holds no image")
-        return open_image(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+        return open_image(self._found(cell["path"]) if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+
+    def _found(self, path: str) -> str:
+        """A path of the table as one that can be opened."""
+        return next((found for folder in self.folders if os.path.exists(found := os.path.join(folder, path))), path)
 
     def name(self, index: int) -> str:
         """The image's path, or its row with the file name that the table remembers."""
         cell = self.table[index][self.column] or {"bytes": None, "path": None}
         if cell["path"] and cell["bytes"] is None:
-            return str(cell["path"])
+            return self._found(cell["path"])
         return f"row {index} of {self.origin}" + (f" ({cell['path']})" if cell["path"] else "")
 
     def label(self, index: int) -> int:
@@ -120,10 +123,10 @@ class TableImages:
         column, names = self._caption_kind
         if isinstance(value, int):
             value = names[value] if 0 <= value < len(names) else None
-        found = [value] if isinstance(value, str) else value
-        if not found or not all(isinstance(text, str) and text.strip() for text in found):
+        found = captions_in(value)
+        if found is None:
             raise ValueError(f"it has no caption in column {column!r}")
-        return list(found)
+        return found
 
     def sizes(self) -> np.ndarray:
         """Bytes of each encoded image, int64 [N], its cell's or its file's; -1 where there is none."""
@@ -135,6 +138,7 @@ class TableImages:
             paths = chunk.field("path")
             for row in np.flatnonzero(sizes < 0):
                 path = paths[int(row)].as_py()
+                path = path and self._found(path)
                 sizes[row] = os.path.getsize(path) if path and os.path.exists(path) else -1
             found.append(sizes)
         return np.concatenate(found)
@@ -161,73 +165,42 @@ def hub_images(
     origin = name if config is None else f"{name}/{config}"
     labels = only_labels(table, label_column, origin, labels_for)
     texts = only_texts(table, caption_column, origin)
-    return TableImages(only_images(table, column, origin), column, origin, f"{origin}, {_summary(table)}", labels, texts)
+    return TableImages(only_images(table, column, origin), column, origin, f"{origin}, {summary(table)}", labels, texts)
 
 
-def folder_images(
-    folder: str, column: str, label_column: str | None, labels_for: str | None, caption_column: str | None, cache_dir: str | None
+def parquet_images(
+    listing: Listing, column: str, label_column: str | None, labels_for: str | None, caption_column: str | None, cache_dir: str | None
 ) -> TableImages:
-    """A local folder of images or of parquet files, likewise."""
+    """A local folder of parquet files, likewise; relative paths in them are from where they lie."""
     import datasets
 
-    root = Path(folder).expanduser().resolve()
-    if not root.is_dir():
-        raise UserError(f"--train_data_dir {folder}: no such folder")
-    parquet = parquet_files(root)
-    splits = not parquet and _names_splits(root)
-    # Neither builder serves a stale table: the key of its cache has every file's path and modification time.
+    root, names = str(listing.root), parquet_files(listing)
+    files = [os.path.join(root, name) for name in names]
+    # The builder serves no stale table: the key of its cache has every file's path and modification time.
     try:
         with _no_progress_bars():
-            if parquet:
-                table = datasets.load_dataset(
-                    "parquet", data_files=[str(root / file) for file in parquet], cache_dir=cache_dir, split="train"
-                )
-            else:
-                # Told that all files are training images, `datasets` does not search them 66 times for the names of splits.
-                files = None if splits else {"train": "**"}
-                table = datasets.load_dataset("imagefolder", data_dir=str(root), data_files=files, cache_dir=cache_dir, split="train")
-    except Exception as error:  # an empty folder alone comes as three types
-        wanted = "cannot read its .parquet files" if parquet else "no training images found in it, nor .parquet files"
-        if not parquet and any(_image_files(root)):
-            wanted = "cannot read its images and what their metadata.jsonl says"
-        raise UserError(f"--train_data_dir {folder}: {wanted} ({first_line(error)})") from error
-    images = only_images(table, column, str(root))
-    within = f"{root}{os.sep}"
-    names = parquet or [path.removeprefix(within) for path in _paths(images, column)]
+            table = datasets.load_dataset("parquet", data_files=list(map(glob.escape, files)), cache_dir=cache_dir, split="train")
+    except Exception as error:  # Arrow's and datasets' own types
+        raise UserError(f"--train_data_dir {root}: cannot read its .parquet files ({first_line(error)})") from error
+    images = only_images(table, column, root)
     digest = hashlib.blake2b("\n".join(sorted(names)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    labels = only_labels(table, label_column, str(root), labels_for)
-    texts = only_texts(table, caption_column, str(root))
-    if not parquet and not splits and set(table.column_names) - {"image", "label"}:  # it has metadata, which name the images
-        unnamed = sorted(set(_image_files(root)).difference(names))
-        if unnamed:
-            logger.warning("%d images of %s are in no line of its metadata and are left out, the first %s", len(unnamed), root, unnamed[0])
-    return TableImages(images, column, str(root), f"a folder of {_summary(table)}, file names {digest}", labels, texts)
+    labels = only_labels(table, label_column, root, labels_for)
+    texts = only_texts(table, caption_column, root)
+    folders = tuple(dict.fromkeys(map(os.path.dirname, files)))
+    return TableImages(images, column, root, f"a folder of {summary(table)}, file names {digest}", labels, texts, folders=folders)
 
 
-def _summary(table: Any) -> str:
+def summary(table: Any) -> str:
+    """How many images, and which columns."""
     return f"{len(table)} images, columns {' '.join(sorted(table.column_names))}"
 
 
-def parquet_files(root: Path) -> list[str]:
-    """Relative paths. As `datasets` does, files named after a split (``train-00000.parquet``) count only if that is ``train``."""
-    found = sorted(glob.glob("**/*.parquet", root_dir=root, recursive=True))
-    found = [file for file in found if Path(file).name != "metadata.parquet"]  # that one describes an image folder
-    return [file for file in found if re.search(r"(?:^|[^a-z0-9])train(?:ing)?(?![a-z0-9])", file.lower())] or found
-
-
-def _image_files(root: Path) -> Iterator[str]:
-    """Relative paths of what looks like an image; hidden ones are not looked at, as by `datasets`."""
-    endings = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        found = (name for name in names if name.lower().endswith(endings) and not name.startswith((".", "__")))
-        yield from (os.path.join(folder, name).removeprefix(f"{root}{os.sep}") for name in found)
-
-
-def _names_splits(root: Path) -> bool:
-    """Whether any file might count as one of a certain split for `datasets`; it has narrower rules than this."""
-    word = re.compile(r"train|val|dev|test|eval|-of-|^data$|^task\.toml$|^instruction\.md$", re.IGNORECASE)
-    return any(word.search(name) for _, folders, names in os.walk(root, followlinks=True) for name in (*folders, *names))
+def parquet_files(listing: Listing) -> list[str]:
+    """The parquet files of a folder. Those of the hub are named after splits (``train-00000.parquet``): if some are, they count alone."""
+    named = [file for file in listing.tables if re.search(r"(?:^|[^a-z0-9])train(?:ing)?(?![a-z0-9])", file.lower())]
+    if named and len(named) < len(listing.tables):
+        listing.left_out.append(f"{len(listing.tables) - len(named)} .parquet files beside those named after the split `train`")
+    return named or listing.tables
 
 
 def only_images(table: Any, column: str, origin: str) -> Any:
@@ -279,11 +252,6 @@ def only_texts(table: Any, column: str | None, origin: str) -> Any:
     if not isinstance(kind, datasets.ClassLabel) and getattr(element, "dtype", "") not in ("string", "large_string"):
         raise UserError(f"--caption_column {column!r} of {origin} holds {kind}, not texts, lists of texts or classes (ClassLabel)")
     return table.select_columns([column])
-
-
-def _paths(table: Any, column: str) -> list[str]:
-    chunks = table.data.column(column).chunks  # from Arrow: a million rows in a second
-    return [path for chunk in chunks for path in chunk.field("path").to_pylist() if path]
 
 
 @contextmanager

@@ -6,7 +6,6 @@ done with its samples is told in `immiscible.data.shards` and `immiscible.data.s
 
 from __future__ import annotations
 
-import glob
 import io
 import json
 import os
@@ -14,12 +13,11 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from PIL import Image
 
-from immiscible.data.sources import IMAGE_EXTENSIONS, open_image
+from immiscible.data.sources import captions_in, image_extensions, open_image
 from immiscible.errors import UserError
 
 LARGEST_CLASS = 999_999  # a longer number in .cls is no class but some identifier
@@ -37,8 +35,9 @@ class Columns:
     """Which members of a sample are its image and its caption.
 
     Args:
-        image: ``image`` for the first member with one of `IMAGE_EXTENSIONS`, else the extension itself, such as ``png``.
-        caption: ``text`` or ``txt`` for the ``.txt`` member, else a key of the ``.json`` member; None if the run does without.
+        image: ``image`` for the first member with one of `image_extensions`, else the extension itself, such as ``png``.
+        caption: ``text`` or ``txt`` for the ``.txt`` member, a name that ends in ``.txt`` for the member so called, else a key of the
+            ``.json`` member; None if the run does without.
     """
 
     image: str = "image"
@@ -46,7 +45,7 @@ class Columns:
 
     def is_image(self, extension: str) -> bool:
         """Whether a member so named is the image."""
-        return extension in IMAGE_EXTENSIONS if self.image == "image" else extension == self.image
+        return extension in image_extensions() if self.image == "image" else extension == self.image
 
     def is_used(self, extension: str) -> bool:
         """Whether a run needs a member so named."""
@@ -55,7 +54,9 @@ class Columns:
     @property
     def caption_member(self) -> str | None:
         """The extension of the member that holds the caption."""
-        return self.caption and ("txt" if self.caption in ("text", "txt") else "json")
+        if self.caption in ("text", "txt"):
+            return "txt"
+        return self.caption if not self.caption or self.caption.endswith(".txt") else "json"
 
 
 @dataclass(frozen=True)
@@ -108,19 +109,35 @@ class TarSample:
             ValueError: there are none.
         """
         member, column = self.columns.caption_member, self.columns.caption
-        found: Any = self.members.get(member or "", b"").decode()
-        if member == "json" and found:
-            found = json.loads(found)
-            found = found.get(column) if isinstance(found, dict) else None
-        texts = [found] if isinstance(found, str) else found
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        content = self.members.get(member or "")
+        texts = None if content is None else captions_of_file(content, column if member == "json" else None)
+        if texts is None:
             raise ValueError(f"it has no caption (--caption_column {column}: {caption_place(self.columns)})")
-        return [text.strip() for text in texts]
+        return texts
 
 
 def caption_place(columns: Columns) -> str:
     """Where captions are looked for, in words."""
-    return "its .txt member" if columns.caption_member == "txt" else f"the key {columns.caption!r} of its .json member"
+    member = columns.caption_member
+    return f"the key {columns.caption!r} of its .json member" if member == "json" else f"its .{member} member"
+
+
+def captions_of_file(content: bytes, key: str | None) -> list[str] | None:
+    """The captions in a file that belongs to one image; None if there are none.
+
+    Args:
+        content: of the file: a text, or with ``key`` JSON.
+        key: where in the JSON the captions are.
+
+    Raises:
+        ValueError: it is no UTF-8, or no JSON.
+    """
+    found: Any = content.decode("utf-8-sig")
+    if key is not None:
+        found = json.loads(found) if found.strip() else None
+        found = found.get(key) if isinstance(found, dict) else None
+    texts = captions_in(found)
+    return None if texts is None else [text.strip() for text in texts]
 
 
 def class_number(content: bytes) -> int:
@@ -176,11 +193,6 @@ def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     """A member's bytes."""
     file = tar.extractfile(member)
     return file.read() if file else b""
-
-
-def tar_files(root: Path) -> list[str]:
-    """The paths of a folder's shards at any depth, in the order of their names."""
-    return sorted(str(root / file) for file in glob.glob("**/*.tar", root_dir=root, recursive=True))
 
 
 def check_label_column(label_column: str | None, caption_column: str | None) -> None:

@@ -40,6 +40,7 @@ from immiscible.data.shards import ShardImages
 from immiscible.data.sources import ImageSource, Subset
 from immiscible.data.tables import TableImages
 from immiscible.data.transforms import ImageTransform
+from immiscible.encoding.cache_manifest import FORMAT, INDEX, check_files, read_manifest, settings_that_differ, shard_name
 from immiscible.encoding.encoders import LatentEncoder
 from immiscible.encoding.texts import TextToImageEncoder
 from immiscible.errors import UserError
@@ -50,24 +51,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
     Parts: TypeAlias = StableDiffusion | AutoencoderKL
-
-MANIFEST = "manifest.json"
-INDEX = "index.safetensors"
-FORMAT = 2  # of the files; a cache of another format is refused
-
-# What must be equal for a cache to serve a run, in words that say which flag it is.
-MUST_AGREE = {
-    "format": "the cache's format",
-    "vae": "the VAE's encoder (a hash of its weights; --pretrained_model_name_or_path, --vae_model_name_or_path)",
-    "scaling_factor": "the VAE's scaling factor",
-    "text_encoder": "the text encoder or tokenizer of --pretrained_model_name_or_path (a hash)",
-    "resolution": "--resolution",
-    "crop": "the crop (--crop, --center_crop)",
-    "interpolation": "--preserve_input_precision or --image_interpolation_mode",
-    "image_column": "--image_column",
-    "caption_column": "--caption_column",
-    "data": "the data",
-}
 
 
 @dataclass(frozen=True)
@@ -164,11 +147,6 @@ def _mapped(path: str, name: str, fingerprint: str) -> Any:
     return safe_open(path, framework="numpy").get_slice(name)
 
 
-def shard_name(kind: str, number: int) -> str:
-    """``latents-00000.safetensors``."""
-    return f"{kind}-{number:05d}.safetensors"
-
-
 def caption_digest(caption: str) -> int:
     """64 bits that stand for a caption."""
     return int.from_bytes(hashlib.blake2b(caption.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
@@ -233,7 +211,7 @@ class CachedImages:
     def captions(self, index: int) -> Sequence[str]:
         """Those of the source, all of which are in the cache; others make it a `BadImage`, as a missing caption does."""
         captions = self.source.captions(index)
-        if not isinstance(self.source, TableImages):  # whose captions the start has looked up
+        if getattr(self.source, "texts", None) is None:  # else the start has looked them up
             self.cache.rows_of(captions)
         return captions
 
@@ -319,24 +297,13 @@ def open_cache(folder: Path, data: ImageArguments, parts: Parts, source: ImageSo
         found.append(f"it was encoded in {manifest['precision']} and this run would encode in {here} (--mixed_precision)")
     if found:
         raise UserError(f"--latent_cache_dir {folder} was not made for this run: {'; '.join(found)}; {make} another --latent_cache_dir")
-    _check_files(folder, manifest["files"], again)
+    check_files(folder, manifest, again)
     cache = LatentCache(folder, manifest)
     try:
         cache.check_data(inner)
     except ValueError as error:
         raise UserError(f"--latent_cache_dir {folder}: {error}; {again} to mend it") from None
     return cache
-
-
-def _check_files(folder: Path, files: Mapping[str, Any], again: str) -> None:
-    """Whether all are there with their sizes; ``again`` says how to make them."""
-    if not files:
-        raise UserError(f"--latent_cache_dir {folder} is not finished; {again} to go on")
-    for name, facts in files.items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != facts["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
-            raise UserError(f"--latent_cache_dir {folder}: {name} {found}; {again} to mend it")
 
 
 def cache_settings(data: ImageArguments, parts: Parts, source: ImageSource) -> dict[str, Any]:
@@ -373,27 +340,3 @@ def _text_digest(parts: StableDiffusion) -> str:
 def precision_name(mixed_precision: str | None) -> str:
     """Torch's name for what ``--mixed_precision`` says."""
     return str(PRECISIONS.get(mixed_precision or "no", torch.float32)).removeprefix("torch.")
-
-
-def settings_that_differ(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """In words, of what must agree."""
-    different = [name for name in MUST_AGREE if cached.get(name) != wanted[name]]
-    return [f"{MUST_AGREE[name]} was {cached.get(name)} in the cache and is {wanted[name]} here" for name in different]
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's `MANIFEST`; None if there is none.
-
-    Raises:
-        UserError: it is not that of a cache.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        if manifest["settings"].keys() and manifest["files"] is not None and manifest["rows_per_shard"]:
-            return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{path} is not the manifest of a latent cache; give another --latent_cache_dir")

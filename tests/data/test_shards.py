@@ -210,13 +210,13 @@ def test_bad_samples_are_named_and_skipped_only_on_request(tmp_path, caplog):
         "2.txt": b"no image",
         "3.png": png(),
         "4.png": png(),
-        "4.txt": b"  \n",
-        "5.png": png(),
-        "5.txt": b"\xff\xfe",
+        "4.txt": b"\xff\xfe",
+        "5.png": png(seed=5),
+        "5.txt": b"  \n",
     }
     write_tar(tmp_path / "s" / "x.tar", members)
     source = load(tmp_path / "s", caption_column="text")
-    reasons = ["truncated", "has no image (only txt)", "no caption", "no caption", "utf-8"]
+    reasons = ["truncated", "has no image (only txt)", "no caption", "utf-8"]
     dataset = ImageDataset(source, ImageTransform(8), with_captions=True)
     for index, reason in enumerate(reasons, start=1):
         (bad,) = dataset[0, index]["bad"]
@@ -227,8 +227,24 @@ def test_bad_samples_are_named_and_skipped_only_on_request(tmp_path, caplog):
     dataset.skip_bad_images = True
     with caplog.at_level("WARNING", logger="immiscible"):
         batches = list(images_of(build_loader(dataset, order, 0, CPU), skip_bad_images=True))
-    assert all(batch.captions == ["caption 0"] * 6 for batch in batches)
-    assert "(5 skipped so far)" in caplog.text and caplog.text.count("skipped image") == 5
+    assert {caption for batch in batches for caption in batch.captions} == {"caption 0", ""}  # a blank one is the empty prompt
+    assert "(4 skipped so far)" in caplog.text and caplog.text.count("skipped image") == 4
+
+
+def test_members_with_longer_names_are_image_and_caption(tmp_path):
+    """As data sets of edited images have them."""
+    pairs = [(f"{i}.{kind}", content) for i in range(3) for kind, content in (("input.jpg", png(seed=i)), ("outputs.txt", b"a %d" % i))]
+    write_tar(tmp_path / "x.tar", pairs)
+    source = load(tmp_path, image_column="input.jpg", caption_column="outputs.txt")
+    assert [source.captions(i) for i in range(3)] == [["a 0"], ["a 1"], ["a 2"]] and source.load(0).size == (10, 8)
+    with pytest.raises(UserError, match=r"its \.missing\.txt member, not found in .*members input\.jpg, outputs\.txt"):
+        load(tmp_path, image_column="input.jpg", caption_column="missing.txt")
+
+
+def test_shards_in_held_out_folders_are_not_trained_on(tmp_path, caplog):
+    for name in ("train/0", "val/1", "2"):
+        write_tar(tmp_path / f"{name}.tar", captioned(0, 2))
+    assert len(load(tmp_path)) == 2 and "2 files in the folder itself, val (beside train)" in caplog.text
 
 
 def test_one_of_the_first_samples_must_have_what_the_run_needs(tmp_path):

@@ -15,8 +15,10 @@ from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError
 
 
-@pytest.mark.parametrize("names", [["cat/1.png", "dog/2.png"], ["a/train/1.png", "a/test/2.png"], ["train-1.png", "x.png"], ["data/1.png"]])
-def test_the_quick_search_of_a_folder_finds_what_datasets_finds(tmp_path, names):
+@pytest.mark.parametrize(
+    "names", [["cat/1.png", "dog/2.png"], ["z.png", "B.jpg", "a/b/c.png"], ["train/a/1.png", "train/b/2.png"], ["data/1.png"]]
+)
+def test_a_folder_is_in_the_order_and_has_the_classes_that_datasets_gives_it(tmp_path, names):
     import datasets
 
     for name in names:
@@ -69,9 +71,11 @@ def test_images_that_the_metadata_leave_out_are_told(tmp_path, caplog):
         (tmp_path / "metadata.jsonl").write_text("".join(lines[:count]))
         with caplog.at_level("WARNING", logger="immiscible"):
             assert len(load_images(train_data_dir=str(tmp_path), caption_column="text")) == count
-        assert ("1 images of" in caplog.text and "the first deep/2.png" in caplog.text) == (count == 2)
+        assert ("1 images that are in no line" in caplog.text and "the first deep/2.png" in caplog.text) == (count == 2)
     (tmp_path / "metadata.jsonl").write_text(lines[0] + "{")
-    with pytest.raises(UserError, match=r"cannot read its images and what their metadata\.jsonl says \(JSON parse error"):
+    with pytest.raises(
+        UserError, match=r"cannot read its images and what their metadata\.jsonl says \(JSON parse error.*; metadata\.jsonl\)"
+    ):
         load_images(train_data_dir=str(tmp_path), caption_column="text")
 
 
@@ -94,6 +98,18 @@ def test_parquet_with_image_structs(tmp_path):
     assert len(load_images(train_data_dir=str(tmp_path))) == 2  # and not the cached three
 
 
+def test_paths_in_parquet_are_from_where_it_lies(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    arrays = {name: noise(4, 6, 3) for name in ("x/0.png", "y/0.png")}
+    for name, array in arrays.items():
+        save(tmp_path / "images" / name, array)
+    (tmp_path / "table").mkdir()
+    write_parquet(tmp_path / "table [1]" / "a.parquet", image=[str(Path("..", "images", name)) for name in arrays])
+    source = load_images(train_data_dir=str(tmp_path / "table [1]"))
+    assert [np.array_equal(source.load(i), array) for i, array in enumerate(arrays.values())] == [True, True]
+    assert source.sizes().tolist() == [(tmp_path / "images" / name).stat().st_size for name in arrays]
+
+
 def test_parquet_of_raw_bytes_in_a_named_column_and_an_empty_row(tmp_path):
     array = noise(4, 4)
     write_parquet(tmp_path / "a.parquet", picture=[encoded(array), None])
@@ -114,12 +130,12 @@ def test_sizes_of_cells_and_files(tmp_path):
 def test_captions_of_a_whole_table(tmp_path):
     cells = [{"bytes": b"", "path": None}] * 5
     write_parquet(tmp_path / "a.parquet", image=cells, text=["a", " \n", None, "b", ""], several=[["a", "b"], [], ["c", " "], None, ["d"]])
-    for column, wanted in (("text", [["a"], None, None, ["b"], None]), ("several", [["a", "b"], None, None, None, ["d"]])):
+    for column, wanted in (("text", [["a"], [""], None, ["b"], [""]]), ("several", [["a", "b"], None, ["c"], None, ["d"]])):
         source = load_images(train_data_dir=str(tmp_path), caption_column=column)
         found = [None if isinstance(captions, ValueError) else captions for captions in source.all_captions(range(5))]
         assert found == wanted and [None if isinstance(e, ValueError) else e for e in source.all_captions(range(3, 4))] == wanted[3:4]
         with pytest.raises(ValueError, match=f"it has no caption in column '{column}'"):
-            source.captions(2)
+            source.captions(wanted.index(None))
 
 
 def test_the_names_of_caption_classes_are_looked_up_once(tmp_path, monkeypatch):

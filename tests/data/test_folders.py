@@ -1,0 +1,301 @@
+"""Folders as people have them: the names in them, captions beside images, links, other files; through the scripts as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from launch import flags, tiny
+from pictures import noise, save
+from PIL import Image, features
+from tiny_text import FINETUNE, model_folder, tiny_text
+
+from immiscible.data.loading import load_images
+from immiscible.errors import UserError
+
+
+def fill(root: Path, *names: str) -> Path:
+    """Images; a file of another kind is a line of text."""
+    for name in names:
+        path = root / name
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".jfif"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kind = {".avif": "AVIF", ".webp": "WEBP", ".bmp": "BMP", ".png": "PNG"}.get(path.suffix.lower(), "JPEG")
+            Image.fromarray(noise(40, 36, 3)).save(path, kind)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("some words\n")
+    return root
+
+
+def described(root: Path, texts: dict[str, object], name: str = "metadata.jsonl") -> Path:
+    (root / name).write_text("".join(json.dumps({"file_name": file, "text": text}) + "\n" for file, text in texts.items()))
+    return root
+
+
+def images_used(script, tmp_path: Path, folder: Path, **changes) -> tuple[int, str]:
+    """How many images a run trains on, and the line about those that it leaves out."""
+    run = tmp_path / "run"
+    changes = {"train_data_dir": folder, "train_batch_size": 2, "max_train_steps": 1, "overwrite_output_dir": run.exists(), **changes}
+    result = script(tiny(run, **changes))
+    assert result.code == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "left out of" in line]
+    assert len(lines) <= 1
+    (count,) = set(re.findall(rf"{re.escape(str(folder.resolve()))}: (\d+) images", result.stdout + result.stderr))
+    return int(count), "".join(lines)
+
+
+def captioned_run(script, tmp_path: Path, folder: Path, **changes):
+    changes = {"train_data_dir": folder, "train_batch_size": 2, "max_train_steps": 2, "use_lora": True, **changes}
+    return script(tiny_text(changes.pop("output_dir", tmp_path / "run"), **changes), program=FINETUNE)
+
+
+def captions_of(folder: Path, column: str = "text", **changes) -> dict[str, list[str]]:
+    source = load_images(train_data_dir=str(folder), caption_column=column, **changes)
+    return {os.path.relpath(source.name(i), folder): list(source.captions(i)) for i in range(len(source))}
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cat.png", "train.png", "bus.png", "dog.png"),
+        ("photo of test tubes.jpg", "val.jpg", "IMG_0.jpg", "dev-1.jpg"),
+        ("a.jpg", "b.jpg", "c.jpg", "eval.jpg", "training_notes.txt", "validation.json", "test_log.csv", "dev.md"),
+        ("rome/train/1.png", "rome/test/2.png", "oslo/val/3.png", "oslo/x/4.png"),
+    ],
+)
+def test_names_of_files_and_of_inner_folders_decide_nothing(script, tmp_path, names):
+    assert images_used(script, tmp_path, fill(tmp_path / "photos", *names)) == (4, "")
+
+
+def test_metadata_are_read_whatever_the_images_are_called(script, tmp_path):
+    names = ("photo of a train.jpg", "photo of test tubes.jpg", "cat.jpg", "val.png")
+    folder = described(fill(tmp_path / "photos", *names), {name: f"about {name}" for name in names})
+    assert captioned_run(script, tmp_path, folder).code == 0
+    assert captions_of(folder) == {name: [f"about {name}"] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("names", "used", "line"),
+    [
+        (("train/1.png", "train/2.png", "test/3.png", "val/4.png", "val/5.png"), 2, "3 files in test, val (beside train)"),
+        (("Training/1.png", "Training/2.png", "Validation/3.png"), 2, "1 files in Validation (beside Training)"),
+        (("train2017/1.png", "train2017/2.png", "val2017/3.png"), 2, "1 files in val2017 (beside train2017)"),
+        (("train/1.png", "train/2.png", "train/3.png", "4.png", "more/5.png"), 3, "2 files in the folder itself, more (beside train)"),
+        (("1.png", "2.png", "eval/3.png"), 2, "1 files in eval (by its name not for training)"),
+    ],
+)
+def test_folders_at_the_top_are_splits_and_what_they_leave_out_is_counted(script, tmp_path, names, used, line):
+    found, left_out = images_used(script, tmp_path, fill(tmp_path / "photos", *names))
+    assert found == used and left_out.endswith(line)
+
+
+def test_held_out_images_alone_are_refused(script, tmp_path):
+    result = script(tiny(tmp_path / "run", train_data_dir=fill(tmp_path / "photos", "test/1.png", "val/2.png")))
+    assert result.code == 2 and "holds nothing but test, val" in result.error and not (tmp_path / "run").exists()
+
+
+def test_the_folder_of_a_run_is_no_training_data(script, tmp_path):
+    folder = fill(tmp_path / "photos", "1.png", "2.png", "3.png")
+    other = tmp_path / "elsewhere"
+    assert script(tiny(other, max_train_steps=1)).code == 0
+    assert (other / ".immiscible-run").exists()
+    save(other / "samples" / "1.png", noise(8, 8, 3))
+    other.rename(folder / "old run")
+    assert images_used(script, tmp_path, folder) == (3, f"left out of {folder}: 1 folders of runs, the first old run")
+
+
+@pytest.mark.parametrize("name", ["photos [2023]", "what? * [a-z]", "{a,b}"])
+def test_brackets_in_the_path(script, tmp_path, name):
+    assert images_used(script, tmp_path, fill(tmp_path / name, "1.png", "2 [x].png")) == (2, "")
+
+
+# Formats and other files
+
+
+def test_what_pillow_reads_is_read_and_what_looks_like_an_image_is_counted(script, tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    folder = fill(tmp_path / "photos", "a.avif", "b.JFIF", "c.WEBP", "d.jpg", "x.heic", "y.HEIC", "z.jxl", "q.svg", "notes.txt")
+    found, left_out = images_used(script, tmp_path, folder)
+    assert found == 4
+    for what in ("2 .heic files, which are not read here (`pip install pillow-heif`)", "1 .jxl files", "1 .svg files"):
+        assert what in left_out
+    result = script(tiny(tmp_path / "other", train_data_dir=fill(tmp_path / "phone", "x.heic", "y.heic")))
+    assert result.code == 2 and "no training images found" in result.error and "2 .heic files" in result.error
+
+
+def test_archives_are_to_be_unpacked(script, tmp_path):
+    folder = fill(tmp_path / "photos", "0.png", "1.png")
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.write(folder / "0.png", "a/0.png")
+    (tmp_path / "packed").mkdir()
+    for name in ("archive.zip", "more.tar.gz"):
+        (tmp_path / "packed" / name).write_bytes((tmp_path / "archive.zip").read_bytes())
+    result = script(tiny(tmp_path / "run", train_data_dir=tmp_path / "packed"))
+    assert result.code == 2 and "unpack archive.zip" in result.error
+    (tmp_path / "archive.zip").rename(folder / "archive.zip")
+    found, left_out = images_used(script, tmp_path, folder)
+    assert found == 2 and left_out.endswith("1 archives (unpack them), the first archive.zip")
+
+
+def test_images_beside_shards_or_tables_of_images_are_refused(script, tmp_path):
+    for kind in ("tar", "parquet"):
+        folder = fill(tmp_path / kind, *(f"{i}.jpg" for i in range(6)))
+        if kind == "tar":
+            with tarfile.open(folder / "backup.tar", "w") as tar:
+                tar.add(folder / "0.jpg", "x.jpg")
+        else:
+            pq.write_table(pa.table({"image": [(folder / "0.jpg").read_bytes()]}), folder / "x.parquet")
+        result = script(tiny(tmp_path / "run", train_data_dir=folder))
+        assert result.code == 2 and "holds both images (6, the first 0.jpg) and" in result.error and f".{kind} files (1" in result.error
+
+
+def test_the_files_that_img2dataset_writes(script, tmp_path):
+    folder = tmp_path / "laion"
+    for number in range(4):
+        fill(folder, f"00000/{number:09}.jpg")
+        (folder / f"00000/{number:09}.txt").write_text(f"caption {number}")
+        (folder / f"00000/{number:09}.json").write_text(json.dumps({"caption": f"alt {number}", "status": "success"}))
+    pq.write_table(pa.table({"url": ["x"] * 4, "caption": ["y"] * 4}), folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text("{}")
+    result = captioned_run(script, tmp_path, folder)
+    assert result.code == 0 and "1 .parquet files without a column 'image'" in result.stderr
+    assert list(captions_of(folder).values()) == [[f"caption {number}"] for number in range(4)]
+    assert list(captions_of(folder, "caption").values()) == [[f"alt {number}"] for number in range(4)]
+    result = captioned_run(script, tmp_path, folder, caption_column="words", output_dir=tmp_path / "other")
+    assert result.code == 2 and "--caption_column 'words' is not in" in result.error and "000000000.json" in result.error
+
+
+# Links
+
+
+def test_linked_folders_are_read_once_and_loops_are_left_out(script, tmp_path):
+    fill(tmp_path / "real", "1.png", "deep/2.png")
+    folder = fill(tmp_path / "photos", "own.png", "inner/3.png")
+    links = {"sub": "../real", "loop": ".", "up": "..", "again": "inner", "inner/back": "../../real", "absent": "nowhere"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    found, left_out = images_used(script, tmp_path, folder)
+    assert found == 4 and "4 links to folders that are read already or hold this one" in left_out
+    source = load_images(train_data_dir=str(folder))
+    assert {os.path.relpath(source.name(i), folder) for i in range(4)} >= {"own.png", "inner/3.png"}
+
+
+# Captions
+
+
+@pytest.mark.parametrize("names", [("{}.txt",), ("{}.caption",), ("{}.png.txt",), ("{}.TXT",)])
+def test_captions_beside_the_images(script, tmp_path, names):
+    folder = fill(tmp_path / "photos", *(f"{number:03}.png" for number in range(6)), "notes.txt")
+    for number in range(6):
+        for name in names:
+            (folder / name.format(f"{number:03}")).write_bytes(b"\xef\xbb\xbf" + f"a thing {number},\nüber\n".encode())
+    result = captioned_run(script, tmp_path, folder)
+    assert result.code == 0, result.stderr
+    assert captions_of(folder) == {f"{number:03}.png": [f"a thing {number},\nüber"] for number in range(6)}
+
+
+def test_images_without_their_caption_file_are_told_at_the_start(script, tmp_path):
+    folder = fill(tmp_path / "photos", *(f"{number}.png" for number in range(6)), "1.txt", "2.txt", "3.txt")
+    (folder / "4.txt").write_text("")
+    result = captioned_run(script, tmp_path, folder)
+    assert result.code == 2 and "2 of 6 images in" in result.error and "the first 0.png" in result.error
+    assert not (tmp_path / "run").exists()
+    result = captioned_run(script, tmp_path, folder, skip_bad_images=True, max_train_steps=4)
+    assert result.code == 0 and "it has no caption file beside it" in result.stderr
+    assert load_images(train_data_dir=str(folder), caption_column="text", skip_bad_images=True).captions(4) == [""]
+
+
+def test_a_folder_without_captions_says_where_they_are_looked_for(script, tmp_path):
+    folder = fill(tmp_path / "data" / "images", "1.png", "2.png")
+    (tmp_path / "data" / "metadata.jsonl").write_text('{"file_name": "images/1.png", "text": "a"}\n')
+    result = captioned_run(script, tmp_path, folder)
+    assert result.code == 2 and "neither .txt or .caption files beside the images nor a metadata.jsonl" in result.error
+    assert f"{tmp_path / 'data' / 'metadata.jsonl'} lies above this folder" in result.error
+
+
+def test_an_edited_caption_file_is_noticed_by_the_cache_of_latents(script, tmp_path):
+    folder = fill(tmp_path / "photos", *(f"{number}.png" for number in range(4)), *(f"{number}.txt" for number in range(4)))
+    shared = {"latent_cache_dir": tmp_path / "cache", "center_crop": True}
+    words = {"pretrained_model_name_or_path": model_folder(), "train_data_dir": folder, "resolution": 32, "train_batch_size": 4}
+    made = script(flags({**words, **shared}), program="scripts/precompute_latents.py")
+    assert made.code == 0, made.stderr
+    assert captioned_run(script, tmp_path, folder, cache_latents=True, **shared).code == 0
+    for number in range(4):
+        (folder / f"{number}.txt").write_text("other words")
+    result = captioned_run(script, tmp_path, folder, cache_latents=True, output_dir=tmp_path / "other", **shared)
+    assert result.code == 1 and "'other words' is not in the latent cache" in result.error
+
+
+def test_empty_captions_are_the_empty_prompt(script, tmp_path):
+    texts = {"0.png": "a cat", "1.png": "", "2.png": "   ", "3.png": "a dog"}
+    folder = described(fill(tmp_path / "photos", *texts), texts)
+    assert captioned_run(script, tmp_path, folder, max_train_steps=4).code == 0
+    assert captions_of(folder) == {"0.png": ["a cat"], "1.png": [""], "2.png": [""], "3.png": ["a dog"]}
+    lists = {"0.png": ["a cat", "", " "], "1.png": [""], "2.png": ["b", "c"], "3.png": ["d"]}
+    assert list(captions_of(described(folder, lists)).values()) == [["a cat"], [""], ["b", "c"], ["d"]]
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,NA\n1.png,\n2.png,7\n3.png,a dog\n")
+    assert list(captions_of(folder).values()) == [["NA"], [""], ["7"], ["a dog"]]
+
+
+def test_a_missing_caption_is_an_error(script, tmp_path):
+    texts = {"0.png": "a cat", "1.png": None, "2.png": "b", "3.png": None}
+    result = captioned_run(script, tmp_path, described(fill(tmp_path / "photos", *texts), texts), train_batch_size=4)
+    assert result.code != 0 and "1.png" in result.error and "no caption" in result.error and "2 of" in result.error
+    assert not (tmp_path / "run").exists()
+
+
+# Metadata
+
+
+def test_metadata_above_the_folders_of_the_splits(script, tmp_path):
+    names = [f"{split}/t{number}.jpg" for split in ("train", "test") for number in range(4)]
+    folder = described(fill(tmp_path / "photos", *names), {name: f"pic {name}" for name in names})
+    result = captioned_run(script, tmp_path, folder)
+    assert result.code == 0 and "4 files in test (beside train)" in result.stderr
+    assert captions_of(folder) == {name: [f"pic {name}"] for name in names[:4]}
+
+
+def test_metadata_with_the_separators_of_windows(tmp_path):
+    folder = described(fill(tmp_path / "photos", "a/0.png", "b/1.png"), {"a\\0.png": "x", ".\\b\\1.png": "y"})
+    assert captions_of(folder) == {"a/0.png": ["x"], "b/1.png": ["y"]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ('{"file_name": "0.png", "text": "a"}\n{"file_name": "gone.png", "text": "b"}\n', "1 of the 2 images .*in row 2.*gone.png"),
+        ('{"file_name": "photos/0.png", "text": "a"}\n', "1 of the 1 images .*photos/photos/0.png; file_name is a path from where"),
+        ('{"file_name": "../../etc/passwd", "text": "a"}\n', "'../../etc/passwd', which does not lie in this folder"),
+        ('{"file": "0.png", "text": "a"}\n', "metadata.jsonl has no column file_name.*its columns: file, text"),
+        ("", "it is empty; metadata.jsonl"),
+    ],
+)
+def test_metadata_are_checked_at_the_start(script, tmp_path, lines, told):
+    folder = fill(tmp_path / "photos", "0.png", "1.png")
+    (folder / "metadata.jsonl").write_text(lines)
+    for result in (captioned_run(script, tmp_path, folder), script(tiny(tmp_path / "run", train_data_dir=folder, train_batch_size=2))):
+        assert result.code == 2 and re.search(told, result.error), result.error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_table_by_semicolons_and_two_metadata_files_are_told(tmp_path):
+    folder = fill(tmp_path / "photos", "0.png")
+    (folder / "metadata.csv").write_text("file_name;text\n0.png;a\n")
+    with pytest.raises(UserError, match=r"its only column is 'file_name;text': separate columns by commas; metadata\.csv"):
+        captions_of(folder)
+    described(folder, {"0.png": "a"})
+    with pytest.raises(UserError, match=r"holds both metadata\.csv and metadata\.jsonl"):
+        captions_of(folder)
