@@ -80,6 +80,15 @@ class FolderArguments:
         """Whether samples are drawn after ``step``, not the last one; ``passed(epochs)``: whether a multiple of that ended in it."""
 
     @abstractmethod
+    def grids(self, max_steps: int, epochs: float) -> int:
+        """How many grids a run of so many steps and epochs draws, the last one included."""
+
+    @property
+    @abstractmethod
+    def grid_calls(self) -> int:
+        """Calls of the network, counted for one image, that a grid takes."""
+
+    @abstractmethod
     def pipeline_is_due(self, passed: Callable[[int], bool]) -> bool:
         """Whether the pipeline is saved, likewise."""
 
@@ -123,6 +132,15 @@ class RunArguments(FolderArguments):
     def grid_is_due(self, step: int, passed: Callable[[int], bool]) -> bool:
         """See `FolderArguments.grid_is_due`."""
         return passed(self.save_images_epochs)
+
+    def grids(self, max_steps: int, epochs: float) -> int:
+        """See `FolderArguments.grids`."""
+        return 1 + (int(epochs) // self.save_images_epochs if self.save_images_epochs else 0)
+
+    @property
+    def grid_calls(self) -> int:
+        """See `FolderArguments.grid_calls`."""
+        return self.eval_batch_size * self.ddpm_num_inference_steps
 
     def pipeline_is_due(self, passed: Callable[[int], bool]) -> bool:
         """See `FolderArguments.pipeline_is_due`."""
@@ -172,6 +190,15 @@ class TextRunArguments(FolderArguments):
     def grid_is_due(self, step: int, passed: Callable[[int], bool]) -> bool:
         """See `FolderArguments.grid_is_due`."""
         return step % self.validation_steps == 0 if self.validation_steps else passed(self.validation_epochs or 1)
+
+    def grids(self, max_steps: int, epochs: float) -> int:
+        """See `FolderArguments.grids`."""
+        return 1 + (max_steps // self.validation_steps if self.validation_steps else int(epochs) // (self.validation_epochs or 1))
+
+    @property
+    def grid_calls(self) -> int:
+        """See `FolderArguments.grid_calls`; guidance takes two calls."""
+        return len(self.prompts) * self.validation_inference_steps * (2 if self.guidance_scale > 1 else 1)
 
     def pipeline_is_due(self, passed: Callable[[int], bool]) -> bool:
         """Only at the end."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from immiscible.errors import UserError
+from immiscible.errors import UserError, first_line
 from immiscible.files import PARTIAL, replace
 from immiscible.training.arguments import OWN_FILES, FolderArguments
 from immiscible.training.markdown import inline, line, table_cell
@@ -107,14 +107,29 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def check_hub(config: FolderArguments) -> None:
+    """Creates the repository before the training, so that a missing token or network costs seconds and not the run.
+
+    Raises:
+        UserError: (exit code 1) it cannot be created.
+    """
+    try:
+        _repository(config)
+    except Exception as error:  # whatever the network, the hub or its client can do wrong; without a network it is no OSError
+        raise UserError(
+            f"--push_to_hub: the repository cannot be created ({first_line(error)}); check --hub_token, --hub_model_id and the network, or "
+            f"leave the flag out and upload {config.folder} later by `hf upload`",
+            exit_code=1,
+        ) from None
+
+
 def push_pipeline(config: FolderArguments, step: int) -> None:
     """Uploads the pipeline, samples, config and metrics, no checkpoints. The card then loads the model from its repository."""
-    from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub import upload_folder
 
     folder = config.folder
     try:
-        name = config.hub_model_id or folder.resolve().name
-        repository = create_repo(name, private=config.hub_private_repo or None, exist_ok=True, token=config.hub_token).repo_id
+        repository = _repository(config)
         name_repository(folder / "README.md", repository)
         upload_folder(
             repo_id=repository,
@@ -123,9 +138,16 @@ def push_pipeline(config: FolderArguments, step: int) -> None:
             commit_message=f"step {step}",
             allow_patterns=[f"{item}/**" if (folder / item).is_dir() else item for item in OWN_FILES if (folder / item).exists()],
         )
-    except Exception as error:  # whatever the network, the hub or its client can do wrong; without a network it is no OSError
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--push_to_hub failed ({first_line}); the run is complete in {folder}", exit_code=1) from None
+    except Exception as error:  # as in `check_hub`
+        raise UserError(f"--push_to_hub failed ({first_line(error)}); the run is complete in {folder}", exit_code=1) from None
+
+
+def _repository(config: FolderArguments) -> str:
+    """The repository's full name; it is created if it is not there."""
+    from huggingface_hub import create_repo
+
+    name = config.hub_model_id or config.folder.resolve().name
+    return str(create_repo(name, private=config.hub_private_repo or None, exist_ok=True, token=config.hub_token).repo_id)
 
 
 def name_repository(card: Path, repo_id: str) -> None:

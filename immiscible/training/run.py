@@ -25,7 +25,7 @@ from immiscible.networks.weights import add_metadata
 from immiscible.objectives import Pairs
 from immiscible.processes import from_main_process, on_main_process
 from immiscible.sampling.pipelines import image_grid
-from immiscible.training.cards import push_pipeline
+from immiscible.training.cards import check_hub, push_pipeline
 from immiscible.training.checkpoints import check_identity, load_checkpoint, save_checkpoint
 from immiscible.training.folder import check_folder, folder_state, prepare_folder, run_identity
 from immiscible.training.log import RunLog
@@ -56,6 +56,8 @@ def run(config: RunConfig, accelerator: Accelerator, build_task: BuildTask) -> N
     Raises:
         UserError: whatever a user can get wrong, on every rank.
     """
+    if config.push_to_hub and not config.plan:
+        on_main_process(accelerator, lambda: check_hub(config))
     resumed, seen = from_main_process(accelerator, lambda: (check_folder(config), folder_state(config.folder)))
     seed = settle_seed(config, resumed)
     task = build_task(seed)
@@ -64,7 +66,7 @@ def run(config: RunConfig, accelerator: Accelerator, build_task: BuildTask) -> N
         state.resume(resumed)
     stop, leak = StopRequest(), ClassLeak() if config.log_class_leak else None
     steps = _steps(config, accelerator, task, state, stop, leak)
-    report_start(task, state.order, config.gradient_accumulation_steps, state.start_step, state.max_steps)
+    report_start(config, task, state.order, state.start_step, state.max_steps)
     if config.plan:
         report_plan(steps, task.network, accelerator, state.max_steps - state.start_step)
         return

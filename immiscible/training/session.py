@@ -74,6 +74,12 @@ def session(config: RunConfig) -> Iterator[Accelerator]:
     if not package_logger.handlers:
         package_logger.addHandler(logging.StreamHandler())
     try:
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched not in ("no", accelerator.mixed_precision):
+            raise UserError(
+                f"accelerate is launched with mixed precision {launched} and --mixed_precision is {accelerator.mixed_precision}: give "
+                f"--mixed_precision {launched} to the script, or launch with --mixed_precision no"
+            )
         if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in fp32 without a word
             raise UserError("--mixed_precision fp16 needs a GPU; on a CPU give bf16 or no")
         with logging_redirect_tqdm([package_logger]):

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import islice
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -19,14 +19,13 @@ from torch import nn
 from tqdm import tqdm
 
 from immiscible.assignment.solve import LARGEST_BLOCK
-from immiscible.coupling import bias_notice, pairs_batch
+from immiscible.coupling import pairs_batch
 from immiscible.data.batches import GlobalBatchOrder
 from immiscible.errors import UserError
-from immiscible.evaluation.leakage import leak_notice
 from immiscible.files import PARTIAL, read_lines, replace
-from immiscible.method import in_flags
 from immiscible.objectives import DenoisingObjective
 from immiscible.training.loop import StepStats
+from immiscible.training.notices import notices
 from immiscible.training.task import Task
 
 if TYPE_CHECKING:
@@ -97,12 +96,13 @@ def method_facts(config: RunConfig, objective: DenoisingObjective, *, schedule: 
     if config.coupling_start_step:
         coupling += f", from optimizer step {config.coupling_start_step}"
     moved = objective.sampler.moved_share()
-    near_none = " (near none: on this schedule the law hardly differs from uniform)" if 0 < moved < 0.05 else ""
+    law = config.timestep_sampling + (f", moves {100 * moved:.1f} % of the draws" if moved else "")
+    law += " (near none: on this schedule the law hardly differs from uniform)" if 0 < moved < 0.05 else ""
     steps = f"{objective.process.num_timesteps} steps"
     process = f"{objective.process.kind} ({schedule}, {steps})" if schedule else f"{objective.process.kind} ({steps})"
     return {
         "noise_coupling": config.noise_coupling + coupling,
-        "timestep_sampling": f"{config.timestep_sampling}, moves {100 * moved:.1f} % of the draws{near_none}",
+        "timestep_sampling": law,
         "loss_weighting": config.loss_weighting,
         "noise_process": process + (f", image scale {objective.image_scale:g}" if objective.image_scale != 1 else ""),
         "prediction_type": objective.prediction_type,
@@ -127,17 +127,33 @@ def measured_facts(config: RunConfig) -> dict[str, str]:
     return {
         "optimizer_steps": f"{lines[-1]['step']:g}",
         "pair_distance": f"{drawn:.4f} drawn, {paired:.4f} paired ({mean['distance_reduction_percent']:+.2f} % reduction)",
-        "noise_marginal_drift": f"variance {mean['noise_variance_drift']:+.5f}, norm {mean['noise_norm_drift']:+.5f}",
+        "noise_marginal_drift": f"variance {_signed(mean['noise_variance_drift'])}, norm {_signed(mean['noise_norm_drift'])}",
         "images_paired_together": f"{mean['paired_images']:.1f}",
         **solved,
         "coupling_time": f"{coupling_ms:.2f} ms of a {1000 * mean['step_seconds']:.1f} ms step",
         "final_loss": f"{lines[-1]['loss']:.5f}",
+        **_leak(lines[-1]),
     }
 
 
-def report_start(task: Task, order: GlobalBatchOrder | StreamOrder, accumulation: int, start_step: int, max_steps: int) -> None:
-    """Logs what is about to run, and with numbers where the coupling biases the noise or lets it tell the class."""
-    network: Any = task.network
+def _signed(value: float) -> str:
+    """Such as +0.00012; what rounds to nothing has no sign."""
+    text = f"{value:+.5f}"
+    return "0" if float(text) == 0 else text
+
+
+def _leak(line: dict[str, float]) -> dict[str, str]:
+    """What the last line of a run with ``--log_class_leak`` found."""
+    if "class_leak_accuracy" not in line:
+        return {}
+    return {
+        "class_leak": f"a linear probe reads the class in {line['class_leak_accuracy']:.1%} of cases (chance {line['class_leak_chance']:.1%})"
+    }
+
+
+def report_start(config: RunConfig, task: Task, order: GlobalBatchOrder | StreamOrder, start_step: int, max_steps: int) -> None:
+    """Logs what is about to run, and what a user would want to know of it before (`immiscible.training.notices`)."""
+    network, accumulation = task.network, config.gradient_accumulation_steps
     parameters = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     adapters = f" of which {trained / 1e6:.2f} are trained" if trained < parameters else ""
@@ -153,11 +169,8 @@ def report_start(task: Task, order: GlobalBatchOrder | StreamOrder, accumulation
         **task.facts,
     }.items():
         logger.info("%-18s %s", name.replace("_", " "), value)
-    coupling = task.objective.coupling
-    conditions, captions = task.told_apart(min(order.num_images, max_steps * images))
-    for notice in (in_flags(bias_notice(coupling, prod(task.shape))), leak_notice(coupling, int(conditions), captions=captions)):
-        if notice:
-            logger.warning(notice)
+    for notice in notices(config, task, order, max_steps):
+        logger.warning(notice)
 
 
 def report_plan(steps: Iterator[StepStats], network: nn.Module, accelerator: Accelerator, remaining: int, *, timed: int = 5) -> None:

@@ -1,0 +1,77 @@
+"""What a user would want to hear before the hours are spent: one line each, at the start of a run and in its plan."""
+
+from __future__ import annotations
+
+from math import isfinite, prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from immiscible.coupling import bias_notice, pairs_batch
+from immiscible.evaluation.leakage import leak_notice
+from immiscible.training.task import Task
+
+if TYPE_CHECKING:
+    from immiscible.data.batches import GlobalBatchOrder
+    from immiscible.data.stream_order import StreamOrder
+    from immiscible.training.arguments import RunConfig
+
+BACKWARD = 3  # forward passes that a training step of an image costs, about: its own and a backward pass of two
+UNWARMED = ("constant",)  # schedules that know no warm-up
+
+
+def notices(config: RunConfig, task: Task, order: GlobalBatchOrder | StreamOrder, max_steps: int) -> list[str]:
+    """The lines, in the order of what they can cost; most runs have none.
+
+    Args:
+        config: the flags.
+        task: what is trained.
+        order: which images a rank takes for which micro-batch.
+        max_steps: optimizer steps in all.
+    """
+    images = order.global_batch_size * config.gradient_accumulation_steps
+    coupling = task.objective.coupling
+    conditions, captions = task.told_apart(min(order.num_images, max_steps * images))
+    epochs = max_steps * config.gradient_accumulation_steps / order.batches_per_epoch if isfinite(order.batches_per_epoch) else 0.0
+    found = [
+        _warm_up(config, max_steps),
+        _epsilon(task),
+        _sampling(config, max_steps, epochs, max_steps * images),
+        bias_notice(coupling, prod(task.shape)),
+        leak_notice(coupling, int(conditions), captions=captions),
+    ]
+    return list(filter(None, found))
+
+
+def _warm_up(config: RunConfig, max_steps: int) -> str:
+    if max_steps > config.lr_warmup_steps or config.lr_scheduler in UNWARMED:
+        return ""
+    return (
+        f"the run ends inside the warm-up: {max_steps} steps, --lr_warmup_steps {config.lr_warmup_steps}; the learning rate never reaches "
+        f"--learning_rate {config.learning_rate:g}, so give more steps or a shorter warm-up"
+    )
+
+
+def _epsilon(task: Task) -> str:
+    objective = task.objective
+    weights = objective.weights.vector
+    flat = bool(torch.equal(weights, weights[:1].expand_as(weights)))
+    if not (pairs_batch(objective.coupling) and objective.prediction_type == "epsilon" and flat):
+        return ""
+    return (
+        "assignment under plain epsilon-prediction: in docs/RESULTS.md it helps little at 5 inference steps and does harm at 20; "
+        "--prediction_type v_prediction or sample gains at both, and a checkpoint that predicts epsilon can be trained on to v_prediction"
+    )
+
+
+def _sampling(config: RunConfig, max_steps: int, epochs: float, images: int) -> str:
+    calls = config.grids(max_steps, epochs) * config.grid_calls
+    if config.eval_steps:
+        calls += -(-max_steps // config.eval_steps) * config.eval_samples * sum(config.eval_inference_steps)
+    ratio = calls / (BACKWARD * images)
+    if ratio <= 1:
+        return ""
+    return (
+        f"samples and evaluations will cost about {ratio:.1f} times what the training costs ({calls:,} calls of the network for an image, "
+        f"against {BACKWARD} x {images:,}): fewer inference steps, grids or --eval_samples shorten the run"
+    )

@@ -1,0 +1,31 @@
+"""What a run says before it costs anything."""
+
+import pytest
+from launch import tiny
+
+SPOKEN = {
+    "ends inside the warm-up: 4 steps, --lr_warmup_steps 500": {"lr_scheduler": "cosine", "lr_warmup_steps": 500},
+    "plain epsilon-prediction": {"noise_coupling": "assignment"},
+    "about 5.2 times what the training costs (1,000 calls": {"ddpm_num_inference_steps": 500},  # 2 images x 500 / (3 x 64)
+    "accelerate is launched with mixed precision bf16": {},
+}
+
+
+@pytest.mark.parametrize("line", SPOKEN)
+def test_a_line_where_a_user_would_want_it(script, tmp_path, line):
+    environment = {"ACCELERATE_MIXED_PRECISION": "bf16"} if "bf16" in line else {}
+    result = script(tiny(tmp_path / "run", plan=True, **SPOKEN[line]), env=environment)
+    assert line in result.stderr and result.code == (2 if environment else 0)
+    assert "nothing was written" in result.stdout or environment
+
+
+def test_an_ordinary_run_has_nothing_to_hear(script, tmp_path):
+    changes = {"noise_coupling": "assignment", "prediction_type": "v_prediction", "max_train_steps": 6}
+    result = script(tiny(tmp_path / "run", **changes))
+    assert result.code == 0 and not any(word in result.stderr for word in ("warm-up", "epsilon", "calls of the network", "probe"))
+    assert "moves 0.0" not in result.stderr + result.stdout and "-0.00000" not in result.stdout
+
+
+def test_the_leak_stands_in_the_summary(script, tmp_path):
+    result = script(tiny(tmp_path / "run", log_class_leak=True, noise_coupling="assignment", prediction_type="v_prediction"))
+    assert result.code == 0 and "a linear probe reads the class in" in result.stdout
