@@ -408,8 +408,8 @@ def test_trackers_that_are_not_there(monkeypatch, tmp_path):
 def test_push_without_a_network(script, tmp_path):
     words = tiny_text(tmp_path / "run", push_to_hub=True, hub_token="hf_secret", hub_model_id="someone/thing", max_train_steps=1)
     result = script(words, program="finetune_sd.py")
-    assert result.code == 1 and "--push_to_hub failed" in result.error and (tmp_path / "run" / "summary.json").exists()
-    assert "hf_secret" not in result.stderr + result.stdout + (tmp_path / "run" / "config.yaml").read_text()
+    assert result.code == 1 and "--push_to_hub" in result.error and not (tmp_path / "run").exists()  # before the training, as diffusers
+    assert "hf_secret" not in result.stderr + result.stdout
     assert parse(*flags({"push_to_hub": True, "hub_model_id": "someone/thing"})).hub_model_id == "someone/thing"
 
 

@@ -146,9 +146,8 @@ def _leak(line: dict[str, float]) -> dict[str, str]:
     """What the last line of a run with ``--log_class_leak`` found."""
     if "class_leak_accuracy" not in line:
         return {}
-    return {
-        "class_leak": f"a linear probe reads the class in {line['class_leak_accuracy']:.1%} of cases (chance {line['class_leak_chance']:.1%})"
-    }
+    accuracy, chance = line["class_leak_accuracy"], line["class_leak_chance"]
+    return {"class_leak": f"a linear probe reads the class in {accuracy:.1%} of cases (chance {chance:.1%})"}
 
 
 def report_start(config: RunConfig, task: Task, order: GlobalBatchOrder | StreamOrder, start_step: int, max_steps: int) -> None:
