@@ -235,7 +235,7 @@ def test_the_page_on_stable_diffusion_names_what_exists():
     page = (ROOT / "docs/STABLE_DIFFUSION.md").read_text()
     files = set(re.findall(r"(?:configs|scripts|docs|immiscible|tests)/[\w/.-]+\.\w+", page))
     assert len(files) > 10 and [name for name in sorted(files) if not (ROOT / name).exists()] == []
-    sources = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    sources = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
     tests = set(re.findall(r"`(test_\w+)`", page))
     assert len(tests) > 10 and [name for name in sorted(tests) if f"def {name}(" not in sources] == []
     known = {item.name for config in CONFIGS.values() for item in fields(config)} | {"config", "help"}
