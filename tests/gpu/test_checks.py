@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,10 @@ import test_couplings as couplings
 import test_engine as engine
 import test_training as training
 import torch
+from kills import lines
+from launch import tiny
 from pretended import OnGPU, pretended_gpu
+from runs import RunsOnGPU, gpu_memory
 
 import immiscible.assignment.conditions as conditions
 import immiscible.assignment.costs as costs
@@ -257,6 +261,23 @@ def test_the_resume_check(script, tmp_path):
     with pytest.raises(AssertionError, match="the run that was killed differs"):
         training.check_resume(Runs(), torch.device("cpu"), tmp_path)
     assert started == [False, False, True]
+
+
+@pytest.mark.slow
+def test_a_run_that_went_to_the_cpu_is_found(tmp_path):
+    """As one does whose torch sees no device; the way in which runs are started on a GPU is tried here too."""
+    runs = RunsOnGPU(tmp_path)
+    try:
+        result = runs(tiny(tmp_path / "run", max_train_steps=1))
+        assert result.code == 0 and gpu_memory(result) == 0
+        with pytest.raises(AssertionError, match="the run used no GPU"):
+            training.assert_finished(result, torch.device("cuda"))
+        running = runs.start(tiny(tmp_path / "killed", max_train_steps=1000))
+        running.wait_until(lambda: lines(tmp_path / "killed") > 0)
+        running.send_group(signal.SIGKILL)
+        assert running.wait().code == 137
+    finally:
+        runs.close()
 
 
 def test_losses_that_are_no_numbers_are_found(tmp_path):

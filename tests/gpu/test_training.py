@@ -197,7 +197,7 @@ def test_resume(training_device, runs, tmp_path):
 
 @pytest.mark.parametrize("training_device", [SLOW_CPU, REAL], indirect=True)
 def test_compiled(training_device, runs, tmp_path):
-    """The losses of the compiled network are those of the plain one, up to how its sums are arranged."""
+    """The losses of the compiled network are those of the plain one, up to how its sums are arranged (in TF32, where a GPU has it)."""
     losses = {}
     for compiled in (False, True):
         folder = tmp_path / f"compiled-{compiled}"
@@ -206,7 +206,7 @@ def test_compiled(training_device, runs, tmp_path):
         )
         assert_finished(runs(words, timeout=900), training_device)
         losses[compiled] = [line["loss"] for line in metrics(folder)]
-    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
 
 
 @pytest.mark.parametrize("training_device", [REAL], indirect=True)
