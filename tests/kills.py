@@ -17,9 +17,9 @@ def start(script, argv, processes, **options):
     return script.start_ranks(argv, processes, **options) if processes > 1 else [script.start(argv, **options)]
 
 
-def finish(runs):
+def finish(runs, code=0):
     results = [run.wait(240) for run in runs]
-    assert [result.code for result in results] == [0] * len(runs), results
+    assert [result.code for result in results] == [code] * len(runs), results
     return results
 
 

@@ -350,7 +350,7 @@ def test_a_signal_saves_and_the_run_resumes_exactly(script, tmp_path, number, wh
     assert len(processes_of(run.pid)) >= 3  # with the loader's workers
     run.send_group(number) if whole_group else run.send(number)
     result = run.wait()
-    assert result.code == 0, result.stderr
+    assert result.code == 128 + number, result.stderr  # a scheduler takes it for unfinished
     assert f"Stopped by {number.name} at step" in result.stdout and "--resume_from_checkpoint latest" in result.stdout
     assert "Traceback" not in result.stderr
     assert not processes_of(run.pid)
@@ -384,7 +384,7 @@ def test_a_signal_stops_both_processes(script, tmp_path, which):
     runs[0].wait_until(lambda: lines(tmp_path / "run") >= 3)
     for rank in which:
         runs[rank].send(signal.SIGTERM)
-    results = finish(runs)
+    results = finish(runs, code=128 + signal.SIGTERM)
     assert sum(result.stdout.count("Stopped by SIGTERM") for result in results) == 1
     assert not (tmp_path / "run" / "summary.json").exists()
     finish(script.start_ranks(tiny(tmp_path / "run", **common, resume_from_checkpoint="latest")))
