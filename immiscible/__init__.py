@@ -4,7 +4,7 @@
     noise = coupling(latents)                                    # instead of torch.randn_like(latents)
     timesteps = sampler(len(latents), device=latents.device)     # instead of torch.randint(...)
 
-What is listed in ``__all__`` is the public interface and stays stable. It needs torch, numpy, scipy and numba.
+What is listed in ``__all__``, and `immiscible.adapters`, is the public interface and stays stable. It needs torch, numpy, scipy and numba.
 """
 
 from __future__ import annotations
