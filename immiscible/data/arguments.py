@@ -34,6 +34,9 @@ class ImageArguments:
         "diffusers: resize the short side, then cut; adm: halve by box filters, then bicubic, and cut the center, as ImageNet papers do",
         choices=CROPS,
     )
+    alpha_color: str | None = flag(
+        None, "what transparent images are laid upon: a name, #rrggbb or rgb(r,g,b); white by default; not used with 4 channels"
+    )
     max_train_samples: int | None = flag(None, "train on at most this many images, a fixed random subset", least=1, most=10**12)
     train_subset_fraction: float | None = flag(
         None,
@@ -69,6 +72,15 @@ class ImageArguments:
         Raises:
             UserError: they contradict each other.
         """
+        if self.alpha_color is not None:
+            from PIL import ImageColor
+
+            try:
+                ImageColor.getrgb(self.alpha_color)
+            except ValueError:
+                raise UserError(
+                    f"--alpha_color {self.alpha_color!r} is no color that Pillow knows; give a name such as black, #rrggbb or rgb(r,g,b)"
+                ) from None
         if len(self.named_sources) > 1:
             raise UserError(f"{' and '.join(self.named_sources)} are given together; choose one source of images")
         if self.train_subset_fraction is not None and self.max_train_samples is not None:
@@ -119,12 +131,14 @@ class TextDataArguments(ImageArguments):
 
     resolution: int = flag(512, "images are resized and cropped to this many pixels a side", least=1, most=MOST_PIXELS)
     train_data_dir: str | None = flag(
-        None, "a folder of images with a metadata.jsonl that has their captions, of parquet files, or of WebDataset shards (.tar)"
+        None,
+        "a folder of images with their captions in .txt files beside them or in a metadata.jsonl, of parquet files, or of WebDataset "
+        "shards (.tar)",
     )
     caption_column: str = flag(
         "text",
         "the column of the captions: text, a list of texts of which each epoch takes one, or classes (ClassLabel), whose names become "
-        "the prompts, by number; for .tar shards `text` is the .txt member, any other name a key of the .json member",
+        "the prompts, by number; for .tar shards and for files beside images `text` is .txt, any other name a key of .json",
     )
     proportion_empty_prompts: float = flag(0.0, "share of the images that are trained without their caption, for guidance", least=0, most=1)
     image_interpolation_mode: str = flag("lanczos", "how images are resized", choices=INTERPOLATIONS)

@@ -27,13 +27,15 @@ class BadImage:
 
 class Batch(TypedDict):
     """``pixel_values`` float32 [B,C,H,W], contiguous; ``labels`` int64 [B] of a dataset ``with_labels``, else None; ``captions`` of one
-    ``with_captions``, else None; ``bad`` the images that were met and not used. Give it to `check_batch`.
+    ``with_captions``, else None; ``bad`` the images that were met and not used; ``transparent`` how many were laid upon a color. Give it
+    to `check_batch`.
     """
 
     pixel_values: Tensor
     labels: Tensor | None
     captions: list[str] | None
     bad: list[BadImage]
+    transparent: int
 
 
 class Images(NamedTuple):
@@ -78,15 +80,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """``{"pixel_values": float32 [C,H,W], "label": int | None, "caption": str | None, "bad": list[BadImage]}``; ``bad`` alone if there
-        is no image to give.
+        """``{"pixel_values": float32 [C,H,W], "label": int | None, "caption": str | None, "bad": list[BadImage], "transparent": bool}``;
+        ``bad`` alone if there is no image to give.
         """
         epoch, index = key
         bad: list[BadImage] = []
         for step in range(len(self.source) if self.skip_bad_images else 1):
             position = (index + step) % len(self.source)
             try:
-                pixels = self.transform.decode(self.source.load(position))
+                image = self.source.load(position)
+                pixels, transparent = self.transform.decode(image), self.transform.is_laid_upon(image)
                 label = self.source.label(position) if self.with_labels else None
                 captions = self.source.captions(position) if self.with_captions else [None]
             except Exception as error:  # Pillow's decoders raise nearly any type on broken files
@@ -94,7 +97,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
             else:
                 # Drawn for the index that was asked for: a substitute differs from its own appearance in the epoch.
                 caption = captions[derive_seed(self.transform.seed, "caption", epoch, index) % len(captions)]
-                return {"pixel_values": self.transform.augment(pixels, epoch, index), "label": label, "caption": caption, "bad": bad}
+                pixel_values = self.transform.augment(pixels, epoch, index)
+                return {"pixel_values": pixel_values, "label": label, "caption": caption, "bad": bad, "transparent": transparent}
         return {"bad": bad}
 
 
@@ -116,6 +120,7 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
         "labels": torch.tensor(labels) if labels else None,
         "captions": captions or None,
         "bad": [bad for item in items for bad in item["bad"]],
+        "transparent": sum(item["transparent"] for item in good),
     }
 
 

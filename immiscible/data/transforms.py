@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from immiscible.data.arguments import ImageArguments
 from immiscible.errors import UserError
 from immiscible.randomness import derive_seed
 
+ROUNDING = 0.01  # of the range, by which a resized image may leave it
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's 8-bit mode
 
 
@@ -29,11 +30,12 @@ class ImageTransform:
         center_crop: cut the square from the middle and not at a random place.
         random_flip: mirror left-right with probability 1/2.
         preserve_input_precision: keep the 16 or 32 bits of such images through the resizing; else every image becomes 8-bit first.
-            Either way 16 bits span 0..65535, integers of 32 bits 0..2**31-1 and floats 0..1.
+            Either way 16 bits span 0..65535, integers of 32 bits 0..2**31-1 and floats 0..1; values of another range are refused.
         seed: the run's seed.
         interpolation: how 8-bit images are resized, by Pillow's name in lower case; images of more bits are bilinear.
         crop: ``diffusers`` as above; ``adm`` as in the guided-diffusion papers on ImageNet: halve by box filters while twice the
             resolution fits, then bicubic, and the center square.
+        alpha_color: what transparent images are laid upon, unless alpha is one of the channels; by Pillow's name, or ``#rrggbb``.
 
     Raises:
         UserError: another number of channels, or a resolution below 1.
@@ -47,6 +49,7 @@ class ImageTransform:
     seed: int = 0
     interpolation: str = "bilinear"
     crop: str = "diffusers"
+    alpha_color: str = "white"
 
     def __post_init__(self) -> None:
         if self.channels not in PIL_MODES:
@@ -62,7 +65,7 @@ class ImageTransform:
         """The image in the wanted channels: 8-bit as a PIL image, or float32 [C,H,W] in [0,1] with ``preserve_input_precision``.
 
         Raises:
-            ValueError: pixels that are NaN or infinite, or a mode that Pillow cannot convert.
+            ValueError: pixels that are NaN, infinite or of another range, or a mode that Pillow cannot convert.
         """
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
@@ -72,10 +75,21 @@ class ImageTransform:
                 return torch.cat([gray.expand(min(self.channels, 3), -1, -1), torch.ones_like(gray).expand(self.channels // 4, -1, -1)])
             # Pillow's own conversion would clip at 255, which turns most 16-bit images white and floats in 0..1 black.
             image = Image.fromarray(gray[0].clamp(0, 1).mul(255).round().to(torch.uint8).numpy())
-        if image.mode == "P" and "transparency" in image.info:
+        if self.is_laid_upon(image):
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(self.alpha_color)[:3]), rgba)
+        elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # straight to RGB is the same but warns once per image
         image = image.convert(PIL_MODES[self.channels])
         return _bytes_tensor(image).div(255) if self.preserve_input_precision else image
+
+    def is_laid_upon(self, image: Image.Image | np.ndarray) -> bool:
+        """Whether the image has transparent pixels, below which `decode` puts ``alpha_color``; whatever color they hide is not seen."""
+        if self.channels == 4 or not isinstance(image, Image.Image) or not image.has_transparency_data:
+            return False
+        if image.mode.startswith(("I", "F")):
+            return False
+        return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
 
     def augment(self, pixels: Image.Image | Tensor, epoch: int, index: int) -> Tensor:
         """Resize, crop, flip and scale what `decode` returned: float32 [channels, resolution, resolution] in [-1, 1]."""
@@ -136,6 +150,7 @@ def image_transform(arguments: ImageArguments, channels: int, seed: int) -> Imag
         seed,
         arguments.image_interpolation_mode,
         arguments.crop,
+        arguments.alpha_color or "white",
     )
 
 
@@ -152,10 +167,20 @@ def _bytes_tensor(image: Image.Image) -> Tensor:
 
 
 def _unit_gray(image: Image.Image) -> Tensor:
-    """float32 [1,H,W] from a 16 or 32-bit mode, 1 being the largest value of its integers."""
+    """float32 [1,H,W] from a 16 or 32-bit mode, 1 being the largest value of its integers.
+
+    Raises:
+        ValueError: pixels that are not finite, or of a range that would make nothing but white or black of them.
+    """
     array = np.array(image)
-    largest = {"u": 65535, "i": 2**31 - 1, "f": 1}[array.dtype.kind]
-    gray = torch.from_numpy((array.astype(np.float64) / largest).astype(np.float32))[None]
-    if not gray.isfinite().all():
+    kind = array.dtype.kind
+    largest = {"u": 65535, "i": 2**31 - 1, "f": 1}[kind]
+    if not np.isfinite(array).all():
         raise ValueError("it has NaN or infinite pixels")
-    return gray
+    low, high = array.min().item(), array.max().item()
+    found = f"its {'floats' if kind == 'f' else 'integers'} reach from {low:g} to {high:g}"
+    if low < -ROUNDING * largest or high > (1 + ROUNDING) * largest:
+        raise ValueError(f"{found}, not from 0 to {largest}; save it as 8 or 16 bits")
+    if kind != "f" and 0 < high <= (255 if kind == "u" else 65535):  # of fewer bits, in a mode of more
+        raise ValueError(f"{found} and {largest} is white, so that all of it would be black; save it as {8 if high <= 255 else 16} bits")
+    return torch.from_numpy((array.astype(np.float64) / largest).astype(np.float32))[None]

@@ -316,7 +316,7 @@ def cache_settings(data: ImageArguments, parts: Parts, source: ImageSource) -> d
         "scaling_factor": vae.config.scaling_factor,
         "text_encoder": _text_digest(parts) if isinstance(parts, StableDiffusion) else None,
         "resolution": data.resolution,
-        "crop": "adm" if adm else "center",
+        "crop": ("adm" if adm else "center") + (f", transparent images upon {data.alpha_color}" if data.alpha_color else ""),
         "interpolation": None if adm else interpolation,
         "flips": data.random_flip,
         "image_column": data.image_column,

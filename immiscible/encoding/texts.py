@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,12 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from immiscible.data.sources import ImageSource
 from immiscible.encoding.encoders import Encoded, latent_draw
 from immiscible.networks.stable_diffusion import StableDiffusion, text_states
 from immiscible.randomness import Draws
 
 if TYPE_CHECKING:
     from immiscible.data.batches import Images
+
+logger = logging.getLogger(__name__)
+LOOKED_AT = 2000  # captions, evenly over the data, to count those that are cut
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,25 @@ class TextToImageEncoder:
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """The states [B, L, E] and pooled states [B, E] of captions."""
         return text_states(self.parts, captions, self.device)
+
+
+def tell_long_captions(source: ImageSource, parts: StableDiffusion) -> None:
+    """Says in one line how many captions are longer than the text encoder reads, of all or, where there are many, of some."""
+    length = parts.tokenizer.model_max_length
+    found: list[str] = []
+    for index in range(0, len(source), -(-len(source) // LOOKED_AT)):
+        try:
+            found += source.captions(index)
+        except (OSError, ValueError):
+            continue  # a bad image, which is told when it is met
+    # A token is a byte at least, and two tokens are the beginning and the end.
+    long = [caption for caption in found if len(caption.encode(errors="replace")) > length - 2]
+    lengths = [len(words) for words in parts.tokenizer(long, verbose=False).input_ids] if long else []
+    if cut := sum(tokens > length for tokens in lengths):
+        logger.warning(
+            "%d of %d captions are longer than the %d tokens that the text encoder reads, and are cut (the longest has %d)",
+            cut,
+            len(found),
+            length,
+            max(lengths),
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -11,6 +12,8 @@ from immiscible.networks.weights import weights_digest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def load_vae(name_or_path: str, *, resolution: int, cache_dir: str | None = None) -> AutoencoderKL:
@@ -27,6 +30,7 @@ def load_vae(name_or_path: str, *, resolution: int, cache_dir: str | None = None
     from diffusers import AutoencoderKL
 
     flag = f"--vae_model_name_or_path {name_or_path}"
+    refuse_single_file("--vae_model_name_or_path", name_or_path, "AutoencoderKL")
     try:
         options: dict[str, Any] = {"cache_dir": cache_dir}
         try:
@@ -48,6 +52,24 @@ def load_vae(name_or_path: str, *, resolution: int, cache_dir: str | None = None
             f"{latent_downsampling(vae)}"
         )
     return vae.float().requires_grad_(False).eval()
+
+
+def refuse_single_file(flag: str, name: str, kind: str) -> None:
+    """Names the conversion of a checkpoint that is one file; it is no folder of parts, and what it lacks comes from elsewhere.
+
+    Raises:
+        UserError: ``name`` is that of a file.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file() and path.suffix not in SINGLE_FILES:
+        return
+    folder = path.with_suffix("")
+    there = "" if path.is_file() else " (and is not there)"
+    raise UserError(
+        f"{flag} {name} is a single file{there}, and a folder in the format of diffusers is read: convert it once by "
+        f'`python -c "from diffusers import {kind}; {kind}.from_single_file({str(path)!r}).save_pretrained({str(folder)!r})"` and give '
+        f"{flag} {folder}"
+    )
 
 
 def latent_downsampling(vae: AutoencoderKL) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from immiscible.errors import UserError, first_line
 from immiscible.networks.arguments import TextModelArguments
-from immiscible.networks.latents import latent_downsampling
+from immiscible.networks.latents import latent_downsampling, refuse_single_file
 from immiscible.networks.weights import PRECISIONS, weights_digest
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 PIPELINE = "StableDiffusionPipeline"
+LEAST_SIGNAL = 1e-6  # of alpha_bar at the last step; Stable Diffusion's is 0.0047
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]  # what diffusers' LoRA example adapts
 
 
@@ -73,6 +74,7 @@ def load_stable_diffusion(arguments: TextModelArguments, *, resolution: int, cac
         UserError: it cannot be loaded, is no Stable Diffusion 1.x or 2.x, or does not go with the flags.
     """
     name = str(arguments.pretrained_model_name_or_path)
+    refuse_single_file("--pretrained_model_name_or_path", name, PIPELINE)
     common = {"revision": arguments.revision, "cache_dir": cache_dir}
     _check_family(name, common)
     try:
@@ -82,6 +84,7 @@ def load_stable_diffusion(arguments: TextModelArguments, *, resolution: int, cac
     if arguments.prediction_type is not None:
         parts.scheduler.register_to_config(prediction_type=arguments.prediction_type)
     _check_parts(parts)
+    _check_end(parts)
     factor = latent_downsampling(parts.vae)
     if resolution % factor:
         raise UserError(f"--resolution {resolution} must be a multiple of {factor}, by which the VAE of {name} divides images")
@@ -100,6 +103,7 @@ def _load_parts(name: str, options: dict[str, Any], unet_revision: str | None, f
     scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **common)
     tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **common)
     vae, text_encoder = load_frozen(name, options)
+    limit_length(tokenizer, text_encoder)
     if from_scratch:
         settings = UNet2DConditionModel.load_config(name, subfolder="unet", **{**common, "revision": unet_revision})
         unet = UNet2DConditionModel.from_config(settings)
@@ -107,6 +111,13 @@ def _load_parts(name: str, options: dict[str, Any], unet_revision: str | None, f
         unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **{**options, "revision": unet_revision})
     own = scheduler.config.prediction_type
     return StableDiffusion(unet.float(), vae, text_encoder, tokenizer, scheduler, name, options, pretrained_prediction=own)
+
+
+def limit_length(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    """Lets a tokenizer cut at what the text encoder reads; some name no length, which `transformers` takes for 10**30."""
+    longest = getattr(text_encoder.config, "max_position_embeddings", None)
+    if longest is not None:  # encoders of other families have none
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
 
 
 def load_frozen(name: str, options: dict[str, Any]) -> tuple[AutoencoderKL, CLIPTextModel]:
@@ -168,6 +179,17 @@ def _check_parts(parts: StableDiffusion) -> None:
     words = parts.tokenizer("a photograph").input_ids
     if set(words) <= set(parts.tokenizer.all_special_ids):  # made up where the files of words are not there
         raise UserError(f"{named}: its tokenizer knows no words; is its vocabulary there?", exit_code=1)
+
+
+def _check_end(parts: StableDiffusion) -> None:
+    """Whether the last noise level leaves something to predict."""
+    scheduler = parts.scheduler
+    if scheduler.config.prediction_type == "epsilon" and float(scheduler.alphas_cumprod[-1]) < LEAST_SIGNAL:
+        raise UserError(
+            f"--pretrained_model_name_or_path {parts.name}: its scheduler ends in pure noise (rescale_betas_zero_snr), where epsilon tells "
+            f"nothing of the image; give --prediction_type v_prediction, or set rescale_betas_zero_snr to false in its "
+            f"scheduler/scheduler_config.json"
+        )
 
 
 def initial_weights(name: str, *, from_scratch: bool, rank: int | None) -> str:

@@ -163,7 +163,12 @@ def _from_diffusers(name: str) -> DiffusionPipeline:
             )
         # A safety checker would put black images among the samples.
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
-        return DiffusionPipeline.from_pretrained(name, **unchecked)
+        pipeline = DiffusionPipeline.from_pretrained(name, **unchecked)
+        if pipeline.components.get("tokenizer") and pipeline.components.get("text_encoder"):
+            from immiscible.networks.stable_diffusion import limit_length
+
+            limit_length(pipeline.tokenizer, pipeline.text_encoder)
+        return pipeline
     except UserError:
         raise
     except (OSError, ValueError, AttributeError) as error:

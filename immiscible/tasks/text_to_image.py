@@ -17,7 +17,7 @@ from immiscible.data.sources import split_source
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.cache import open_cache
 from immiscible.encoding.encoders import Encoder
-from immiscible.encoding.texts import TextToImageEncoder
+from immiscible.encoding.texts import TextToImageEncoder, tell_long_captions
 from immiscible.errors import UserError
 from immiscible.method import build_objective
 from immiscible.networks.latents import latent_downsampling
@@ -167,6 +167,8 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
     reseed_globally(seed, "network")
     parts = load_stable_diffusion(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
     _check_dream(config, parts)
+    if not config.streaming:
+        tell_long_captions(source, parts)
     transform = image_transform(config, 3, seed)
     data, cache = TrainingData(source, held_out, transform, with_captions=True), None
     if config.cache_latents:

@@ -157,7 +157,7 @@ class TextRunArguments(FolderArguments):
     output_dir: str | None = flag(None, "the run's folder; by default sd-model-finetuned, with --use_lora sd-model-finetuned-lora")
     validation_prompts: list[str] | None = flag(None, "prompts of the sample grids", prose=True)  # noqa: RUF009 (a field)
     validation_prompt: str | None = flag(None, "one prompt, of which --num_validation_images samples are drawn", prose=True)
-    num_validation_images: int = flag(4, "samples of --validation_prompt", least=1, most=2**12)
+    num_validation_images: int = flag(4, "samples of --validation_prompt; 0 draws none", least=0, most=2**12)
     validation_epochs: int | None = flag(None, "epochs between sample grids; by default 5, with --use_lora 1", least=1)
     validation_steps: int | None = flag(
         None, "optimizer steps between sample grids, instead of --validation_epochs, which --streaming does not count", least=1

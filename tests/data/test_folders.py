@@ -299,3 +299,33 @@ def test_a_table_by_semicolons_and_two_metadata_files_are_told(tmp_path):
     described(folder, {"0.png": "a"})
     with pytest.raises(UserError, match=r"holds both metadata\.csv and metadata\.jsonl"):
         captions_of(folder)
+
+
+# Pixels
+
+
+def test_transparent_images_are_laid_upon_a_color_and_counted(script, tmp_path):
+    folder = fill(tmp_path / "photos", "0.png", "1.jpg")
+    for number, alpha in enumerate((0, 100, 255)):
+        Image.new("RGBA", (8, 8), (0, 255, 0, alpha)).save(folder / f"alpha-{number}.png")
+    shared = {"train_data_dir": folder, "train_batch_size": 5, "max_train_steps": 2, "dataloader_num_workers": 1}
+    result = script(tiny(tmp_path / "run", **shared))
+    lines = [line for line in result.stderr.splitlines() if "transparent pixels" in line]
+    assert (
+        result.code == 0 and lines[0] == "2 of 5 images read have transparent pixels, which are laid upon --alpha_color (white by default)"
+    )
+    assert lines[1:] and lines[-1].startswith("4 of 10 images read") and len(lines) == 2
+    losses = []
+    for color in ("black", "white"):
+        assert script(tiny(tmp_path / color, **shared, alpha_color=color)).code == 0
+        losses.append((tmp_path / color / "metrics.jsonl").read_text().splitlines()[0].split('"loss": ')[1].split(",")[0])
+    assert losses[0] != losses[1] and losses[1] in (tmp_path / "run" / "metrics.jsonl").read_text()
+    result = script(tiny(tmp_path / "no", **shared, alpha_color="whitish"))
+    assert result.code == 2 and "--alpha_color 'whitish'" in result.error
+
+
+def test_an_image_of_another_range_is_a_bad_image(script, tmp_path):
+    folder = fill(tmp_path / "photos", "0.png", "1.png")
+    Image.fromarray(noise(8, 8).astype("float32")).save(folder / "float.tif")
+    result = script(tiny(tmp_path / "run", train_data_dir=folder, train_batch_size=3))
+    assert result.code == 1 and "float.tif: its floats reach from" in result.error and "not from 0 to 1" in result.error

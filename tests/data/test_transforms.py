@@ -153,8 +153,69 @@ def test_precise_scales_of_32_bit_modes():
     transform = ImageTransform(2, channels=1, preserve_input_precision=True)
     integers = np.array([[0, 2**31 - 1], [2**30, 0]], dtype=np.int32)
     assert transform(integers, 0, 0).flatten().tolist() == pytest.approx([-1, 1, 0, -1], abs=1e-6)
-    floats = np.array([[0, 1], [0.25, 1.5]], dtype=np.float32)
-    assert transform(floats, 0, 0).flatten().tolist() == [-1, 1, -0.5, 2]
+    floats = np.array([[0, 1], [0.25, 0.75]], dtype=np.float32)
+    assert transform(floats, 0, 0).flatten().tolist() == [-1, 1, -0.5, 0.5]
+
+
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize(
+    ("values", "kind", "told"),
+    [
+        ((0, 255), np.float32, "its floats reach from 0 to 255, not from 0 to 1"),
+        ((-1, 1), np.float32, "its floats reach from -1 to 1, not from 0 to 1"),
+        ((0, 1.5), np.float32, "its floats reach from 0 to 1.5"),
+        ((3, 255), np.int32, "its integers reach from 3 to 255 and 2147483647 is white.*save it as 8 bits"),
+        ((0, 65535), np.int32, "from 0 to 65535 and 2147483647 is white.*save it as 16 bits"),
+        ((-5, 2**31 - 1), np.int32, None),
+        ((-(2**30), 2**31 - 1), np.int32, "from -1.07374e.09 to 2.14748e.09, not from 0"),
+        ((0, 255), np.uint16, "from 0 to 255 and 65535 is white.*save it as 8 bits"),
+        ((0, 4095), np.uint16, None),
+        ((0, 0), np.uint16, None),
+        ((-0.005, 1.005), np.float32, None),  # as after a resize
+    ],
+)
+def test_values_of_another_range_are_no_image(values, kind, told, precise):
+    """They would be white or black from end to end."""
+    transform = ImageTransform(2, channels=1, preserve_input_precision=precise)
+    image = np.array([values, values], dtype=kind)
+    if told is None:
+        assert transform(image, 0, 0).shape == (1, 2, 2)
+        return
+    with pytest.raises(ValueError, match=told):
+        transform(image, 0, 0)
+
+
+def hidden(mode="RGBA"):
+    """Green below transparent pixels at the left, blue at the right, half transparent in the middle."""
+    image = Image.new("RGBA", (3, 3), (0, 255, 0, 0))
+    for row in range(3):
+        image.putpixel((1, row), (255, 0, 0, 128))
+        image.putpixel((2, row), (0, 0, 255, 255))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize(("color", "rgb"), [("white", (255, 255, 255)), ("#102030", (16, 32, 48)), ("black", (0, 0, 0))])
+def test_transparent_pixels_show_the_color_below_and_not_what_they_hide(color, rgb):
+    pixels = grays(ImageTransform(3, alpha_color=color)(hidden(), 0, 0))
+    assert pixels[:, 0, 0].tolist() == pytest.approx(rgb, abs=1e-3) and pixels[:, 0, 2].tolist() == pytest.approx([0, 0, 255], abs=1e-3)
+    half = [value * 128 / 255 + below * 127 / 255 for value, below in zip((255, 0, 0), rgb, strict=True)]
+    assert pixels[:, 0, 1].tolist() == pytest.approx(half, abs=1)
+    gray = ImageTransform(3, channels=1, alpha_color=color)(hidden("LA"), 0, 0)
+    assert grays(gray)[0, 0, 0].item() == pytest.approx(Image.new("RGB", (1, 1), rgb).convert("L").getpixel((0, 0)), abs=1)
+    kept = grays(ImageTransform(3, channels=4, alpha_color=color)(hidden(), 0, 0))
+    assert kept[:, 0, 0].tolist() == [0, 255, 0, 0]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_opaque_images_are_as_without_alpha(mode, channels):
+    image = Image.fromarray(noise(6, 6, 3)).convert("L" if mode == "LA" else "RGB")
+    transform = ImageTransform(6, channels=channels, alpha_color="red")
+    plain = image.convert("P") if mode == "P" else image
+    with_alpha = plain.copy() if mode == "P" else image.convert(mode)
+    if mode == "P":
+        with_alpha.info["transparency"] = bytes([255] * 256)
+    assert torch.equal(transform(with_alpha, 0, 0), transform(plain, 0, 0)) and not transform.is_laid_upon(with_alpha)
 
 
 def test_precise_path_agrees_with_bytes_on_8_bit_images():
