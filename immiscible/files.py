@@ -110,19 +110,40 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``.jsonl`` file, none if it is not there; a half-written last line is left out."""
+    """The lines of a run's ``.jsonl`` file, none if it is not there; a half-written last line is left out.
+
+    Raises:
+        UserError: (exit code 1) it cannot be read, or another line than the last is no JSON object.
+    """
+    try:
+        texts = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}", exit_code=1) from None
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+            line = json.loads(text.decode())
+        except (ValueError, RecursionError):
+            if number == len(texts):  # what a kill has cut, or nothing after the last line's end
+                break
+            line = None
+        if not isinstance(line, dict):
+            raise UserError(f"{path} is damaged: line {number} is no JSON object; remove that line, or the file", exit_code=1)
+        lines.append(line)
     return lines
 
 
 def drop_later_lines(path: Path, start_step: int) -> list[dict[str, Any]]:
-    """Leaves and returns the lines of steps up to ``start_step``: a killed run may have written on after its last checkpoint."""
-    kept = [line for line in read_lines(path) if line["step"] <= start_step]
+    """Leaves and returns the lines of steps up to ``start_step``: a killed run may have written on after its last checkpoint.
+
+    Raises:
+        UserError: (exit code 1) what `read_lines` raises, or a line does not say its step.
+    """
+    lines = read_lines(path)
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line.get("step"), int | float):
+            raise UserError(f"{path} is damaged: line {number} has no `step`; remove that line, or the file", exit_code=1)
+    kept = [line for line in lines if line["step"] <= start_step]
     partial = path.with_name(f"{PARTIAL}{path.name}")
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
     replace(partial, path)

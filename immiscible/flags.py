@@ -155,6 +155,17 @@ class Parser(argparse.ArgumentParser):
             message += f"; did you mean {near[0]}?" if near and word not in self._option_string_actions else ""
         raise UserError(re.sub(r"^argument (--\w+): must ", r"\1 must ", message))
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See `argparse.ArgumentParser`, which takes ``--flag=--`` for a flag without a value and gives it its default.
+
+        Raises:
+            UserError: there is such a word.
+        """
+        for word in sys.argv[1:] if args is None else args:
+            if re.fullmatch(r"--[\w-]+=--", word):
+                raise UserError(f"{word.partition('=')[0]} must have a value, not --")
+        return super().parse_known_args(args, namespace)
+
     def add_flags(self, config_class: type) -> None:
         """Adds the flags of a configuration, group by group."""
         hints = get_type_hints(config_class)

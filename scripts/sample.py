@@ -139,14 +139,14 @@ def sample(arguments: argparse.Namespace, argv: Sequence[str], accelerator: Acce
     # After parsing, so that --help and usage errors come at once.
     from immiscible.processes import on_main_process
     from immiscible.sampling.folder import Request, SampleFolder, read_lines
-    from immiscible.sampling.loaded import image_size
+    from immiscible.sampling.loaded import image_mode, image_size
 
     flag = "--prompts" if arguments.prompts else "--class_names"
     file = arguments.prompts or arguments.class_names
     prompts = read_lines(file, flag) if file else []
     loaded = load(arguments)
     side = (arguments.resolution or loaded.side) if loaded.prompted else arguments.resolution
-    folder = SampleFolder(arguments.output_dir, image_size(loaded, side))
+    folder = SampleFolder(arguments.output_dir, image_size(loaded, side), image_mode(loaded))
     request = Request(
         num_images=arguments.num_images,
         steps=arguments.num_inference_steps,

@@ -12,6 +12,7 @@ import sys
 import pytest
 from launch import run_command
 
+from immiscible.errors import UserError
 from immiscible.files import (
     DISCARDED,
     PARTIAL,
@@ -92,3 +93,28 @@ def test_lines_of_later_steps_and_a_half_line_are_dropped(tmp_path):
 def test_the_module_needs_no_torch():
     code = "import sys; import immiscible.files; assert 'torch' not in sys.modules"
     assert run_command([sys.executable, "-c", code]).code == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b'{"step": 1}\n\xff\xfe\x00\n{"step": 2}\n', "line 2 is no JSON object"),
+        (b'{"step": 1}\nnull\n{"step": 2}\n', "line 2 is no JSON object"),
+        (b"[1]\n", "line 1 is no JSON object"),
+        (b"[" * 5000 + b"\n{}\n", "line 1 is no JSON object"),
+        (b'{"step": 1}\n{"loss": 1}\n', "line 2 has no `step`"),
+        (b'{"step": "two"}\n', "line 1 has no `step`"),
+    ],
+)
+def test_damaged_lines_are_named_and_left_as_they_are(tmp_path, content, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"metrics.jsonl is damaged: {line}") as caught:
+        drop_later_lines(path, 3)
+    assert caught.value.exit_code == 1 and path.read_bytes() == content
+
+
+def test_a_folder_in_the_place_of_lines(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read: Is a directory"):
+        drop_later_lines(tmp_path / "metrics.jsonl", 3)

@@ -167,6 +167,12 @@ def test_ranges_of_arguments_that_nobody_has_parsed():
         check_ranges(Numbers(count=MOST + 1))
 
 
+def test_two_dashes_are_no_value(tmp_path):
+    assert refused(UnconditionalConfig, "--output_dir=--") == "--output_dir must have a value, not --"
+    (tmp_path / "mine.yaml").write_text("seed: --\n")
+    assert "--seed must have a value, not --" in refused(UnconditionalConfig, "--config", tmp_path / "mine.yaml")
+
+
 TEXTS = [
     (config, item.name)
     for config in CONFIGS

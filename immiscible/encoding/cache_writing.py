@@ -24,18 +24,8 @@ from tqdm import tqdm
 from immiscible.data.arguments import ImageArguments
 from immiscible.data.batches import BadImage
 from immiscible.data.sources import ImageSource
-from immiscible.encoding.cache import (
-    INDEX,
-    MANIFEST,
-    cache_settings,
-    caption_digest,
-    image_sizes,
-    precision_name,
-    read_manifest,
-    settings_that_differ,
-    shard_name,
-    vae_of,
-)
+from immiscible.encoding.cache import cache_settings, caption_digest, image_sizes, precision_name, vae_of
+from immiscible.encoding.cache_manifest import INDEX, MANIFEST, fingerprint, read_manifest, settings_that_differ, shard_name
 from immiscible.encoding.cache_shards import ImageShards, Shard, TextShards, distinct_captions
 from immiscible.encoding.encoders import LatentEncoder
 from immiscible.encoding.texts import TextToImageEncoder
@@ -199,13 +189,12 @@ def _seal(folder: Path, manifest: Mapping[str, Any], made: _Made, index: Mapping
     """Writes the index, and the manifest that lists all files."""
     _save(save_arrays, index, folder / INDEX)
     files = dict(sorted({**made.files, INDEX: file_facts(folder / INDEX)}.items()))
-    whole = json.dumps([manifest["settings"], {name: facts["sha256"] for name, facts in files.items()}])
     sealed = {
         **manifest,
         "captions": len(index["digests"]),
         "bad": dict(sorted(made.bad.items(), key=lambda item: int(item[0]))),
         "files": files,
-        "fingerprint": hashlib.sha256(whole.encode()).hexdigest()[:16],
+        "fingerprint": fingerprint(manifest["settings"], files),
     }
     _write_manifest(folder, sealed)
 

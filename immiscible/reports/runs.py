@@ -26,6 +26,8 @@ NOT_THE_METHOD = {item.name for group in (RunArguments, TextRunArguments) for it
 NOT_THE_METHOD -= {"sampling_scheduler", "timestep_spacing"}
 NOT_THE_METHOD |= {"seed", "cache_dir", "cache_latents", "latent_cache_dir", "dataloader_num_workers", "local_rank"}
 
+DIVERGED = 1e30  # a distance that no image could have; figures have no room for what is far above
+
 
 @dataclass(frozen=True)
 class Run:
@@ -61,9 +63,9 @@ class Run:
         return int(self.evaluations[-1]["step"])
 
     def curve(self, inference_steps: int, time: str = "step") -> Curve:
-        """The Frechet distance against ``step`` or ``train_seconds``; values that are not finite count as infinitely bad."""
+        """The Frechet distance against ``step`` or ``train_seconds``; values beyond `DIVERGED` or NaN count as infinitely bad."""
         values = [line["frechet_distance"][inference_steps] for line in self.evaluations]
-        finite = [value if math.isfinite(value) else math.inf for value in values]
+        finite = [value if abs(value) < DIVERGED else math.inf for value in values]  # not NaN either
         return [(float(line[time]), value) for line, value in zip(self.evaluations, finite, strict=True)]
 
     def mean(self, metric: str) -> float | None:
@@ -107,7 +109,7 @@ def read_run(folder: Path) -> Run:
     check_measured([folder])
     with _reading(folder / "config.yaml") as path:
         config = yaml.safe_load(path.read_text())
-        if not isinstance(config, dict):
+        if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
             raise ValueError("expected lines of `flag: value`")
         asked, _ = (int(config.get(flag) or 0) for flag in ("max_train_steps", "seed"))
     with _reading(folder / "metrics.jsonl") as path:
@@ -129,7 +131,9 @@ def _reading(path: Path) -> Iterator[Path]:
     """Turns what goes wrong with a file of a run into one line that names it."""
     try:
         yield path
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except UserError:
+        raise  # names the file already
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, yaml.YAMLError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read ({first_line})", exit_code=1) from None
 
@@ -191,8 +195,8 @@ def script_of(run: Run) -> str:
     if "pretrained_model_name_or_path" not in run.config:
         return "train_unconditional.py"
     saved = [read_state(path) for path in checkpoints(run.folder) if is_complete(path)]
-    from_scratch = bool(saved) and saved[-1]["identity"]["network"]["from_scratch"]
-    return "train_text_to_image.py" if from_scratch else "finetune_sd.py"
+    network = saved[-1].get("identity", {}).get("network", {}) if saved else {}
+    return "train_text_to_image.py" if network.get("from_scratch") else "finetune_sd.py"
 
 
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,10 +89,11 @@ class SampleFolder:
     Args:
         path: the folder.
         size: width and height of an image in pixels.
+        mode: what Pillow calls its kind of pixels: "L" of grey ones, "RGB" of colored ones.
     """
 
-    def __init__(self, path: Path, size: tuple[int, int]) -> None:
-        self.path, self.size = path, size
+    def __init__(self, path: Path, size: tuple[int, int], mode: str = "RGB") -> None:
+        self.path, self.size, self.mode = path, size, mode
 
     def prepare(self, manifest: Mapping[str, Any]) -> None:
         """Creates the folder or checks that it holds a part of these samples; writes the manifest. One process calls it.
@@ -180,20 +181,23 @@ class SampleFolder:
 
     def _manifest(self) -> dict[str, Any]:
         try:
-            return json.loads((self.path / MANIFEST).read_text())
-        except ValueError:
-            raise UserError(f"--output_dir {self.path}: its {MANIFEST} is broken; give a new folder") from None
+            manifest = json.loads((self.path / MANIFEST).read_text())
+        except (OSError, ValueError, RecursionError):
+            manifest = None
+        if not isinstance(manifest, dict) or not manifest:
+            raise UserError(f"--output_dir {self.path}: its {MANIFEST} is broken; give a new folder")
+        return manifest
 
     def _is_good(self, path: Path) -> bool:
         if not path.exists():
             return False
         try:
             with Image.open(path) as image:
-                size = image.size
+                kind = image.size, image.mode
                 image.verify()  # every chunk's checksum, up to the last chunk
         except (OSError, SyntaxError, ValueError):
             return False
-        return size == self.size
+        return kind == (self.size, self.mode)
 
 
 def file_name(number: int) -> str:

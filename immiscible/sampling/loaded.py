@@ -100,6 +100,12 @@ def image_size(loaded: Loaded, side: int | None) -> tuple[int, int]:
     return width * factor, height * factor
 
 
+def image_mode(loaded: Loaded) -> str:
+    """Pillow's name for the kind of the pipeline's pixels: "L" of one channel, "RGB" of three."""
+    decoder = getattr(loaded.pipeline, "vae", None) or getattr(loaded.pipeline, "vqvae", None) or loaded.pipeline.unet
+    return {1: "L", 4: "RGBA"}.get(decoder.config.out_channels, "RGB")
+
+
 def freeze(pipeline: DiffusionPipeline) -> None:
     """Makes the arithmetic the same wherever the weights came from: a CPU's last bits depend on the alignment of weights that are mapped
     from a file, and on whether they could be trained.

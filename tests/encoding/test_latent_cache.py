@@ -21,9 +21,11 @@ from immiscible.configs import TextToImageConfig
 from immiscible.data.batches import GlobalBatchOrder, ImageDataset
 from immiscible.data.loading import build_loader, captioned_source, images_of
 from immiscible.data.transforms import ImageTransform
-from immiscible.encoding import cache_shards, cache_writing
+from immiscible.encoding import cache_manifest, cache_shards, cache_writing
 from immiscible.encoding.cache import open_cache
+from immiscible.encoding.cache_manifest import read_manifest
 from immiscible.errors import UserError
+from immiscible.files import file_facts
 from immiscible.flags import parse_config
 from immiscible.randomness import Draws
 
@@ -404,6 +406,74 @@ def test_a_missing_broken_or_unfinished_cache_is_refused(tiny_sd, tmp_path):
     assert "latents-00001.safetensors has" in refused(sd)
     shard.unlink()
     assert "latents-00001.safetensors is missing" in refused(sd)
+
+
+def test_a_damaged_shard_is_named_and_no_image(tiny_sd, tmp_path):
+    """Also with equal size, where it is the index, or another shard of this cache."""
+    sd = {**tiny_sd, "cache": shutil.copytree(tiny_sd["cache"], tmp_path / "cache")}
+    for name, content in (
+        ("latents-00001.safetensors", lambda old: old[:-9] + bytes([old[-9] ^ 1]) + old[-8:]),
+        ("latents-00000.safetensors", lambda old: bytes(len(old))),
+        ("latents-00001.safetensors", lambda old: (sd["cache"] / "latents-00000.safetensors").read_bytes()),
+        ("texts-00000.safetensors", lambda old: b"x" * len(old)),
+        ("index.safetensors", lambda old: old[:8] + bytes(len(old) - 8)),
+    ):
+        old = (sd["cache"] / name).read_bytes()
+        (sd["cache"] / name).write_bytes(content(old))
+        assert f"{name} is damaged, it is not what was written; run scripts/precompute_latents.py" in refused(sd)
+        (sd["cache"] / name).write_bytes(old)
+
+
+def test_of_a_large_cache_a_part_is_hashed_and_every_header_looked_at(tiny_sd, tmp_path, monkeypatch):
+    sd = {**tiny_sd, "cache": shutil.copytree(tiny_sd["cache"], tmp_path / "cache")}
+    hashed = []
+    monkeypatch.setattr(cache_manifest, "file_facts", lambda path: hashed.append(path.name) or file_facts(path))
+    parts_of(sd)
+    assert sorted(hashed) == sorted(path.name for path in sd["cache"].glob("*.safetensors"))
+    hashed.clear()
+    monkeypatch.setattr(cache_manifest, "HASHED_BYTES", 0)
+    parts_of(sd)
+    assert hashed == ["index.safetensors"]
+    shard = sd["cache"] / "latents-00001.safetensors"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert "latents-00001.safetensors is damaged" in refused(sd)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rows_per_shard": "x"}, 'its rows_per_shard is "x"'),
+        ({"rows_per_shard": True}, "its rows_per_shard is true"),
+        ({"rows_per_shard": 0}, "its rows_per_shard is 0"),
+        ({"rows_per_shard": 1}, "files are not the"),
+        ({"images": 10**15}, "files are not the"),
+        ({"bad": [1]}, "its bad is [1]"),
+        ({"bad": {"x": "y"}}, 'its bad images hold {"x": "y"}'),
+        ({"bad": None}, "its bad is null"),
+        ({"fingerprint": None}, "its fingerprint is null"),
+        ({"fingerprint": "0" * 16}, "its fingerprint is not that of its settings and files"),
+        ({"files": ["a"]}, 'its files is ["a"]'),
+        ({"files": {"index.safetensors": None}}, 'its files hold {"index.safetensors": null}'),
+        ({"files": {"../a": {"bytes": 1, "sha256": ""}}}, "files are not the"),
+        ({"settings": {}}, "its settings lack"),
+        ({"settings": None}, "its settings is null"),
+        ({"precision": 3}, "its precision is 3"),
+    ],
+    ids=str,
+)
+def test_the_manifest_is_checked_once_and_says_what_is_wrong_with_it(tiny_sd, tmp_path, change, named):
+    content = json.loads((tiny_sd["cache"] / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(UserError) as caught:
+        read_manifest(tmp_path)
+    assert str(tmp_path / "manifest.json") in str(caught.value) and named in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "[" * 5000, "", "{"])
+def test_a_manifest_that_is_none(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json is not the manifest of a latent cache"):
+        read_manifest(tmp_path)
 
 
 def test_flags_that_do_not_go_together(tiny_sd):

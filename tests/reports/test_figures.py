@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -50,3 +51,22 @@ def test_ratios_that_are_not_known_are_drawn_or_said(tmp_path):
     drawn = [figure for figure in re.findall(r"<svg.*?</svg>", page, re.S) if "times sooner in training steps" in figure]
     assert ["not known" in figure for figure in drawn] == [False, True]
     assert all("no finished run" in figure for figure in drawn)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308, -1e308, -1.0, 0.0])
+def test_one_diverged_run_does_not_cost_the_report(tmp_path, value):
+    """Wherever in a curve the value is, and whichever arm's curve it is."""
+    good = {5: decay()}
+    for name, where in (("all", range(5)), ("last", [4]), ("middle", [2]), ("first", [0])):
+        bad = {5: [(step, value if number in where else distance) for number, (step, distance) in enumerate(decay())]}
+        for baseline, other in ((bad, good), (good, bad), (bad, bad)):
+            folder = tmp_path / f"{name}-{baseline is bad}-{other is bad}"
+            arms = {
+                "baseline": [write_run(folder / "a", baseline), write_run(folder / "b", good, seed=1)],
+                "other": [write_run(folder / "c", other)],
+            }
+            page = html_report(compare(arms))
+            assert page.count("<svg") >= 2 and "nan" not in "".join(re.findall(r' d="[^"]*"', page)).lower()
+            if not abs(value) < 1e30:
+                assert "Some distances are not finite" in page
+    assert "<svg" in html_report(compare({"only": [write_run(tmp_path / "only", {5: [(100.0, value)]})]}))

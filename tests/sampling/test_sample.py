@@ -413,8 +413,8 @@ def test_mistakes_are_one_line(script, run, tmp_path, changes, wanted):
     [
         ({}, "give --prompts or --class_names"),
         ({"prompts": "good"}, "--guidance_scale is needed"),
-        ({"prompts": "good", "guidance_scale": 0.5}, "--guidance_scale must be a number of at least 1, which is without guidance, not 0.5"),
-        ({"prompts": "good", "guidance_scale": "nan"}, "--guidance_scale must be a number"),
+        ({"prompts": "good", "guidance_scale": 0.5}, "--guidance_scale must be at least 1, not 0.5"),
+        ({"prompts": "good", "guidance_scale": "nan"}, "--guidance_scale must be finite, not nan"),
         ({"prompts": "good", "guidance_scale": 1, "num_inference_steps": 1000}, "would begin beyond the model's last step, 999"),
         ({"prompts": "good", "guidance_scale": 1, "base": "good"}, "has all that it needs"),
         ({"prompts": "empty", "guidance_scale": 1}, "is empty"),
@@ -443,8 +443,17 @@ def test_a_folder_of_something_else_is_left_alone(script, run, tmp_path):
     error = refused(script, run, tmp_path / "samples", num_inference_steps=3, seed=5)
     assert "num_inference_steps was 2, is now 3" in error and "seed was 0, is now 5" in error
     assert "networks was" in refused(script, run, tmp_path / "samples", weights="raw")
-    (tmp_path / "samples" / "manifest.json").write_text("{")
-    assert "broken" in refused(script, run, tmp_path / "samples")
+    for content in ("{", "[]", "null", "{}", "3"):
+        (tmp_path / "samples" / "manifest.json").write_text(content)
+        assert "its manifest.json is broken; give a new folder" in refused(script, run, tmp_path / "samples")
+
+
+def test_a_colored_image_among_grey_ones_is_sampled_again(script, run, tmp_path):
+    sampled(script, run, tmp_path / "out")
+    before = (tmp_path / "out" / "000001.png").read_bytes()
+    Image.new("RGB", Image.open(tmp_path / "out" / "000001.png").size, "red").save(tmp_path / "out" / "000001.png")
+    sampled(script, run, tmp_path / "out", npz=True)
+    assert (tmp_path / "out" / "000001.png").read_bytes() == before
 
 
 def test_a_model_that_diverged_is_one_line_on_two_processes(script, run, tmp_path):
