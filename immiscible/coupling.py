@@ -4,7 +4,8 @@ A coupling is called as ``coupling(x0, noise=None, *, timesteps=None, labels=Non
 image, in x0's order, shape, dtype and device. With independent pairs the best prediction from pure noise points at the data's mean;
 with a coupling it points at the mean weighted by q(x0 | noise), so that less of the first sampling steps is spent on averages
 (Immiscible Diffusion, algorithm 1, read with its reviewers). To add one: a function or small dataclass with this call, and an entry
-in `COUPLINGS`. One that carries something from batch to batch has ``state_dict`` and ``load_state_dict`` too.
+in `COUPLINGS`. One that gives images each other's noises says so by ``pairs_batch = True``, and can then be widened over a window; one that
+carries something from batch to batch has ``state_dict`` and ``load_state_dict``; one that biases the noise a ``bias_notice``.
 """
 
 from __future__ import annotations

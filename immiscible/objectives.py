@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,44 @@ class Pairs:
         told = {name: value.split(batch_size) for name, value in self.condition.items()}
         conditions = [{name: parts[number] for name, parts in told.items()} for number in range(count)]
         return [Pairs(*parts, statistics) for parts in zip(*columns, conditions, strict=True)]
+
+
+class Objective(Protocol):
+    """The loss of a run, in two calls: `pair`, which needs no network and may run on another thread, and the call itself.
+
+    The rest is read by what a run says, checks, saves and measures: the coupling's state, the law's share, the process of the loss per
+    noise level. `DenoisingObjective` is one; another stands in a file beside this one, from which it may import.
+    """
+
+    @property
+    def process(self) -> NoiseProcess:
+        """The noise process, on the training device."""
+
+    @property
+    def sampler(self) -> TimestepSampler:
+        """The timestep law."""
+
+    @property
+    def coupling(self) -> Coupling:
+        """Which noise belongs to which image."""
+
+    @property
+    def weights(self) -> LossWeights:
+        """What an error at each noise level costs."""
+
+    @property
+    def prediction_type(self) -> str:
+        """Diffusers' name of what the network predicts."""
+
+    @property
+    def image_scale(self) -> float:
+        """The scale at which images are diffused."""
+
+    def pair(self, x0: Tensor, draws: PoolDraws, labels: Tensor | None = None, condition: Mapping[str, Tensor] | None = None) -> Pairs:
+        """See `DenoisingObjective.pair`; the statistics are those of `coupling_statistics`, ``paired_images`` and ``coupling_seconds``."""
+
+    def __call__(self, model: nn.Module, pairs: Pairs, draws: Draws) -> Tensor:
+        """The loss of each image, fp32 [B]."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +132,8 @@ class DenoisingObjective:
             condition: keyword arguments of the network, each [K * B, ...].
         """
         uniforms = draws.uniform("timesteps").split(draws.batch_size)  #     a law may tie the draws of one micro-batch together
-        t = torch.cat([self.sampler.from_uniforms(part) for part in uniforms]).to(
-            x0.device
-        )  # [N] how often each level is trained  <- SpeeD
+        t = torch.cat([self.sampler.from_uniforms(part) for part in uniforms])
+        t = t.to(x0.device)  #                                               [N]       how often each level is trained  <- SpeeD
         drawn = draws.normal("noise", *x0.shape[1:])  #                      [N,C,H,W] the pool of noises
         scaled = x0 if self.image_scale == 1 else self.image_scale * x0
         coupled = draws.step >= self.coupling_start_step

@@ -20,7 +20,7 @@ from immiscible.coupling import coupling_state
 from immiscible.encoding.encoders import Encoder
 from immiscible.errors import UserError
 from immiscible.method import naming_flags
-from immiscible.objectives import DenoisingObjective, Pairs
+from immiscible.objectives import Objective, Pairs
 from immiscible.pools import GlobalCoupling
 from immiscible.randomness import Draws, PoolDraws, reseed_globally
 from immiscible.training.stop import StopRequest
@@ -58,7 +58,7 @@ def train(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    objective: DenoisingObjective,
+    objective: Objective,
     batches: Iterator[Any],
     encode: Encoder,
     *,
@@ -136,7 +136,7 @@ def _update(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    objective: DenoisingObjective,
+    objective: Objective,
     fetched: Sequence[Item],
     step: int,
     rate: float,
@@ -173,7 +173,7 @@ def whole_windows(start: int, stop: int, window: int) -> tuple[int, int]:
 
 def _paired(
     accelerator: Accelerator,
-    objective: DenoisingObjective,
+    objective: Objective,
     batches: Iterator[Any],
     encode: Encoder,
     batch_size: int,

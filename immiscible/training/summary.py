@@ -23,7 +23,7 @@ from immiscible.coupling import pairs_batch
 from immiscible.data.batches import GlobalBatchOrder
 from immiscible.errors import UserError
 from immiscible.files import PARTIAL, read_lines, replace
-from immiscible.objectives import DenoisingObjective
+from immiscible.objectives import Objective
 from immiscible.training.loop import StepStats
 from immiscible.training.notices import notices
 from immiscible.training.task import Task
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 PLAN_SECONDS = 60  # of steps after which --plan takes no further one
 
 
-def check_batch_size(config: RunConfig, objective: DenoisingObjective, images: float, global_batch: int) -> None:
+def check_batch_size(config: RunConfig, objective: Objective, images: float, global_batch: int) -> None:
     """Warns of a batch in which pairing is void or images repeat.
 
     Raises:
@@ -70,7 +70,7 @@ def check_batch_size(config: RunConfig, objective: DenoisingObjective, images: f
         )
 
 
-def method_facts(config: RunConfig, objective: DenoisingObjective, *, schedule: str, inference_steps: int) -> dict[str, str]:
+def method_facts(config: RunConfig, objective: Objective, *, schedule: str, inference_steps: int) -> dict[str, str]:
     """What is trained and how, for the start of the run, the model card and the weights' metadata.
 
     Args:

@@ -16,7 +16,7 @@ from immiscible.data.sources import ImageSource
 from immiscible.data.streaming import Stream
 from immiscible.data.transforms import ImageTransform
 from immiscible.encoding.encoders import Encoder
-from immiscible.objectives import DenoisingObjective
+from immiscible.objectives import Objective
 
 if TYPE_CHECKING:
     import numpy
@@ -57,7 +57,7 @@ class Task(Protocol):
     Attributes:
         data: its images.
         network: what is trained, bare, in train mode, on the accelerator's device or to be moved there by it: a diffusers model.
-        part: what the network is in a pipeline: the name of its folder, such as ``unet``.
+        part: what the network is in a pipeline: the name of its folder; ``unet`` for now, which is what `immiscible.sampling` samples.
         identity: JSON values that tell this network from others; a checkpoint of another one is not continued.
         objective: the loss; it pairs images with noises and draws timesteps.
         encode: a loaded batch to what is diffused and what the network is told.
@@ -73,7 +73,7 @@ class Task(Protocol):
     network: ModelMixin
     part: str
     identity: Mapping[str, Any]
-    objective: DenoisingObjective
+    objective: Objective
     encode: Encoder
     encode_held_out: Encoder
     shape: tuple[int, int, int]
