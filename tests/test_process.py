@@ -4,15 +4,11 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMDPMSolverMultistepScheduler,
-    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     PNDMScheduler,
 )
-from diffusers import UniPCMultistepScheduler as UniPC
 from diffusers.training_utils import compute_snr
 
 from immiscible.errors import UserError
