@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 from launch import ROOT, flags
-from tiny_text import Reached, data_folder, model_folder, reach, tiny_text
+from tiny_text import Reached, class_folder, data_folder, model_folder, reach, tiny_text
 
 from immiscible.configs import TextToImageConfig
 from immiscible.errors import UserError
@@ -165,7 +165,7 @@ ROWS = {
     "adam_epsilon": attribute(0.5, adam("eps"), 0.5),
     "use_ema": attribute(True, lambda reached: reached.ema is not None, True),
     "foreach_ema": attribute(True, average(lambda ema: ema.foreach), True),
-    "offload_ema": attribute(True, average(lambda ema: type(ema).__name__), "_OffloadedEMA"),
+    "offload_ema": attribute(True, average(lambda ema: type(ema).__name__), "OffloadedEMA"),
     "gradient_checkpointing": attribute(True, network(lambda unet: unet.is_gradient_checkpointing), True),
     "rank": Row(2, rank, (("use_lora", True),), wanted=2),
 }
@@ -267,8 +267,9 @@ def test_revisions_and_cache_reach_the_hub(monkeypatch, tmp_path):
             return _load(name, **options)
 
         monkeypatch.setattr(part, "from_pretrained", load)
+    data = {"train_data_dir": class_folder(tmp_path / "parquet", ["a", "b"]), "caption_column": "kind"}  # its table is kept in the cache
     common = {"revision": "first", "non_ema_revision": "second", "cache_dir": tmp_path / "cache"}
-    reach(monkeypatch, tiny_text(tmp_path / "run", **common))
+    reach(monkeypatch, tiny_text(tmp_path / "run", **common, **data))
     assert len(calls) == 5
     assert {part: options["revision"] for part, options in calls.items()} == {
         part: "second" if part == "UNet2DConditionModel" else "first" for part in calls
