@@ -33,7 +33,8 @@ from immiscible.configs import TextToImageConfig
 from immiscible.data.batches import GlobalBatchOrder, ImageDataset
 from immiscible.data.loading import build_loader, captioned_source, images_of
 from immiscible.data.transforms import ImageTransform
-from immiscible.encoding.cache import MANIFEST, LatentCache
+from immiscible.encoding.cache import LatentCache
+from immiscible.encoding.cache_manifest import MANIFEST
 from immiscible.encoding.cache_writing import write_cache
 from immiscible.encoding.texts import TextToImageEncoder
 from immiscible.errors import run_script
