@@ -132,6 +132,13 @@ def _network_saved(accelerator: Accelerator, ema: EMAModel | None, part: str) ->
         hook.remove()
 
 
+def _publish(partial: Path, target: Path, step: int, identity: Mapping[str, Any]) -> None:
+    _seal(partial, step, identity)
+    if target.exists() and not is_ours(target):
+        raise UserError(f"{target} is no checkpoint of this suite: move it away, and resume", exit_code=1)
+    replace(partial, target)
+
+
 def _prune(folder: Path, step: int, limit: int | None) -> None:
     """Deletes what is older than the newest ``limit`` checkpoints, of which that of ``step`` is one."""
     earlier = [path for path in checkpoints(folder) if step_of(path) < step and is_ours(path)]
