@@ -79,12 +79,7 @@ def save_checkpoint(
 
     def publish() -> None:
         if accelerator.is_main_process:
-            _seal(partial, step, identity)
-            if target.exists() and not is_ours(target):
-                raise UserError(
-                    f"{target} is no checkpoint of this suite; move it away, and continue with --resume_from_checkpoint", exit_code=1
-                )
-            replace(partial, target)
+            _publish(partial, target, step, identity)
             _prune(folder, step, limit)
 
     try:
