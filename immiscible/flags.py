@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -230,18 +230,17 @@ def _boolean(text: str) -> bool:
 
 def number(kind: type[int] | type[float], **ends: Any) -> Callable[[str], Any]:
     """What reads a number for argparse; the words are the ends of a `Range`."""
-    allowed = Range(**ends)
+    return partial(_read_number, kind, Range(**ends))
 
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {_short(text)!r}") from None
-        if problem := allowed.problem(value):
-            raise argparse.ArgumentTypeError(problem)
-        return value
 
-    return read
+def _read_number(kind: type[int] | type[float], allowed: Range, text: str) -> int | float:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {_short(text)!r}") from None
+    if problem := allowed.problem(value):
+        raise argparse.ArgumentTypeError(problem)
+    return value
 
 
 def plain_text(text: str) -> str:

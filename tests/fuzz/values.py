@@ -129,7 +129,8 @@ def targets() -> tuple[Target, ...]:
         "jobs": int,
         "script": str,
     }
-    kinds = tuple(Flag(name, kind) for name, kind in words.items())
+    allowed = {"seeds": Range(least=0, most=2**63 - 1), "jobs": Range(least=1, most=1024)}
+    kinds = tuple(Flag(name, kind, allowed.get(name, ANY)) for name, kind in words.items())
     found.append(
         Target(
             "scripts/compare.py",
@@ -149,7 +150,8 @@ def _of_parser(parser: Any) -> tuple[Flag, ...]:
         if action.option_strings and action.nargs != 0:
             value = action.type("1") if action.type else "1"
             kind = str if isinstance(value, Path) else type(value)
-            found.append(Flag(action.dest, kind, choices=tuple(action.choices or ())))
+            allowed = action.type.args[1] if isinstance(action.type, partial) else ANY
+            found.append(Flag(action.dest, kind, allowed, tuple(action.choices or ())))
     return tuple(found)
 
 
