@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from immiscible.errors import UserError, first_line
-from immiscible.networks.weights import weights_digest
+from immiscible.networks.weights import LOAD_ERRORS, weights_digest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -42,7 +40,9 @@ def load_vae(name_or_path: str, *, resolution: int, cache_dir: str | None = None
         if kind != "AutoencoderKL":
             raise UserError(f"{flag} is a {kind}, not an AutoencoderKL; give a VAE, or a checkpoint that has one in its folder `vae`")
         vae = AutoencoderKL.from_pretrained(name_or_path, **options)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except LOAD_ERRORS as error:
         raise UserError(f"{flag}: no AutoencoderKL found there, nor in a folder `vae` of it ({first_line(error)})") from None
     if vae.config.shift_factor or vae.config.latents_mean:
         raise UserError(f"{flag} shifts its latents, which diffusers' unconditional pipeline does not undo; take one as Stable Diffusion's")

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from immiscible.errors import UserError, first_line
 from immiscible.networks.arguments import TextModelArguments
 from immiscible.networks.latents import latent_downsampling, refuse_single_file
-from immiscible.networks.weights import PRECISIONS, weights_digest
+from immiscible.networks.weights import LOAD_ERRORS, PRECISIONS, weights_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,7 +78,7 @@ def load_stable_diffusion(arguments: TextModelArguments, *, resolution: int, cac
     _check_family(name, common)
     try:
         parts = _load_parts(name, {**common, "variant": arguments.variant}, arguments.non_ema_revision or arguments.revision, from_scratch)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         raise UserError(f"--pretrained_model_name_or_path {name}: cannot be loaded ({first_line(error)})", exit_code=1) from None
     if arguments.prediction_type is not None:
         parts.scheduler.register_to_config(prediction_type=arguments.prediction_type)

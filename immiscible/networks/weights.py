@@ -6,12 +6,17 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from immiscible.errors import UserError
+
+# What diffusers, transformers and torch raise on folders that hold no such network, a broken one, or a pickle that is more than tensors.
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, UnpicklingError)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

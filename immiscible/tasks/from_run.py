@@ -14,7 +14,7 @@ from immiscible.errors import UserError
 from immiscible.flags import parse_config
 from immiscible.method import training_scheduler
 from immiscible.networks.latents import load_vae
-from immiscible.networks.weights import weights_digest
+from immiscible.networks.weights import LOAD_ERRORS, weights_digest
 from immiscible.sampling.loaded import Loaded, freeze
 from immiscible.sampling.pipelines import build_pipeline
 from immiscible.training.checkpoints import NAME, checkpoints, is_complete, read_state
@@ -171,7 +171,7 @@ def _from_diffusers(name: str) -> DiffusionPipeline:
         return pipeline
     except UserError:
         raise
-    except (OSError, ValueError, AttributeError) as error:
+    except LOAD_ERRORS as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {name}: neither a run, nor a checkpoint of one, nor a diffusers pipeline ({line})", exit_code=1) from None
 
@@ -183,7 +183,7 @@ def _add_adapters(pipeline: DiffusionPipeline, name: str) -> None:
         raise UserError("--lora: the model is a run of adapters, which are loaded already; leave it out")
     try:
         pipeline.load_lora_weights(name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--lora {name}: no adapters for this network found there ({line})", exit_code=1) from None
     if not getattr(pipeline.unet, "peft_config", None):  # diffusers only warns

@@ -167,6 +167,7 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
     reseed_globally(seed, "network")
     parts = load_stable_diffusion(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
     _check_dream(config, parts)
+    _check_steps(config, parts)
     if not config.streaming:
         tell_long_captions(source, parts)
     transform = image_transform(config, 3, seed)
@@ -185,6 +186,15 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
     )
     encode_loaded = cache.encoder(encode) if cache else encode
     return TextToImageTask(config, parts, objective, data, from_scratch, encode_loaded, replace(encode, empty_prompts=0.0))
+
+
+def _check_steps(config: TextToImageConfig, parts: StableDiffusion) -> None:
+    steps = parts.scheduler.config.num_train_timesteps
+    asked = [("validation_inference_steps", config.validation_inference_steps if config.prompts else 1)]
+    asked += [("eval_inference_steps", each) for each in config.eval_inference_steps if config.eval_steps]
+    for name, value in asked:
+        if value >= steps:  # at all of them Stable Diffusion's samplers begin a step beyond the last
+            raise UserError(f"--{name} {value} must be below {steps}, the steps of the noise process of {parts.name}")
 
 
 def _check_dream(config: TextToImageConfig, parts: StableDiffusion) -> None:

@@ -58,7 +58,9 @@ class Ground:
         target = draw.choice([target for target in targets() if target.script in ("train_unconditional.py",) * 3 + ("finetune_sd.py",)])
         flags = [flag for flag in target.flags if not LEFT_OUT.fullmatch(flag.name) and (flag.kind is not str or flag.choices)]
         values = {flag.name: small_value(draw, flag) for flag in draw.sample(flags, draw.choice((1, 1, 2)))}
-        words = (tiny if target.script == "train_unconditional.py" else tiny_text)(place / "run", **{"max_train_steps": 2, "eval_samples": 4, **values})
+        words = (tiny if target.script == "train_unconditional.py" else tiny_text)(
+            place / "run", **{"max_train_steps": 2, "eval_samples": 4, **values}
+        )
         named = [f"--{name}" for name in values]
         return f"{target.script} {values}", partial(self._judge, words, target.script, named, place, sane)
 
