@@ -37,9 +37,13 @@ def test_an_unknown_name_lists_the_known_ones():
 
 
 def test_importing_it_loads_nothing_and_all_of_it_no_more_than_the_core():
-    code = "import sys; before = set(sys.modules); import immiscible; print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    code = (
+        "import sys; before = set(sys.modules); import immiscible; print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
     assert "torch" not in run(code).split()
-    everything = f"import {', '.join(sorted(CORE))}, scipy.optimize, sys; before = set(sys.modules); import immiscible, immiscible.adapters; "
+    everything = (
+        f"import {', '.join(sorted(CORE))}, scipy.optimize, sys; before = set(sys.modules); import immiscible, immiscible.adapters; "
+    )
     everything += "[getattr(immiscible, name) for name in immiscible.__all__]; "
     everything += "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
     assert set(run(everything).split()) <= CORE | {"immiscible"}

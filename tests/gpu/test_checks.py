@@ -280,6 +280,20 @@ def test_a_run_that_went_to_the_cpu_is_found(tmp_path):
         runs.close()
 
 
+def test_lost_gradients_are_found():
+    """As a compiler lost them: the first loss is right, the first gradient is not, later losses are a few percent off."""
+    plain = [{"loss": 1.12 - 0.1 * step, "grad_norm": 2.0} for step in range(6)]
+    training.assert_trained_alike(plain, [dict(line) for line in plain])
+    for wrong in (
+        [{**plain[0], "grad_norm": 1.9}, *plain[1:]],
+        [*plain[:5], {**plain[5], "loss": 1.05 * plain[5]["loss"]}],
+        [{**plain[0], "loss": 1.01 * plain[0]["loss"]}, *plain[1:]],
+        plain[:5],
+    ):
+        with pytest.raises(AssertionError):
+            training.assert_trained_alike(plain, wrong)
+
+
 def test_losses_that_are_no_numbers_are_found(tmp_path):
     import json
 
