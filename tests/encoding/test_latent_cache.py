@@ -325,7 +325,9 @@ def refused(sd: dict[str, Path], **changes) -> str:
 def test_a_cache_of_other_settings_is_refused_with_the_reason(tiny_sd, tmp_path):
     assert "--resolution was 64 in the cache and is 32 here" in refused(tiny_sd, resolution=32)
     adm = refused(tiny_sd, crop="adm")
-    assert "the crop (--crop, --center_crop) was center in the cache and is adm here" in adm and "scripts/precompute_latents.py" in adm
+    crop = "the crop (--crop, --center_crop, --alpha_color) was center in the cache and is"
+    assert f"{crop} adm here" in adm and "scripts/precompute_latents.py" in adm
+    assert f"{crop} center, transparent images upon black here" in refused(tiny_sd, alpha_color="black")
     assert "--image_interpolation_mode was lanczos" in refused(tiny_sd, image_interpolation_mode="box")
     other = write_images(tmp_path / "other", count=11)
     assert "the data was a folder of 12 images" in refused({**tiny_sd, "images": other})
