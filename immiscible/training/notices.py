@@ -60,7 +60,7 @@ def _epsilon(task: Task) -> str:
         return ""
     return (
         "assignment under plain epsilon-prediction: in docs/RESULTS.md it helps little at 5 inference steps and does harm at 20; "
-        "--prediction_type v_prediction or sample gains at both, and a checkpoint that predicts epsilon can be trained on to v_prediction"
+        "--prediction_type v_prediction or sample gains at both; for a checkpoint that predicts epsilon leave the coupling off"
     )
 
 
