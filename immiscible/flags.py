@@ -196,7 +196,7 @@ def _add(group: Any, item: Any, hint: Any) -> None:
         text += " (default: on; --no_" + item.name + " is off)" if default else ""
     else:
         allowed = range_of(item)
-        reading = str if item.metadata.get("prose") else plain_text if kind is str else number(kind, **vars(allowed))
+        reading = prose if item.metadata.get("prose") else plain_text if kind is str else number(kind, **vars(allowed))
         options |= {"type": reading, "choices": choices, **({"nargs": "+"} if several else {})}
         options["metavar"] = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "TEXT")
         notes = ([] if default is None else [f"default: {str(shown).replace('%', '%%')}"]) + ([str(allowed)] if str(allowed) else [])
@@ -243,9 +243,18 @@ def _read_number(kind: type[int] | type[float], allowed: Range, text: str) -> in
     return value
 
 
+def prose(text: str) -> str:
+    """What reads a text for argparse: anything that is one, which bytes of another encoding on the command line are not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be text in UTF-8, not {_short(text)!a}") from None
+    return text
+
+
 def plain_text(text: str) -> str:
     """What reads a name or a path for argparse: not empty, as an unset variable of a shell is, and something that file systems take."""
-    encoded = text.encode(errors="surrogatepass")
+    encoded = prose(text).encode()
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty; give a value, or leave the flag out")
     if b"\0" in encoded:

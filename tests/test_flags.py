@@ -197,6 +197,17 @@ def test_names_that_no_file_system_takes(tmp_path, name):
     assert "must not hold a NUL" in refused(UnconditionalConfig, "--config", tmp_path / "nul.yaml")
 
 
+def test_bytes_that_are_no_text():
+    for name in ("output_dir", "validation_prompt", "validation_prompts"):
+        assert refused(TextToImageConfig, f"--{name}=a\udcff") == f"--{name} must be text in UTF-8, not 'a\\udcff'"
+    assert parse_text("--output_dir", "größe 🎲").output_dir == "größe 🎲"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../b", "/tmp/x"])
+def test_a_project_is_inside_the_folder_of_logs(name):
+    assert f"--tracker_project_name {name} must be a name" in refused(TextToImageConfig, "--tracker_project_name", name)
+
+
 # Files
 
 

@@ -207,6 +207,9 @@ class TextRunArguments(FolderArguments):
     def check(self) -> None:
         """See `FolderArguments.check`."""
         super().check()
+        project = PurePath(self.tracker_project_name)
+        if project.is_absolute() or ".." in project.parts:  # tensorboard makes a folder of it inside --logging_dir
+            raise UserError(f"--tracker_project_name {self.tracker_project_name} must be a name, without a way out of --logging_dir")
         if self.validation_prompt is not None and self.validation_prompts is not None:
             raise UserError("--validation_prompt and --validation_prompts are given together; choose one")
 

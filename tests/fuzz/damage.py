@@ -87,7 +87,7 @@ def damage_images(draw: random.Random, folder: Path) -> tuple[str, bool]:
     if way == "text":
         odd.write_text("no picture")
     elif way == "mode":
-        mode = draw.choice(("1", "L", "P", "RGBA", "LA", "I;16", "I"))
+        mode = draw.choice(("1", "L", "P", "RGBA", "LA", "I;16"))
         Image.new(mode, (8, 8)).save(odd)
         way += f" {mode}"
     elif way == "size":
