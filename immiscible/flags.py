@@ -153,6 +153,7 @@ class Parser(argparse.ArgumentParser):
         for word in unknown[:1]:
             near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), self._option_string_actions, n=1, cutoff=0.8)
             message += f"; did you mean {near[0]}?" if near and word not in self._option_string_actions else ""
+        message = re.sub(r"(\S{60})\S{200,}", r"\1...", message)
         raise UserError(re.sub(r"^argument (--\w+): must ", r"\1 must ", message))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -167,6 +167,11 @@ def test_ranges_of_arguments_that_nobody_has_parsed():
         check_ranges(Numbers(count=MOST + 1))
 
 
+@pytest.mark.parametrize("word", ["--noise_coupling=" + "x" * 5000, "--" + "x" * 5000, "x" * 5000])
+def test_a_long_word_does_not_make_a_long_line(word):
+    assert "x" * 40 in (line := refused(UnconditionalConfig, word)) and len(line) < 400
+
+
 def test_two_dashes_are_no_value(tmp_path):
     assert refused(UnconditionalConfig, "--output_dir=--") == "--output_dir must have a value, not --"
     (tmp_path / "mine.yaml").write_text("seed: --\n")
