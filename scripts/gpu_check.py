@@ -111,17 +111,17 @@ CHECKS = {
     ),
     "look_ahead": Check(
         "training with look-ahead on its own stream: the same bits as without",
-        ("test_training.py::test_look_ahead", "test_training.py::test_another_seed_trains_other_weights"),
+        ("test_gpu_training.py::test_look_ahead", "test_gpu_training.py::test_another_seed_trains_other_weights"),
         2,
     ),
     "half_precision": Check(
         "training and fine-tuning in fp16 and bf16",
-        ("test_training.py::test_half_precision", "test_training.py::test_fine_tuning_in_half_precision"),
+        ("test_gpu_training.py::test_half_precision", "test_gpu_training.py::test_fine_tuning_in_half_precision"),
         5,
     ),
-    "resume": Check("killed and resumed: the same bits as never killed", ("test_training.py::test_resume",), 2),
-    "compile": Check("--torch_compile", ("test_training.py::test_compiled",), 3),
-    "adam_8bit": Check("--use_8bit_adam, where bitsandbytes is installed", ("test_training.py::test_adam_in_8_bits",), 1),
+    "resume": Check("killed and resumed: the same bits as never killed", ("test_gpu_training.py::test_resume",), 2),
+    "compile": Check("--torch_compile", ("test_gpu_training.py::test_compiled",), 3),
+    "adam_8bit": Check("--use_8bit_adam, where bitsandbytes is installed", ("test_gpu_training.py::test_adam_in_8_bits",), 1),
 }
 BENCHMARKS = {
     "assignment_time": Benchmark(

@@ -10,7 +10,7 @@ import pytest
 import test_axes as axes
 import test_couplings as couplings
 import test_engine as engine
-import test_training as training
+import test_gpu_training as training
 import torch
 from kills import lines
 from launch import tiny

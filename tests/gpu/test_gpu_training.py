@@ -134,6 +134,7 @@ def check_finite(folder: Path, weights: Path) -> None:
 HALVES = [("cpu", "bf16"), pytest.param("cuda", "bf16", marks=pytest.mark.gpu), pytest.param("cuda", "fp16", marks=pytest.mark.gpu)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("training_device", "precision"), HALVES, indirect=["training_device"])
 def test_half_precision(training_device, runs, tmp_path, precision):
     """Training, EMA, measurements on the device, samples, the pipeline."""
@@ -147,6 +148,7 @@ def test_half_precision(training_device, runs, tmp_path, precision):
     assert list(folder.glob("samples/step-*.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize(("training_device", "precision"), HALVES, indirect=["training_device"])
 def test_fine_tuning_in_half_precision(training_device, runs, tmp_path, precision, adapters):
@@ -190,6 +192,7 @@ def check_resume(runs: Any, device: torch.device, folder: Path) -> None:
     assert final_hashes(folder / "killed", steps) == expected, "the run that was killed differs from the one that was not"
 
 
+@pytest.mark.slow
 def test_resume(training_device, runs, tmp_path):
     check_resume(runs, training_device, tmp_path)
 
