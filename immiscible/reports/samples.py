@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def _grid_prompts(config: Mapping[str, Any]) -> list[str]:
     """What a text run's grids are of, an image each; empty for other runs."""
     if one := config.get("validation_prompt"):
-        return [one] * int(config.get("num_validation_images") or 1)
+        return [one] * int(config.get("num_validation_images", 1))
     return list(config.get("validation_prompts") or [])
 
 
