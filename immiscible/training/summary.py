@@ -38,6 +38,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+# What each line of metrics.jsonl says of which `measured_facts` tells the mean.
+NEEDED = (
+    "pair_distance_drawn",
+    "pair_distance",
+    "distance_reduction_percent",
+    "noise_variance_drift",
+    "noise_norm_drift",
+    "paired_images",
+    "coupling_seconds",
+    "step_seconds",
+)
 PLAN_SECONDS = 60  # of steps after which --plan takes no further one
 
 
@@ -112,10 +123,15 @@ def method_facts(config: RunConfig, objective: Objective, *, schedule: str, infe
 
 
 def measured_facts(config: RunConfig) -> dict[str, str]:
-    """Means over the run's ``metrics.jsonl``: what the coupling did and what it cost, and the last loss."""
+    """Means over the run's ``metrics.jsonl``: what the coupling did and what it cost, and the last loss.
+
+    They are of the lines that say it, and nothing where the last line is none of ours: a file that somebody edited must not cost the end
+    of a run.
+    """
     lines = read_lines(config.folder / "metrics.jsonl")
-    mean = {name: sum(line[name] for line in lines) / len(lines) for name in lines[-1]} if lines else {}
-    if not mean:
+    said = {name: [line[name] for line in lines if isinstance(line.get(name), int | float)] for name in (lines[-1] if lines else ())}
+    mean = {name: sum(values) / len(values) for name, values in said.items() if values}
+    if not {"step", "loss", *NEEDED} <= mean.keys():
         return {}
     drawn, paired = mean["pair_distance_drawn"], mean["pair_distance"]
     coupling_ms = 1000 * config.gradient_accumulation_steps * mean["coupling_seconds"]

@@ -1,3 +1,4 @@
+import json
 import re
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from immiscible.training.summary import peak_memory
+from immiscible.training.summary import NEEDED, measured_facts, peak_memory
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel's own count is read from /proc")
@@ -26,3 +27,18 @@ def test_peak_memory_without_the_module_that_windows_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=5 * 2**20)))
     assert peak_memory() == 5
+
+
+def test_edited_metrics_do_not_cost_the_end_of_a_run(tmp_path):
+    config = SimpleNamespace(folder=tmp_path, gradient_accumulation_steps=1)
+    good = {"step": 2, "loss": 0.5, **dict.fromkeys(NEEDED, 2.0)}
+    other = {name: value for name, value in good.items() if name != "step_seconds"} | {"pair_distance": "x", "coupling_seconds": 4.0}
+
+    def facts(*lines):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return measured_facts(config)
+
+    assert facts() == {} == facts(good, {"step": 3})
+    assert facts(good, good) == facts(good)
+    assert facts(other, good)["coupling_time"] == "3000.00 ms of a 2000.0 ms step"
+    assert facts(other, good)["pair_distance"] == facts(good)["pair_distance"]
