@@ -181,6 +181,6 @@ def _unit_gray(image: Image.Image) -> Tensor:
     found = f"its {'floats' if kind == 'f' else 'integers'} reach from {low:g} to {high:g}"
     if low < -ROUNDING * largest or high > (1 + ROUNDING) * largest:
         raise ValueError(f"{found}, not from 0 to {largest}; save it as 8 or 16 bits")
-    if kind != "f" and 0 < high <= (255 if kind == "u" else 65535):  # of fewer bits, in a mode of more
+    if kind == "i" and 0 < high <= 65535:  # of fewer bits, in a mode of more; 16 bits may just be dark
         raise ValueError(f"{found} and {largest} is white, so that all of it would be black; save it as {8 if high <= 255 else 16} bits")
     return torch.from_numpy((array.astype(np.float64) / largest).astype(np.float32))[None]

@@ -103,7 +103,7 @@ def image_size(loaded: Loaded, side: int | None) -> tuple[int, int]:
 def image_mode(loaded: Loaded) -> str:
     """Pillow's name for the kind of the pipeline's pixels: "L" of one channel, "RGB" of three."""
     decoder = getattr(loaded.pipeline, "vae", None) or getattr(loaded.pipeline, "vqvae", None) or loaded.pipeline.unet
-    return {1: "L", 4: "RGBA"}.get(decoder.config.out_channels, "RGB")
+    return {1: "L", 4: "RGBA"}.get(getattr(decoder.config, "out_channels", decoder.config.in_channels), "RGB")
 
 
 def freeze(pipeline: DiffusionPipeline) -> None:

@@ -257,7 +257,7 @@ def test_one_image_on_one_rank_with_its_class():
 
 
 def test_too_many_images_at_once_are_refused_before_anything_is_written(script, tmp_path):
-    words = {"noise_coupling": "assignment", "coupling_scope": "global", "coupling_window": 1025, "train_batch_size": 16}
+    words = {"noise_coupling": "assignment", "coupling_scope": "global", "coupling_window": 1024, "train_batch_size": 17}
     result = script(tiny(tmp_path / "run", **words))
     assert result.code == 2 and "pairs at most 16384 images at once" in result.error and not (tmp_path / "run").exists()
 

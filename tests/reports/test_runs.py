@@ -83,7 +83,7 @@ def test_bad_folders(arms, tmp_path):
     (unmeasured / "evaluation.jsonl").write_text('{"step": 100, "frechet_distance": {"5": 1.0}}\n')
     assert "lines without data, feature, reference_images, samples, train_seconds" in message(unmeasured)[0]
     (unmeasured / "evaluation.jsonl").write_text("[1]\n")
-    assert "cannot be read" in message(unmeasured)[0] and message(unmeasured)[1] == 1
+    assert "is damaged" in message(unmeasured)[0] and message(unmeasured)[1] == 1
     for text in ("a: [", "just words", "\x00", "seed: x", "max_train_steps: many"):
         (unmeasured / "config.yaml").write_text(text)
         assert message(unmeasured)[1] == 1
@@ -127,7 +127,7 @@ def test_other_damaged_files_are_one_line(tmp_path):
         before = (folder / name).read_bytes()
         for content in (b"[1]\n", b"\xff\xfe\n"):
             (folder / name).write_bytes(content)
-            with pytest.raises(UserError, match=f"a/{name}: cannot be read"):
+            with pytest.raises(UserError, match=f"a/{name}(: cannot be read| is damaged)"):
                 read_run(folder)
         (folder / name).write_bytes(before)
     (folder / "samples" / "step-0000500.png").write_bytes(b"half a pict")

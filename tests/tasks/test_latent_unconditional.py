@@ -236,7 +236,7 @@ def test_losses_from_a_cache_are_those_of_the_uncached_run(script, cached, tmp_p
     ("changes", "reason"),
     [
         ({"resolution": 64}, "--resolution was 32 in the cache and is 64 here"),
-        ({"crop": "adm"}, "the crop (--crop, --center_crop) was center in the cache and is adm here"),
+        ({"crop": "adm"}, "the crop (--crop, --center_crop, --alpha_color) was center in the cache and is adm here"),
         ({"preserve_input_precision": True}, "was bilinear in the cache and is bilinear at the images' precision here"),
         ({"vae_model_name_or_path": model_folder(2)}, "the VAE's encoder "),
         ({"bundled_data": "digits", "train_data_dir": None}, "the data was a folder of 12 images"),
