@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from immiscible.data.arguments import DataArguments, ImageArguments, TextDataArguments
 from immiscible.data.batches import BadImage, Batch, GlobalBatchOrder, ImageDataset, Images, check_batch, collate
@@ -278,11 +279,9 @@ def _end_at_the_parents_sigterm() -> None:
 
 def _whole(loader: DataLoader[Batch]) -> Iterator[Batch]:
     """The batches; the end of a loader process, of which torch says so by a `RuntimeError`, is a failure that the run can save before."""
-    iterator = iter(loader)
-    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of a step; its iterator notices all the same
+    signal_handling._SIGCHLD_handler_set = True  # keeps torch's own away, which raises in the middle of a step; its iterator notices, too
     try:
-        yield from iterator
+        yield from loader
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -298,12 +297,12 @@ def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Imag
     Transparent images are told when the first are met, and counted at the end.
 
     Raises:
-        UserError: as `check_batch`.
+        UserError: as `check_batch`; or (exit code 1) a loader process is gone.
     """
     skipped: set[BadImage] = set()
     seen = transparent = told = 0
     try:
-        for batch in loader:
+        for batch in _whole(loader):
             for bad in check_batch(batch, skip_bad_images):
                 if bad not in skipped:
                     skipped.add(bad)
