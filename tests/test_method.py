@@ -92,9 +92,9 @@ def test_ranges_are_checked_also_of_what_is_not_on():
 
 def test_every_task_goes_with_every_method():
     for task, method in product((ROOT / "configs/tasks").glob("[cdp]*.yaml"), (ROOT / "configs/methods").glob("*.yaml")):
-        parse_config(
-            UnconditionalConfig, ["--config", str(task), str(method)], program="x", description="", no_data_config=Path("none.yaml")
-        )
+        words = ["--config", str(task), str(method)]
+        config = parse_config(UnconditionalConfig, words, program="x", description="", no_data_config=Path("none.yaml"))
+        assert unused_flags(vars(config)) == {}, (task, method)
 
 
 # Flags and arguments
