@@ -220,6 +220,7 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_uncached_run(tiny_sd, tmp_path):
     """Also with a cache of all images for a run on some of them, with held-out images, and with flips in the cache that are not used."""
     train = module("train_text_to_image.py").main
@@ -290,7 +291,7 @@ def shard_members(sd: dict[str, Path]) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_killed_and_resumed_is_never_killed(script, tiny_sd, tmp_path, lora):
     changes = {"use_lora": lora, "checkpointing_steps": 2, "proportion_empty_prompts": 0.3, "noise_coupling": "assignment"}
     changes |= {"resume_from_checkpoint": "latest", "max_train_steps": 14}

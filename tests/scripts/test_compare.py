@@ -223,7 +223,7 @@ def alive(pattern):
     return found
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_stops_the_runs_and_the_same_command_continues(script, grid, how, tmp_path):
     words = grid("wait", "plain", seeds=[0])
     words[words.index("fake.py")] = fake = str(tmp_path / "fake.py")  # so that its processes can be told from others

@@ -155,6 +155,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_every_gpu_test_belongs_to_one_check():
     """And none of them is run by the ordinary commands."""
     expressions = ["gpu", "", "not slow"]
@@ -173,7 +174,8 @@ def test_every_gpu_test_belongs_to_one_check():
     assert sorted(name for check in CHECKS.values() for name in tests(check)) == sorted(everything)
 
 
-@pytest.mark.parametrize("name", ["solve", *(pytest.param(name, marks=pytest.mark.slow) for name in CHECKS if name != "solve")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKS)
 def test_checks_run_pytest_on_the_gpu_tests(tmp_path, name):
     """The very command, without a GPU: pytest finds the tests and skips each with the reason."""
     report = tmp_path / "report.xml"

@@ -66,6 +66,7 @@ def test_the_versions_differ_as_those_of_stable_diffusion(models):
     assert (one.tokenizer.pad_token, two.tokenizer.pad_token, two.tokenizer.pad_token_id) == ("<|endoftext|>", "!", 0)
 
 
+@pytest.mark.slow
 def test_the_same_bytes_every_time(models, captions, classes, tmp_path):
     for name in ("first", "second"):
         torch.manual_seed(len(name))

@@ -20,7 +20,7 @@ def test_the_encoder_tells_the_network_the_class():
     assert not untold.condition and torch.equal(untold.labels, batch.labels)
 
 
-@pytest.mark.parametrize("condition", ["none", "within", "centered", "penalty"])
+@pytest.mark.parametrize("condition", ["none", "within", *(pytest.param(name, marks=pytest.mark.slow) for name in ("centered", "penalty"))])
 def test_plain_assignment_leaks_the_class_and_says_so(script, tmp_path, condition):
     words = {"coupling_condition": condition, "log_class_leak": True, "train_batch_size": 64, "max_train_steps": 12, "logging_steps": 12}
     result = script(tiny(tmp_path / "run", **COMMON, **words))

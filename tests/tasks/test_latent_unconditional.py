@@ -55,6 +55,7 @@ def run(script, tmp_path_factory) -> Path:
 # Sampling
 
 
+@pytest.mark.slow
 def test_the_saved_pipeline_samples_in_a_process_of_plain_diffusers(run, tmp_path):
     code = """
 import sys
@@ -98,7 +99,7 @@ def test_the_grid_is_of_the_saved_pipeline(run):
 # Runs
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_cut_run_of_latents_goes_on_as_it_was(script, tmp_path, cached):
     common = {"use_ema": True, "noise_coupling": "assignment", "timestep_sampling": "asymmetric", "random_flip": True, "dropout": 0.1}
     if cached:

@@ -167,7 +167,7 @@ def shrunk(config: UnconditionalConfig | TextToImageConfig, small: dict[str, Pat
     return flags({**words, "ddpm_num_inference_steps": 2, "eval_batch_size": 2})
 
 
-@pytest.mark.parametrize("path", RECIPES, **IDS)
+@pytest.mark.parametrize("path", [*RECIPES[:2], *(pytest.param(path, marks=pytest.mark.slow) for path in RECIPES[2:])], **IDS)
 def test_a_recipe_trains_when_shrunk(script, small, tmp_path, path):
     _, program, words = launch_line(path)
     replaced = shrunk(recipe(path.stem)[0], small, tmp_path / "run")

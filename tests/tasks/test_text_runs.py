@@ -139,6 +139,7 @@ def test_the_card_says_how_to_sample(monkeypatch, tmp_path):
     assert 'pipeline.scheduler.register_to_config(prediction_type="v_prediction")' in str(other.card("title", {}, None))
 
 
+@pytest.mark.slow
 def test_config_yaml_restarts_the_run(script, runs, tmp_path):
     for name, program in (("scratch", SCRATCH), ("adapters", FINETUNE)):
         result = script(["--config", runs / name / "config.yaml", "--output_dir", tmp_path / name], program=program)
@@ -152,7 +153,13 @@ def final_hashes(folder: Path, step: int) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize("changes", [{"use_ema": True, "offload_ema": True}, {"use_lora": True}], ids=["full", "adapters"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"use_ema": True, "offload_ema": True}, id="full", marks=pytest.mark.slow),
+        pytest.param({"use_lora": True}, id="adapters"),
+    ],
+)
 def test_killed_and_resumed_is_never_killed(script, tmp_path, changes):
     common = {
         **changes,

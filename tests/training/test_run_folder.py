@@ -28,7 +28,7 @@ def run(finished, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("precision", ["bf16", "no"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "no"])
 def test_a_checkpoint_changes_nothing_in_the_training_that_goes_on(script, tmp_path, precision):
     for name, every in (("often", 2), ("once", 4)):
         assert script(tiny(tmp_path / name, mixed_precision=precision, checkpointing_steps=every)).code == 0

@@ -16,7 +16,7 @@ GRIDS = {"max_train_samples": 64, "save_images_epochs": 1, "checkpointing_steps"
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stop_during_a_grid_saves_and_the_grid_comes_when_resumed(script, tmp_path, processes):
-    slow = {**GRIDS, "ddpm_num_inference_steps": 1000, "train_batch_size": 16 // processes}
+    slow = {**GRIDS, "ddpm_num_inference_steps": 200, "train_batch_size": 16 // processes}
     words = tiny(tmp_path / "stopped", **slow, resume_from_checkpoint="latest")
     runs = start(script, words, processes)
     runs[0].wait_until(lambda: lines(tmp_path / "stopped") >= 4)  # an epoch of four steps has ended: the grid is under way

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -206,11 +207,14 @@ def test_two_runs_in_one_folder(script, tmp_path):
 
 def test_a_run_is_not_overwritten_while_it_trains(script, tmp_path):
     folder = tmp_path / "run"
-    first = script.start(argv(folder, 400))
+    first = script.start(argv(folder, 100_000))
     first.wait_until((folder / "checkpoint-8").exists)
     second = script(argv(folder, 4, overwrite_output_dir=True, seed=7))
     assert second.code == 1 and "in use" in second.error
-    assert first.wait().code == 0 and len(metrics(folder)) == 400
+    first.send(signal.SIGTERM)
+    assert first.wait().code == 128 + signal.SIGTERM
+    steps = [line["step"] for line in metrics(folder)]
+    assert len(steps) > 8 and steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.slow
