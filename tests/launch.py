@@ -267,8 +267,7 @@ def serve() -> None:
 
     entry(SCRIPT.name)
     load_digits(), PhotoCrops(8)
-    gc.collect()
-    gc.freeze()
+    frozen = 0
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -278,6 +277,10 @@ def serve() -> None:
             print(json.dumps(128 - code if code is not None and code < 0 else code), file=answers, flush=True)
             continue
         main = entry(request["program"])
+        if len(sys.modules) > frozen:  # a child's collections then neither look at what is imported nor copy it
+            gc.collect()
+            gc.freeze()
+            frozen = len(sys.modules)
         child = os.fork()
         if child:
             print(child, file=answers, flush=True)

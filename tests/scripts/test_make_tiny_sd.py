@@ -82,6 +82,7 @@ def test_the_same_bytes_every_time(models, captions, classes, tmp_path):
     assert hashes["captions"] != script.content_hash(tmp_path / "captions")
 
 
+@pytest.mark.slow
 def test_training_improves_the_reconstruction(models, tmp_path):
     from diffusers import AutoencoderKL
 

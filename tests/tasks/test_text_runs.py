@@ -77,6 +77,7 @@ def runs(script, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_plain_diffusers_samples_what_is_left(runs):
     folders = [runs / name for name in ("scratch", "tuned", "images")]
     result = run_command([sys.executable, "-c", SAMPLE, model_folder(), runs / "adapters", *folders], PYTHONSAFEPATH="1")

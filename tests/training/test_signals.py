@@ -14,7 +14,7 @@ from launch import ENVIRONMENT, ROOT, SCRIPT, tiny
 GRIDS = {"max_train_samples": 64, "save_images_epochs": 1, "checkpointing_steps": 1000, "max_train_steps": 8, "use_ema": True}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stop_during_a_grid_saves_and_the_grid_comes_when_resumed(script, tmp_path, processes):
     slow = {**GRIDS, "ddpm_num_inference_steps": 200, "train_batch_size": 16 // processes}
     words = tiny(tmp_path / "stopped", **slow, resume_from_checkpoint="latest")
