@@ -15,8 +15,7 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
     from immiscible.sampling.folder import Request, SampleFolder
     from immiscible.sampling.loaded import Loaded
+
+PATIENCE = timedelta(hours=12)  # with which processes that finish early wait for the last one
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,24 +81,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextmanager
-def session(mixed_precision: str) -> Iterator[Accelerator]:
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    # Processes that finish early wait for the last one.
-    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
-    try:
-        if mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            raise UserError("--mixed_precision fp16 needs a GPU; on a CPU give bf16 or no")
-        yield accelerator
-        accelerator.wait_for_everyone()
-    except UserError:
-        accelerator.wait_for_everyone()  # raised by all processes alike; whatever else ends one of them must not wait for the others
-        raise
-    finally:
-        accelerator.end_training()
-
-
 def check(arguments: argparse.Namespace) -> None:
     if arguments.prompts and arguments.class_names:
         raise UserError("--prompts and --class_names are given together; choose one")
@@ -131,12 +114,13 @@ def check_steps(steps: int, loaded: Loaded) -> None:
 def main(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(argv)
     check(arguments)
-    with session(arguments.mixed_precision) as accelerator:
+    from immiscible.training.session import joined  # after parsing, so that --help and usage errors come at once
+
+    with joined(arguments.mixed_precision, PATIENCE) as accelerator:
         sample(arguments, argv, accelerator)
 
 
 def sample(arguments: argparse.Namespace, argv: Sequence[str], accelerator: Accelerator) -> None:
-    # After parsing, so that --help and usage errors come at once.
     from immiscible.processes import on_main_process
     from immiscible.sampling.folder import Request, SampleFolder, read_lines
     from immiscible.sampling.loaded import image_mode, image_size

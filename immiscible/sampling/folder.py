@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from immiscible.errors import UserError
-from immiscible.files import PARTIAL, clean_up, replace
+from immiscible.files import LOCK, PARTIAL, clean_up, lock, replace
 from immiscible.sampling.pipelines import sample_images
 
 if TYPE_CHECKING:
@@ -96,17 +96,18 @@ class SampleFolder:
         self.path, self.size, self.mode = path, size, mode
 
     def prepare(self, manifest: Mapping[str, Any]) -> None:
-        """Creates the folder or checks that it holds a part of these samples; writes the manifest. One process calls it.
+        """Creates the folder or checks that it holds a part of these samples; locks it and writes the manifest. One process calls it.
 
         Raises:
-            UserError: it holds samples of something else, more of them than are wanted, or other files.
+            UserError: it holds samples of something else, more of them than are wanted, or other files; or another call is filling it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        present = sorted(path.name for path in self.path.iterdir() if path.name != f"{PARTIAL}{MANIFEST}")
+        present = self._present(f"{PARTIAL}{MANIFEST}")
         if present and MANIFEST not in present:
             raise UserError(f"--output_dir {self.path} holds {present[0]} and no {MANIFEST}: give a new folder")
-        clean_up(self.path)  # not before it is known whose folder this is
-        present = sorted(path.name for path in self.path.iterdir())
+        self._lock = lock(self.path, "--output_dir")  # not before it is known whose folder this is
+        clean_up(self.path)
+        present = self._present()
         old = self._manifest() if present else {}
         manifest = json.loads(json.dumps(manifest))  # as it will be read
         keys = [key for key in {**old, **manifest} if old and key not in FREE and old.get(key) != manifest.get(key)]
@@ -178,6 +179,10 @@ class SampleFolder:
                 label = {"label": number % labels} if labels else {}
                 file.write(json.dumps({"file_name": file_name(number), **text, **label}) + "\n")
         replace(partial, self.path / METADATA)
+
+    def _present(self, *but: str) -> list[str]:
+        """The names of what is there, sorted; not the lock's, nor these."""
+        return sorted(path.name for path in self.path.iterdir() if path.name not in (LOCK, *but))
 
     def _manifest(self) -> dict[str, Any]:
         try:

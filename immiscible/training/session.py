@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -42,48 +42,56 @@ def session(config: RunConfig) -> Iterator[Accelerator]:
     """The accelerator of this process, set up as the flags say, and ended on every path; rank 0 alone logs notices."""
     if config.local_rank != -1 and "RANK" in os.environ:  # without a launcher it means nothing, as in the diffusers script
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
-    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
-    _check_launcher()
-    _end_with_the_launcher()
     _check_tracker(config.tracker, config.tracker_flag)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    try:
-        accelerator = Accelerator(
-            # A plugin, because accelerate lets the environment overrule a plain number.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            mixed_precision=config.mixed_precision,
-            log_with=None if config.tracker == "none" else config.tracker,
-            project_config=ProjectConfiguration(
-                project_dir=config.output_dir, logging_dir=os.path.join(config.output_dir or "", config.logging_dir)
-            ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=RENDEZVOUS)],
-        )
-    except ValueError as error:  # accelerate's word for a precision that this device lacks
-        raise UserError(f"--mixed_precision {config.mixed_precision}: {error}") from None
-    except RuntimeError as error:
-        raise _lost(error) from None
-    _check_processes(accelerator)
-    package_logger = logging.getLogger("immiscible")
-    package_logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    if not package_logger.handlers:
-        package_logger.addHandler(logging.StreamHandler())
-    try:
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if launched not in ("no", accelerator.mixed_precision):
-            raise UserError(
-                f"accelerate is launched with mixed precision {launched} and --mixed_precision is {accelerator.mixed_precision}: give "
-                f"--mixed_precision {launched} to the script, or launch with --mixed_precision no"
-            )
-        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in fp32 without a word
-            raise UserError("--mixed_precision fp16 needs a GPU; on a CPU give bf16 or no")
+    with joined(
+        config.mixed_precision,
+        # A plugin, because accelerate lets the environment overrule a plain number.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False),
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=os.path.join(config.output_dir or "", config.logging_dir)
+        ),
+    ) as accelerator:
+        package_logger = logging.getLogger("immiscible")
+        package_logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+        if not package_logger.handlers:
+            package_logger.addHandler(logging.StreamHandler())
         with logging_redirect_tqdm([package_logger]):
             yield accelerator
+
+
+@contextmanager
+def joined(mixed_precision: str | None, patience: timedelta = PATIENCE, **settings: Any) -> Iterator[Accelerator]:
+    """The accelerator of this process, which has met all others of its launch, and is ended on every path.
+
+    Args:
+        mixed_precision: what ``--mixed_precision`` says.
+        patience: with which a process waits for another once all have come.
+        settings: further arguments of `Accelerator`.
+
+    Raises:
+        UserError: the launch or the precision is none that is served here.
+        PeerLost: another process never came, or has ended.
+    """
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    _check_launcher()
+    _end_with_the_launcher()
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=RENDEZVOUS)], **settings)
+    except ValueError as error:  # accelerate's word for a precision that this device lacks
+        raise UserError(f"--mixed_precision {mixed_precision}: {error}") from None
+    except RuntimeError as error:
+        raise _lost(error) from None
+    _check_processes(accelerator, patience)
+    try:
+        _check_precision(accelerator)
+        yield accelerator
         accelerator.wait_for_everyone()
     except UserError as error:
         traceback.clear_frames(error.__traceback__)  # they hold the model
@@ -99,14 +107,26 @@ def session(config: RunConfig) -> Iterator[Accelerator]:
         accelerator.end_training()
 
 
+def _check_precision(accelerator: Accelerator) -> None:
+    """Refuses what accelerate would overrule without a word."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", accelerator.mixed_precision):
+        raise UserError(
+            f"accelerate is launched with mixed precision {launched} and --mixed_precision is {accelerator.mixed_precision}: give "
+            f"--mixed_precision {launched} to the script, or launch with --mixed_precision no"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would compute in fp32
+        raise UserError("--mixed_precision fp16 needs a GPU; on a CPU give bf16 or no")
+
+
 def _lost(error: RuntimeError) -> Exception:
     """What torch.distributed raises where a process is gone or never came, as a line; any other error as it is."""
     kinds = tuple(getattr(torch.distributed, name) for name in ("DistBackendError", "DistNetworkError", "DistStoreError"))
     if not isinstance(error, kinds) and not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|timed? ?out", str(error)):
         return error
     return PeerLost(
-        f"another process of this run has ended, or never came ({first_line(error)[:120]}); what is saved is whole: start all processes "
-        f"again with --resume_from_checkpoint latest"
+        f"another process of this launch has ended, or never came ({first_line(error)[:120]}); what is saved is whole: start all processes "
+        f"again, a training with --resume_from_checkpoint latest"
     )
 
 
@@ -121,9 +141,8 @@ def _end_with_the_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
 
 
-def _check_processes(accelerator: Accelerator) -> None:
-    """Refuses a launch in which each process would train by itself in one folder; and sets the patience of a training in which rank 0
-    samples and measures alone.
+def _check_processes(accelerator: Accelerator, patience: timedelta) -> None:
+    """Refuses a launch in which each process would work by itself in one folder; and sets the patience of those that wait for another.
 
     Raises:
         UserError: the launcher has started another number of processes than accelerate sees.
@@ -131,11 +150,11 @@ def _check_processes(accelerator: Accelerator) -> None:
     started = int(os.environ.get("WORLD_SIZE") or 1)
     if started != accelerator.num_processes:
         raise UserError(
-            f"the launcher started {started} processes (WORLD_SIZE) and accelerate sees {accelerator.num_processes}: each would train by "
+            f"the launcher started {started} processes (WORLD_SIZE) and accelerate sees {accelerator.num_processes}: each would work by "
             f"itself in one folder; on CPUs set ACCELERATE_USE_CPU=true for all of them, on GPUs launch with accelerate launch --multi_gpu"
         )
     if accelerator.num_processes > 1:
-        torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE)  # no public call changes what the rendezvous began with
+        torch.distributed.distributed_c10d._set_pg_timeout(patience)  # no public call changes what the rendezvous began with
 
 
 def _check_launcher() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_text import model_folder, tiny_text
 
 from immiscible.errors import UserError
+from immiscible.files import LOCK
 from immiscible.randomness import seeded_generator
 from immiscible.sampling.folder import read_lines
 
@@ -106,7 +107,7 @@ def test_1003_samples_are_1003_files_on_one_and_on_two_processes(script, run, tm
     results = finish(script.start_ranks(words(run, tmp_path / "two", **options), program=PROGRAM))
     assert sorted(one) == [f"{number:06}.png" for number in range(1003)]
     assert images(tmp_path / "two") == one
-    assert sorted(path.name for path in (tmp_path / "two").iterdir() if path.suffix != ".png") == ["manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir() if path.suffix != ".png") == [LOCK, "manifest.json"]
     assert "1003 images of 8x8" in results[0].stdout and "1003 sampled" in results[0].stdout and not results[1].stdout
 
 
@@ -145,6 +146,27 @@ def test_a_stopped_call_leaves_whole_images_and_is_completed(script, run, tmp_pa
     whole = sampled(script, run, tmp_path / "out", **options)
     assert len(whole) == 600 and stopped.items() <= whole.items()
     assert whole == sampled(script, run, tmp_path / "whole", **options)
+
+
+def test_two_calls_do_not_fill_one_folder(script, run, tmp_path):
+    """Whichever comes first samples, as if it were alone; the other says so in one line."""
+    options = {"num_images": 400, "batch_size": 10}
+    first = script.start(words(run, tmp_path / "out", **options), program=PROGRAM)
+    first.wait_until((tmp_path / "out" / "000000.png").exists)
+    before = images(tmp_path / "out")
+    assert "in use by another process" in refused(script, run, tmp_path / "out", **options)
+    assert before.items() <= images(tmp_path / "out").items()
+    assert first.wait().code == 0 and len(images(tmp_path / "out")) == 400
+
+
+def test_a_killed_process_ends_the_other_with_one_line_once_its_share_is_done(script, run, tmp_path):
+    options = {"num_images": 400, "batch_size": 10}
+    first, second = script.start_ranks(words(run, tmp_path / "out", **options), program=PROGRAM)
+    second.wait_until((tmp_path / "out" / "000010.png").exists)
+    second.kill_all()
+    result = first.wait()
+    assert result.code == 1 and "another process of this launch has ended" in result.error
+    assert len(sampled(script, run, tmp_path / "out", **options)) == 400
 
 
 def test_a_process_without_images_waits_for_those_that_have_some(script, run, tmp_path):

@@ -82,7 +82,7 @@ def test_a_killed_rank_ends_the_others_with_one_line(script, tmp_path, processes
     runs[-1].send_group(signal.SIGKILL)
     for run in runs[:-1]:
         result = run.wait(60)
-        assert result.code == 1 and "another process of this run" in result.error and "--resume_from_checkpoint latest" in result.error
+        assert result.code == 1 and "another process of this launch" in result.error and "--resume_from_checkpoint latest" in result.error
 
 
 def test_a_killed_loader_worker_saves_and_says_so(script, tmp_path):
