@@ -70,7 +70,7 @@ def run_pair(tmp_path, name, **curves):
     ]
 
 
-def leave_checkpoint(folder, from_scratch):
-    (folder / "checkpoint-500").mkdir()
-    state = {"step": 500, "identity": {"network": {"from_scratch": from_scratch}}, "files": {}}
+def leave_checkpoint(folder, from_scratch=False, processes=1):
+    (folder / "checkpoint-500").mkdir(exist_ok=True)
+    state = {"step": 500, "identity": {"network": {"from_scratch": from_scratch}, "processes": processes}, "files": {}}
     (folder / "checkpoint-500" / "training_state.json").write_text(json.dumps(state))

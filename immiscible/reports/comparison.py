@@ -1,7 +1,8 @@
 """Several runs -> one comparison: how many steps and seconds an arm saves. `page` writes it as an HTML and a Markdown file.
 
-An *arm* is one method trained with several seeds, its *runs*. A run's *curve* is a Frechet distance, at one number of inference steps,
-against optimizer steps or against seconds of training. What counts as an acceleration is defined by `Comparison.ratios`.
+An *arm* is one method trained with several seeds, its *runs* (`immiscible.reports.arms`). A run's *curve* is a Frechet distance, at one
+number of inference steps, against optimizer steps or against seconds of training. What counts as an acceleration is defined by
+`Comparison.ratios`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from immiscible.errors import UserError
+from immiscible.reports.arms import Arm, Report, chosen_baseline, notes_on_images
 from immiscible.reports.ratios import BASELINE, NOTHING, Interval, crossing, middle, seed_ratio, verdict
 from immiscible.reports.runs import Run, check_measured, command_of, read_run, script_of
 from immiscible.sampling.pipelines import told
@@ -26,43 +28,14 @@ KNOWN_FEATURES = {"FD-digits": 64, "FID": 2048}
 
 
 @dataclass
-class Arm:
-    """One method: the runs that count, those that are not finished, and what is wrong with any.
+class Comparison(Report):
+    """Arms that were measured alike, of which the others are compared with the baseline.
 
     Attributes:
-        runs: finished, by seed. Only these count.
-        unfinished: drawn, but not counted.
-        commands: one for each run.
-        problems: for each run that failed, was stopped or is missing, what happened, in plain words.
-    """
-
-    name: str
-    runs: dict[int, Run] = field(default_factory=dict)
-    unfinished: list[Run] = field(default_factory=list)
-    commands: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Comparison:
-    """Arms that were measured alike, and the baseline among them.
-
-    Attributes:
-        arms: by name, in the order in which they are shown.
-        baseline: the name of the arm that the others are compared with.
         inference_steps: those that every run measured.
-        notes: what a reader must know, such as too few samples.
     """
 
-    arms: dict[str, Arm]
-    baseline: str
-    inference_steps: list[int]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def runs(self) -> list[Run]:
-        """All runs, the finished ones of each arm before its others."""
-        return [run for arm in self.arms.values() for run in (*arm.runs.values(), *arm.unfinished)]
+    inference_steps: list[int] = field(default_factory=list)
 
     @property
     def feature(self) -> str:
@@ -85,6 +58,12 @@ class Comparison:
         return {
             seed: crossing(self.arms[arm].runs[seed].curve(inference_steps, time), goal) for seed, goal in goals.items() if goal is not None
         }
+
+    def images(self, arm: str, inference_steps: int) -> dict[int, Interval]:
+        """For each seed the images seen up to its `goal`."""
+        sizes = {seed: run.images_a_step for seed, run in self.arms[arm].runs.items()}
+        times = self.times(arm, inference_steps)
+        return {seed: Interval(time.low * sizes[seed], time.high * sizes[seed]) for seed, time in times.items()}
 
     def crossings(self, arm: str, inference_steps: int, time: str = "step") -> dict[int, Interval]:
         """For each seed the time to the `threshold`, as `crossing` says."""
@@ -141,11 +120,9 @@ def compare(
             baseline.
     """
     commands, problems = commands or {}, problems or {}
-    baseline = next(iter(arms), "") if baseline is None else baseline
-    if baseline not in arms:
-        raise UserError(f"the baseline {baseline!r} is not one of the arms: {', '.join(arms)}")
+    baseline = chosen_baseline(arms, baseline)
     check_measured([folder for folders in arms.values() for folder in folders if folder not in problems])
-    comparison = Comparison({name: Arm(name) for name in arms}, baseline, [], list(notes))
+    comparison = Comparison({name: Arm(name) for name in arms}, baseline, list(notes))
     for name, folders in arms.items():
         for folder in folders:
             _read_into(comparison.arms[name], folder, commands.get(folder), problems.get(folder))
@@ -179,9 +156,7 @@ def _read_into(arm: Arm, folder: Path, command: str | None, problem: str | None)
         return
     arm.commands.append(command or command_of(run.config, script_of(run)))
     if run.finished and problem is None:
-        if run.seed in arm.runs:
-            raise UserError(f"{arm.runs[run.seed].folder} and {folder} are both seed {run.seed} of {arm.name}; give them different names")
-        arm.runs[run.seed] = run
+        arm.count(run)
     else:
         arm.unfinished.append(run)
         asked = run.config.get("max_train_steps")
@@ -230,6 +205,8 @@ def _notes(comparison: Comparison) -> list[str]:
         notes.append(
             f"Not every seed of {', '.join(unpaired)} was trained as baseline too; those are compared with all seeds of the baseline."
         )
+    if comparison.unequal_steps:
+        notes += notes_on_images(comparison)
     for text in notes:
         logger.warning("%s", text)
     return notes

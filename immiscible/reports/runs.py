@@ -39,6 +39,7 @@ class Run:
         evaluations: the lines of ``evaluation.jsonl``, one per step, in order; distances by number of inference steps.
         metrics: the lines of ``metrics.jsonl``.
         finished: whether ``summary.json`` says that the last step was taken.
+        identity: what its newest complete checkpoint says of it (`immiscible.training.folder.run_identity`); empty without one.
     """
 
     folder: Path
@@ -46,11 +47,25 @@ class Run:
     evaluations: Sequence[Mapping[str, Any]]
     metrics: Sequence[Mapping[str, float]]
     finished: bool
+    identity: Mapping[str, Any]
 
     @property
     def seed(self) -> int:
         """The seed of everything that the run drew."""
         return int(self.config.get("seed") or 0)
+
+    @property
+    def processes(self) -> int | None:
+        """On how many processes it trained; None if no checkpoint is left that says it."""
+        said = self.identity.get("processes")
+        return said if isinstance(said, int) else None
+
+    @property
+    def images_a_step(self) -> int:
+        """The images of an optimizer step on all processes, or on one where nothing says how many these were."""
+        flags = ("train_batch_size", "gradient_accumulation_steps")
+        batch, accumulation = (int(self.config.get(flag) or _defaults(self.config)[flag]) for flag in flags)
+        return batch * accumulation * (self.processes or 1)
 
     @property
     def inference_steps(self) -> set[int]:
@@ -111,7 +126,8 @@ def read_run(folder: Path) -> Run:
         config = yaml.safe_load(path.read_text())
         if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
             raise ValueError("expected lines of `flag: value`")
-        asked, _ = (int(config.get(flag) or 0) for flag in ("max_train_steps", "seed"))
+        numbers = ("max_train_steps", "seed", "train_batch_size", "gradient_accumulation_steps")
+        asked, *_ = (int(config.get(flag) or 0) for flag in numbers)
     with _reading(folder / "metrics.jsonl") as path:
         metrics = [dict(line) for line in read_lines(path)]
     with _reading(folder / "summary.json") as path:
@@ -120,7 +136,8 @@ def read_run(folder: Path) -> Run:
         evaluations = {line["step"]: line for line in map(_measured, read_lines(path))}
     if not evaluations:
         raise _unmeasured([folder])
-    run = Run(folder, config, [evaluations[step] for step in sorted(evaluations)], metrics, done is not None and done >= asked)
+    finished = done is not None and done >= asked
+    run = Run(folder, config, [evaluations[step] for step in sorted(evaluations)], metrics, finished, _identity(folder))
     if not run.inference_steps:
         raise UserError(f"{folder / 'evaluation.jsonl'}: no number of inference steps was measured at every step", exit_code=1)
     return run
@@ -194,9 +211,13 @@ def script_of(run: Run) -> str:
     """The script that trained a run. The flags of a text run do not say whether it began with random weights; its checkpoints do."""
     if "pretrained_model_name_or_path" not in run.config:
         return "train_unconditional.py"
-    saved = [read_state(path) for path in checkpoints(run.folder) if is_complete(path)]
-    network = saved[-1].get("identity", {}).get("network", {}) if saved else {}
-    return "train_text_to_image.py" if network.get("from_scratch") else "finetune_sd.py"
+    from_scratch = run.identity.get("network", {}).get("from_scratch")
+    return "train_text_to_image.py" if from_scratch else "finetune_sd.py"
+
+
+def _identity(folder: Path) -> Mapping[str, Any]:
+    newest = next((path for path in reversed(checkpoints(folder)) if is_complete(path)), None)
+    return read_state(newest)["identity"] if newest else {}
 
 
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from immiscible.reports.arms import Report
 from immiscible.reports.comparison import Comparison
 from immiscible.reports.ratios import NOTHING, SECONDS, UNKNOWN, Interval, middle
 from immiscible.reports.runs import differing_flags
@@ -38,23 +39,29 @@ def summary_table(comparison: Comparison, inference_steps: int) -> Table:
     for name, arm in comparison.arms.items():
         finals = [run.curve(inference_steps)[-1][1] for run in arm.runs.values()]
         by_time = [comparison.ratios(name, inference_steps, time) for time in ("step", "train_seconds")]
-        reached = [comparison.times(name, inference_steps, time) for time in ("step", "train_seconds")]
+        reached = [
+            (comparison.times(name, inference_steps), 0),
+            *([(comparison.images(name, inference_steps), 0)] if comparison.unequal_steps else []),
+            (comparison.times(name, inference_steps, "train_seconds"), digits),
+        ]
         rows.append(
             [
                 name,
                 comparison.verdict(name, inference_steps),
                 *(spread(ratios, 2, "x") for ratios in by_time),
                 spread({seed: Interval(value, value) for seed, value in enumerate(finals)}, places),
-                *(middle(times.values()).show(count) if times else NOTHING for times, count in zip(reached, (0, digits), strict=True)),
+                *(middle(times.values()).show(count) if times else NOTHING for times, count in reached),
                 str(len(arm.runs)) + (f" of {len(arm.runs) + len(arm.problems)}" if arm.problems else ""),
             ]
         )
+    columns = ["arm", "verdict", "sooner in steps", "sooner in seconds", f"final {comparison.feature}", "steps to it"]
+    columns += [*(["images to it"] if comparison.unequal_steps else []), "seconds to it", "seeds"]
     threshold = comparison.threshold(inference_steps)
     goal = NOTHING if threshold is None else f"{threshold:.3g}, its mean over seeds"
     return Table(
         f"At {inference_steps} inference steps: how soon each arm reaches the baseline's final {comparison.feature} of {goal} (lower is "
         f"better). Median over seeds, least to greatest in brackets; {SECONDS}",
-        ["arm", "verdict", "sooner in steps", "sooner in seconds", f"final {comparison.feature}", "steps to it", "seconds to it", "seeds"],
+        columns,
         rows,
     )
 
@@ -162,14 +169,16 @@ def curve_table(comparison: Comparison, inference_steps: int, most: int = 10) ->
     )
 
 
-def arm_table(comparison: Comparison) -> Table:
-    """What each arm is: the flags in which the arms differ."""
-    configs = {name: run.config for name, arm in comparison.arms.items() for run in (*arm.runs.values(), *arm.unfinished)}
+def arm_table(report: Report) -> Table:
+    """What each arm is: the flags in which the arms differ, and the images of a step where these differ."""
+    configs = {name: run.config for name, arm in report.arms.items() for run in (*arm.runs.values(), *arm.unfinished)}
     flags = differing_flags(list(configs.values()))
-    rows = [
-        [name, *("" if (value := configs.get(name, {}).get(flag)) is None else str(value) for flag in flags)] for name in comparison.arms
-    ]
-    return Table("The flags in which the arms differ; all others are equal", ["arm", *flags], rows)
+    rows = []
+    for name, arm in report.arms.items():
+        images = [", ".join(map(str, arm.images_a_step))] if report.unequal_steps else []
+        rows.append([name, *images, *("" if (value := configs.get(name, {}).get(flag)) is None else str(value) for flag in flags)])
+    columns = ["arm", *(["images a step"] if report.unequal_steps else []), *flags]
+    return Table("The flags in which the arms differ; all others are equal", columns, rows)
 
 
 def spread(values: Mapping[int, Interval], digits: int, unit: str = "") -> str:

@@ -73,6 +73,7 @@ def test_two_arms_of_one_method_have_the_same_curves(script, tmp_path):
         assert script(tiny(folder, **changes, max_train_steps=2)).code == 0
     comparison = compare(arms)
     assert comparison.ratios("other", 1) == {0: exactly(1.0)} and comparison.verdict("other", 1) == NO_EFFECT
+    assert {run.processes for run in comparison.runs} == {1}  # a true run's checkpoint says so
     one, other = (comparison.arms[name].runs[0].curve(1) for name in arms)
     assert one == other and [step for step, _ in one] == [1, 2] and all(math.isfinite(value) for _, value in one)
 
