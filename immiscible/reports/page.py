@@ -13,7 +13,7 @@ from immiscible.files import PARTIAL, replace
 from immiscible.reports.comparison import Comparison
 from immiscible.reports.figures import arm_figure, crowded, curve_figure, inference_figure, ratio_figure
 from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, RULE, UNCLEAR
-from immiscible.reports.samples import sample_grids
+from immiscible.reports.samples import samples_of
 from immiscible.reports.sentences import headline, reading_guide, setting, title
 from immiscible.reports.tables import arm_table, cost_table, curve_table, seed_table, summary_table, validation_table
 from immiscible.training.markdown import fenced, inline, line
@@ -24,14 +24,12 @@ MARKS = {word: word[2:].replace(" ", "-") for word in (GAIN, HARM, UNCLEAR, NO_E
 def html_report(comparison: Comparison) -> str:
     """The report as one HTML page that needs nothing but itself: no scripts, no addresses."""
     steps, others = comparison.inference_steps, [arm for arm in comparison.arms if arm != comparison.baseline]
-    legend, grids = sample_grids(comparison)
     drawn: dict[str, Any] = {
         "ratio_figures": [ratio_figure(comparison, count) for count in steps if others and comparison.arms[comparison.baseline].runs],
         "curve_figures": [curve_figure(comparison, count) for count in steps],
         "panels": {count: {arm: arm_figure(comparison, arm, count) for arm in others} for count in (steps if crowded(comparison) else [])},
         "inference_figure": inference_figure(comparison) if len(steps) > 1 else None,
-        "grids": grids,
-        "grids_legend": legend,
+        "samples": samples_of(comparison),
     }
     page = _environment().get_template("page.html.j2")
     return page.render(

@@ -59,7 +59,7 @@ def _best(comparison: Comparison) -> list[str]:
         lows = {name: _factor(comparison, name, steps).low for name, where in gaining.items() if steps in where}
         if lows and lows.get(best, 0.0) < max(lows.values()):
             better[steps] = max(lows, key=lambda name: lows[name])
-    together = f" over {_numbers(comparison.inference_steps)} inference steps together" if better else ""
+    together = f" over {numbers(comparison.inference_steps)} inference steps together" if better else ""
     gains = " and ".join(f"{_gain(comparison, best, steps)} at {steps} inference steps" for steps in gaining[best])
     return [
         f"Best arm{together}: {best} reached {quality} {gains} ({_basis(len(comparison.arms[best].runs))}; {SECONDS}).",
@@ -77,9 +77,9 @@ def _gain(comparison: Comparison, arm: str, steps: int) -> str:
     return f"{sooner} times sooner in training steps{time}"
 
 
-def _numbers(numbers: Sequence[int]) -> str:
+def numbers(values: Sequence[int]) -> str:
     """``5``, ``5 and 20``, ``1, 5 and 20``."""
-    *before, last = map(str, numbers)
+    *before, last = map(str, values)
     return f"{', '.join(before)} and {last}" if before else last
 
 
@@ -98,7 +98,7 @@ def _listed(comparison: Comparison, words: str, verdicts: Sequence[str]) -> list
 
 
 def _places(arms: Mapping[str, Sequence[int]]) -> str:
-    return ", ".join(f"{name} at {_numbers(where)} inference steps" for name, where in arms.items())
+    return ", ".join(f"{name} at {numbers(where)} inference steps" for name, where in arms.items())
 
 
 def _basis(seeds: int) -> str:

@@ -21,7 +21,7 @@ def test_report_holds_every_arm_seed_and_command(arms, tmp_path):
         assert report.count("--noise_coupling assignment") == 3
         assert "1 of 4 comparisons" in report
         assert "not known" not in report and "nan" not in report.lower().replace("nancy", "")
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 6  # a row of few samples and a whole grid for each arm
     assert page.count("<svg") == 5  # curves and ratios at two numbers of inference steps, inference steps
     assert not list((tmp_path / "out").glob(".*"))  # nothing half written
     assert "0-499" in page and "0-499" in text
