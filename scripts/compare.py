@@ -1,6 +1,6 @@
 """Compares training runs: how many steps and seconds a method saves, with curves, tables and samples in one `report.html`.
 
-It reads finished runs, each of which was trained with --eval_steps (without measurements there is nothing to compare),
+It reads finished runs, each of which was trained with --eval_steps,
 
     python scripts/compare.py --runs runs/plain runs/coupled --names baseline immiscible
 
@@ -8,6 +8,8 @@ or trains methods x seeds itself, several at a time. The same command continues 
 
     python scripts/compare.py --task configs/tasks/digits.yaml --methods baseline immiscible speed immiscible_speed --seeds 0 1 2 \\
         --output_dir runs/compare -- --eval_steps 50 --eval_inference_steps 5 20 --eval_samples 1500
+
+Of runs that were all trained without --eval_steps it reports losses, times and samples, which do not say which method is better.
 
 What stands after `--` goes to every run; an arm goes without those flags of the method that it does not use, and that is said. A method is
 a name in configs/methods or a path; `a+b` puts two files together, `NAME=a` renames.
@@ -23,13 +25,9 @@ import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from immiscible.errors import UserError, run_script
 from immiscible.flags import Parser, number, plain_text, text_path
-
-if TYPE_CHECKING:
-    from immiscible.reports.comparison import Comparison
 
 HERE = Path(__file__).resolve().parent.parent
 OURS = ("--config", "--seed", "--output_dir", "--resume_from_checkpoint", "--overwrite_output_dir")
@@ -43,7 +41,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         type=text_path,
         nargs="+",
         metavar="DIR",
-        help="folders of runs to compare, each trained with --eval_steps; none is trained",
+        help="folders of runs to compare, each trained with --eval_steps, or none of them; none is trained",
     )
     parser.add_argument(
         "--names", type=plain_text, nargs="+", metavar="NAME", help="the arm of each of --runs; runs of one name are seeds of one arm"
@@ -91,17 +89,30 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: Sequence[str]) -> None:
     args, extra = parse(argv)
-    from immiscible.reports.comparison import compare  # after parsing, so that --help and usage errors come at once
-
-    if args.runs:
-        show(compare(arms_of(args.runs, args.names), baseline=args.baseline), args.output_dir, args.open)
+    if args.runs:  # what both import is heavy: --help and usage errors come at once
+        report_runs(args)
     else:
         train_and_compare(args, extra)
+
+
+def report_runs(args: argparse.Namespace) -> None:
+    from immiscible.reports import overview, page
+    from immiscible.reports.comparison import compare
+    from immiscible.reports.runs import all_measured
+
+    arms = arms_of(args.runs, args.names)
+    if all_measured(args.runs):
+        comparison = compare(arms, baseline=args.baseline)
+        show(page.write_report(comparison, args.output_dir), page.summary(comparison), args.open)
+    else:
+        report = overview.look_over(arms, baseline=args.baseline)
+        show(overview.write_report(report, args.output_dir), overview.summary(report), args.open)
 
 
 def train_and_compare(args: argparse.Namespace, extra: Sequence[str]) -> None:
     from immiscible.reports.comparison import compare
     from immiscible.reports.grid import default_jobs, locked, run_all
+    from immiscible.reports.page import summary, write_report
     from immiscible.reports.plan import plan, short
 
     jobs, lines = plan(
@@ -128,17 +139,14 @@ def train_and_compare(args: argparse.Namespace, extra: Sequence[str]) -> None:
             commands={job.folder: f"{threads}python {shlex.join([str(short(Path(job.words[0]))), *job.words[1:]])}" for job in jobs},
             problems={job.folder: job.problem for job in jobs if job.problem},
         )
-        show(comparison, args.output_dir, args.open)
+        show(write_report(comparison, args.output_dir), summary(comparison), args.open)
     failed = [job.folder.name for job in jobs if job.problem]
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; the same command tries them again", exit_code=1)
 
 
-def show(comparison: Comparison, folder: Path, in_browser: bool) -> None:
-    from immiscible.reports.page import summary, write_report
-
-    path = write_report(comparison, folder)
-    print(f"{summary(comparison)}\nreport in {path} and {path.with_suffix('.md')}")
+def show(path: Path, words: str, in_browser: bool) -> None:
+    print(f"{words}\nreport in {path} and {path.with_suffix('.md')}")
     if in_browser and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         webbrowser.open(path.resolve().as_uri())  # without a screen it would be a browser in this terminal
 

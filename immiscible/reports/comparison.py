@@ -17,8 +17,8 @@ from statistics import fmean
 
 from immiscible.errors import UserError
 from immiscible.reports.arms import Arm, Report, chosen_baseline, notes_on_images
-from immiscible.reports.ratios import BASELINE, NOTHING, Interval, crossing, middle, seed_ratio, verdict
-from immiscible.reports.runs import Run, check_measured, command_of, read_run, script_of
+from immiscible.reports.ratios import BASELINE, NOTHING, Curve, Interval, crossing, middle, seed_ratio, verdict
+from immiscible.reports.runs import Run, check_measured, command_of, read_measured, script_of
 from immiscible.sampling.pipelines import told
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,10 @@ class Comparison(Report):
     def feature(self) -> str:
         """What the distance is called: the name of its feature network."""
         return str(self.runs[0].evaluations[0]["feature"])
+
+    def curves(self, arm: str, inference_steps: int) -> list[Curve]:
+        """The curves of an arm's finished runs against steps."""
+        return [run.curve(inference_steps) for run in self.arms[arm].runs.values()]
 
     def threshold(self, inference_steps: int) -> float | None:
         """The seed-mean of the baseline's last values; None if no run of the baseline is finished."""
@@ -116,8 +120,8 @@ def compare(
         notes: further lines for the reader.
 
     Raises:
-        UserError: what `check_measured` and `read_run` raise; runs of different data or measured differently; no run at all; an unknown
-            baseline.
+        UserError: what `check_measured` and `read_measured` raise; runs of different data or measured differently; no run at all; an
+            unknown baseline.
     """
     commands, problems = commands or {}, problems or {}
     baseline = chosen_baseline(arms, baseline)
@@ -146,7 +150,7 @@ def compare(
 
 def _read_into(arm: Arm, folder: Path, command: str | None, problem: str | None) -> None:
     try:
-        run = read_run(folder)
+        run = read_measured(folder)
     except UserError as error:
         if problem is None:
             raise

@@ -1,4 +1,4 @@
-"""A comparison's figures, each an SVG element for a page: curves, ratios, and quality against inference steps.
+"""A report's figures, each an SVG element for a page: curves, ratios, quality against inference steps, and losses.
 
 They take the page's text color and refer to nothing outside. All are drawn at one scale, so that their letters have one size.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from markupsafe import Markup
 
+from immiscible.reports.arms import Report
 from immiscible.reports.comparison import Comparison
-from immiscible.reports.ratios import UNKNOWN
+from immiscible.reports.ratios import UNKNOWN, Curve
 
 WIDTH, PANEL_WIDTH = 4.4, 2.2  # inches of a figure and of a small panel
 CROWD = 3  # arms beside the baseline of which every seed can still be told apart in one figure
@@ -41,15 +42,15 @@ FIGURE_STYLE: Any = {
 }
 
 
-def crowded(comparison: Comparison) -> bool:
+def crowded(report: Report) -> bool:
     """Whether the arms are too many for one figure with every seed; `curve_figure` then holds medians, `arm_figure` the seeds."""
-    return len(comparison.arms) - 1 > CROWD
+    return len(report.arms) - 1 > CROWD
 
 
-def looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
+def looks(report: Report) -> dict[str, dict[str, Any]]:
     """Color, dashes and marker of each arm; the baseline has the page's text color."""
-    others = [name for name in comparison.arms if name != comparison.baseline]
-    chosen: dict[str, dict[str, Any]] = {comparison.baseline: {"color": INK, "linestyle": "-", "marker": "x"}}
+    others = [name for name in report.arms if name != report.baseline]
+    chosen: dict[str, dict[str, Any]] = {report.baseline: {"color": INK, "linestyle": "-", "marker": "x"}}
     for number, name in enumerate(others):
         again = number // len(COLORS)  # a color that comes again comes with the next dashes
         dashes, marker = DASHES[(number + again) % len(DASHES)], MARKERS[number % len(MARKERS)]
@@ -140,9 +141,8 @@ def _draw_seeds(axes: Any, comparison: Comparison, name: str, inference_steps: i
         axes.plot(times, [threshold] * len(times), color=color, marker="|", markersize=9, markeredgewidth=1.5, linestyle="none")
 
 
-def _draw_median(axes: Any, comparison: Comparison, name: str, inference_steps: int) -> None:
-    """The median of an arm's finished runs, thick, at the steps that all of them measured."""
-    curves = [run.curve(inference_steps) for run in comparison.arms[name].runs.values()]
+def _draw_median(axes: Any, name: str, curves: Sequence[Curve], look: Mapping[str, Any]) -> None:
+    """The median of an arm's curves, thick, at the steps that all of them have."""
     by_step: dict[float, list[float]] = {}
     for step, value in (point for curve in curves for point in curve):
         by_step.setdefault(step, []).append(value)
@@ -150,7 +150,7 @@ def _draw_median(axes: Any, comparison: Comparison, name: str, inference_steps: 
     medians = [median(by_step[step]) for step in shared]
     stride = math.ceil(len(shared) / MOST_MARKS) or 1
     marked = ((len(shared) - 1) % stride, stride)  # counted from the last point, which always has its mark
-    axes.plot(shared, medians, linewidth=2, markersize=5, markevery=marked, label=_label(name), **looks(comparison)[name])
+    axes.plot(shared, medians, linewidth=2, markersize=5, markevery=marked, label=_label(name), **look)
 
 
 def _draw_goal(axes: Any, comparison: Comparison, inference_steps: int) -> None:
@@ -167,7 +167,7 @@ def curve_figure(comparison: Comparison, inference_steps: int) -> Markup:
         for name in comparison.arms:
             if not crowded(comparison):
                 _draw_seeds(axes, comparison, name, inference_steps)
-            _draw_median(axes, comparison, name, inference_steps)
+            _draw_median(axes, name, comparison.curves(name, inference_steps), looks(comparison)[name])
         _draw_goal(axes, comparison, inference_steps)
         axes.set(yscale="log", xlim=(0, None), xlabel="training steps", ylabel=f"{comparison.feature} (log)")
         axes.set_title(f"{inference_steps} inference steps", loc="left")
@@ -187,7 +187,7 @@ def arm_figure(comparison: Comparison, arm: str, inference_steps: int) -> Markup
     def draw(axes: Any) -> None:
         for name in (comparison.baseline, arm):
             _draw_seeds(axes, comparison, name, inference_steps)
-            _draw_median(axes, comparison, name, inference_steps)
+            _draw_median(axes, name, comparison.curves(name, inference_steps), looks(comparison)[name])
         _draw_goal(axes, comparison, inference_steps)
         axes.set(yscale="log", xlim=(0, max(curve[-1][0] for curve in curves)))
         if values:
@@ -252,3 +252,20 @@ def inference_figure(comparison: Comparison) -> Markup:
 
     title = f"{comparison.feature} at the end of training against inference steps"
     return _svg(draw, title, 2.7 + _legend_height([*map(_label, comparison.arms)]))
+
+
+def loss_figure(report: Report, curves: Mapping[str, Sequence[Curve]]) -> Markup:
+    """Each arm's losses against training steps: thin lines are seeds, left out where `crowded`, thick ones medians."""
+    look = looks(report)
+
+    def draw(axes: Any) -> None:
+        for name, of_arm in curves.items():
+            for curve in [] if crowded(report) else of_arm:
+                axes.plot(*zip(*curve, strict=True), color=look[name]["color"], linewidth=0.6, alpha=0.7)
+            _draw_median(axes, name, of_arm, look[name])
+        axes.set(yscale="log", xlim=(0, None), xlabel="training steps", ylabel="training loss (log)")
+        axes.grid(axis="y", alpha=0.2, linewidth=0.6)
+        _plain_ticks(axes.yaxis)
+        _legend(axes)
+
+    return _svg(draw, "Training loss against training steps", 2.7 + _legend_height([*map(_label, curves)]))

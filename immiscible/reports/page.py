@@ -1,15 +1,20 @@
-"""A comparison as a page: one self-contained HTML file, from a template that escapes what it is given, and one Markdown file."""
+"""A comparison as a page: one self-contained HTML file, from a template that escapes what it is given, and one Markdown file.
+
+What the pages of other reports need too is here as well.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from immiscible.errors import UserError
 from immiscible.files import PARTIAL, replace
+from immiscible.reports.arms import Report
 from immiscible.reports.comparison import Comparison
 from immiscible.reports.figures import arm_figure, crowded, curve_figure, inference_figure, ratio_figure
 from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, RULE, UNCLEAR
@@ -31,8 +36,7 @@ def html_report(comparison: Comparison) -> str:
         "inference_figure": inference_figure(comparison) if len(steps) > 1 else None,
         "samples": samples_of(comparison),
     }
-    page = _environment().get_template("page.html.j2")
-    return page.render(
+    return template("page.html.j2").render(
         title=title(comparison),
         sentences=headline(comparison),
         setting=setting(comparison),
@@ -40,7 +44,6 @@ def html_report(comparison: Comparison) -> str:
         baseline=comparison.baseline,
         feature=comparison.feature,
         rule=RULE,
-        marks=MARKS,
         summaries=[summary_table(comparison, count) for count in steps],
         costs=cost_table(comparison),
         validation=validation_table(comparison),
@@ -52,7 +55,8 @@ def html_report(comparison: Comparison) -> str:
     )
 
 
-def _environment() -> Environment:
+def template(name: str) -> Template:
+    """A page's template, with what those of all pages use."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -62,7 +66,8 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {"pieces": _pieces, "bracketed": _bracketed, "flags_apart": _flags_apart}
-    return environment
+    environment.globals["marks"] = MARKS
+    return environment.get_template(name)
 
 
 def _pieces(name: str) -> list[str]:
@@ -81,9 +86,9 @@ def _flags_apart(command: str) -> list[tuple[str, bool]]:
     return [(text, number % 2 == 1) for number, text in enumerate(re.split(r"(?<=\s)(--\S+)", command))]
 
 
-def warnings(comparison: Comparison) -> list[str]:
+def warnings(report: Report) -> list[str]:
     """What a reader must know before the numbers."""
-    return [*comparison.notes, *(f"Not counted: {problem}" for arm in comparison.arms.values() for problem in arm.problems)]
+    return [*report.notes, *(f"Not counted: {problem}" for arm in report.arms.values() for problem in arm.problems)]
 
 
 def markdown_report(comparison: Comparison) -> str:
@@ -108,9 +113,18 @@ def markdown_report(comparison: Comparison) -> str:
         *(seed_table(comparison, count).markdown() for count in steps),
         "## How to read this",
         "\n".join(f"- {line(text)}" for text in reading_guide(comparison)),
-        "## Commands",
-        *(f"{line(arm.name)}:\n\n{fenced(chr(10).join(arm.commands))}" for arm in comparison.arms.values()),
+        *commands(comparison),
     ]
+    return markdown_page(parts)
+
+
+def commands(report: Report) -> list[str]:
+    """The parts of a Markdown page that hold every arm's commands."""
+    return ["## Commands", *(f"{line(arm.name)}:\n\n{fenced(chr(10).join(arm.commands))}" for arm in report.arms.values())]
+
+
+def markdown_page(parts: Sequence[str]) -> str:
+    """A Markdown page of these parts, with an empty line between any two."""
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -121,12 +135,17 @@ def summary(comparison: Comparison) -> str:
 
 
 def write_report(comparison: Comparison, folder: Path) -> Path:
+    """Writes a comparison as `write_pages` does."""
+    return write_pages(folder, html=html_report(comparison), markdown=markdown_report(comparison))
+
+
+def write_pages(folder: Path, *, html: str, markdown: str) -> Path:
     """Writes ``report.html`` and ``report.md`` into ``folder``, each complete or not at all; returns the path of the first.
 
     Raises:
         UserError: (exit code 1) the folder cannot be written.
     """
-    texts = {"report.md": markdown_report(comparison), "report.html": html_report(comparison)}
+    texts = {"report.md": markdown, "report.html": html}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():

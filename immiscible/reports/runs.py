@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -36,7 +36,8 @@ class Run:
     Attributes:
         folder: where it is.
         config: its flags.
-        evaluations: the lines of ``evaluation.jsonl``, one per step, in order; distances by number of inference steps.
+        evaluations: the lines of ``evaluation.jsonl``, one per step, in order; distances by number of inference steps. Empty for a run
+            that was not measured, which has neither curves nor a `last_step`.
         metrics: the lines of ``metrics.jsonl``.
         finished: whether ``summary.json`` says that the last step was taken.
         identity: what its newest complete checkpoint says of it (`immiscible.training.folder.run_identity`); empty without one.
@@ -85,8 +86,18 @@ class Run:
 
     def mean(self, metric: str) -> float | None:
         """The mean of a metric over ``metrics.jsonl``; the median for seconds, which a slow first step must not move."""
-        values = [value for line in self.metrics if isinstance(value := line.get(metric), int | float)]
+        values = self.logged(metric)
         return (median if metric.endswith("seconds") else fmean)(values) if values else None
+
+    def logged(self, metric: str) -> list[float]:
+        """The values of a metric in ``metrics.jsonl``, of those lines that have one."""
+        return [value for line in self.metrics if _is_number(value := line.get(metric))]
+
+    def losses(self, together: int = 1) -> Curve:
+        """The training loss against steps: means over so many lines of ``metrics.jsonl`` at a time, each at the step of its last line."""
+        points = [(line["step"], line["loss"]) for line in self.metrics if all(_is_number(line.get(name)) for name in ("step", "loss"))]
+        groups = [points[first : first + together] for first in range(0, len(points), together)]
+        return [(float(group[-1][0]), fmean(loss for _, loss in group)) for group in groups]
 
 
 def check_measured(folders: Sequence[Path]) -> None:
@@ -95,33 +106,54 @@ def check_measured(folders: Sequence[Path]) -> None:
     Raises:
         UserError: a folder is no run (exit code 2), or some hold no evaluations (1); all of these are named.
     """
+    if not all_measured(folders):
+        raise _unmeasured(folders)
+
+
+def all_measured(folders: Sequence[Path]) -> bool:
+    """Whether these runs were measured while they trained, all of them or none, before any of them is read.
+
+    Raises:
+        UserError: a folder is no run (exit code 2), or some hold evaluations and others, which are named, do not (1).
+    """
+    _check_folders(folders)
+    files = {folder: folder / "evaluation.jsonl" for folder in folders}
+    unmeasured = [folder for folder, file in files.items() if not file.exists() or not file.stat().st_size]
+    if 0 < len(unmeasured) < len(folders):
+        raise _unmeasured(unmeasured)
+    return not unmeasured
+
+
+def _check_folders(folders: Sequence[Path]) -> None:
     for folder in folders:
         if not (folder / "config.yaml").is_file():
             what = "no such folder" if not folder.exists() else "not a run's folder: it holds no config.yaml"
             if inside := sorted(path.parent.name for path in folder.glob("*/config.yaml")):
                 what += f", but runs; name them, as {folder / inside[0]}"
             raise UserError(f"{folder}: {what}")
-    files = {folder: folder / "evaluation.jsonl" for folder in folders}
-    if unmeasured := [folder for folder, file in files.items() if not file.exists() or not file.stat().st_size]:
-        raise _unmeasured(unmeasured)
+
+
+def measured_again(folder: Path) -> str:
+    """The flags that train a run again and measure it."""
+    return f"--config {folder / 'config.yaml'} --output_dir ANOTHER_FOLDER --eval_steps N"
 
 
 def _unmeasured(folders: Sequence[Path]) -> UserError:
-    again = f"--config {folders[0] / 'config.yaml'} --output_dir ANOTHER_FOLDER --eval_steps N"
+    it = "it" if len(folders) == 1 else "each of them"
     return UserError(
         f"{', '.join(map(str, folders))}: evaluation.jsonl is missing or empty, so there is nothing to compare; a run can be compared "
-        f"if it was trained with --eval_steps: train {'it' if len(folders) == 1 else 'each of them'} again, as {again}",
+        f"if it was trained with --eval_steps: train {it} again, as {measured_again(folders[0])}",
         exit_code=1,
     )
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run's folder.
+    """Reads a run's folder; where it was not measured, its evaluations are empty.
 
     Raises:
-        UserError: the folder is no run (exit code 2), or holds no evaluations or broken files (1).
+        UserError: the folder is no run (exit code 2), or holds broken files (1).
     """
-    check_measured([folder])
+    _check_folders([folder])
     with _reading(folder / "config.yaml") as path:
         config = yaml.safe_load(path.read_text())
         if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
@@ -134,13 +166,26 @@ def read_run(folder: Path) -> Run:
         done = int(yaml.safe_load(path.read_text())["step"]) if path.exists() else None
     with _reading(folder / "evaluation.jsonl") as path:
         evaluations = {line["step"]: line for line in map(_measured, read_lines(path))}
-    if not evaluations:
-        raise _unmeasured([folder])
     finished = done is not None and done >= asked
-    run = Run(folder, config, [evaluations[step] for step in sorted(evaluations)], metrics, finished, _identity(folder))
+    return Run(folder, config, [evaluations[step] for step in sorted(evaluations)], metrics, finished, _identity(folder))
+
+
+def read_measured(folder: Path) -> Run:
+    """Reads the folder of a run that was measured.
+
+    Raises:
+        UserError: what `read_run` raises; it holds no evaluations that can be compared (exit code 1).
+    """
+    run = read_run(folder)
+    if not run.evaluations:
+        raise _unmeasured([folder])
     if not run.inference_steps:
         raise UserError(f"{folder / 'evaluation.jsonl'}: no number of inference steps was measured at every step", exit_code=1)
     return run
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @contextmanager
@@ -175,9 +220,9 @@ def group_runs(folders: Sequence[Path]) -> dict[str, list[Path]]:
     """Runs of one script that differ in their seeds alone form an arm, named by its flags that differ from other arms' and the defaults.
 
     Raises:
-        UserError: what `check_measured` and `read_run` raise.
+        UserError: what `all_measured` and `read_run` raise.
     """
-    check_measured(folders)
+    all_measured(folders)  # which raises where some are and some are not
     runs = {folder: read_run(folder) for folder in folders}
     configs: dict[Path, dict[str, Any]] = {folder: {**run.config, "script": script_of(run)} for folder, run in runs.items()}
     differing = differing_flags(list(configs.values()))

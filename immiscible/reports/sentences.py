@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from immiscible.reports.arms import Report
 from immiscible.reports.comparison import Comparison
 from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, RULE, SECONDS, UNCLEAR, UNKNOWN, Interval, middle
 from immiscible.reports.runs import differing_flags
@@ -117,12 +118,24 @@ def title(comparison: Comparison, most: int = 3) -> str:
 def setting(comparison: Comparison) -> str:
     """What all arms share, in one line."""
     run, line = comparison.runs[0], comparison.runs[0].evaluations[0]
-    differing = differing_flags([run.config for run in comparison.runs])
+    condition = f" ({told(run.config)})" if told(run.config) else ""
+    parts = [
+        trained_on(comparison),
+        f"{comparison.feature} of {line['samples']} samples{condition} against {line['reference_images']} reference images",
+        "EMA weights" if line.get("weights") == "ema" else "",
+        f"data {line['data']}",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def trained_on(report: Report) -> str:
+    """What the training of all arms shares, in one line."""
+    run = report.runs[0]
+    differing = differing_flags([run.config for run in report.runs])
     config = {name: value for name, value in run.config.items() if name not in differing and value is not None}
     source = next((str(config[name]) for name in ("bundled_data", "dataset_name", "train_data_dir") if config.get(name)), "")
     part = {"pretrained_model_name_or_path": "checkpoint", "vae_model_name_or_path": "latents of"}
-    condition = f" ({told(run.config)})" if told(run.config) else ""
-    seeds = sorted({run.seed for run in comparison.runs})
+    seeds = sorted({run.seed for run in report.runs})
     parts = [
         f"{source} {config['resolution']}x{config['resolution']}" if source and "resolution" in config else source,
         *(f"{what} {config[name]}" for name, what in part.items() if config.get(name)),
@@ -131,9 +144,6 @@ def setting(comparison: Comparison) -> str:
         f"{config['max_train_steps']} steps" if "max_train_steps" in config else "",
         f"batch {config['train_batch_size']}" if "train_batch_size" in config else "",
         f"seeds {', '.join(map(str, seeds))}",
-        f"{comparison.feature} of {line['samples']} samples{condition} against {line['reference_images']} reference images",
-        "EMA weights" if line.get("weights") == "ema" else "",
-        f"data {line['data']}",
     ]
     return "; ".join(part for part in parts if part)
 

@@ -1,4 +1,4 @@
-"""A comparison's numbers as tables of text."""
+"""A report's numbers as tables of text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 
 from immiscible.reports.arms import Report
 from immiscible.reports.comparison import Comparison
-from immiscible.reports.ratios import NOTHING, SECONDS, UNKNOWN, Interval, middle
+from immiscible.reports.ratios import NOTHING, SECONDS, UNKNOWN, Curve, Interval, middle
 from immiscible.reports.runs import differing_flags
 from immiscible.training.markdown import inline, table_cell
 
@@ -156,17 +156,21 @@ def _seconds_digits(comparison: Comparison) -> int:
 
 def curve_table(comparison: Comparison, inference_steps: int, most: int = 10) -> Table:
     """The curves as numbers: each arm's median over seeds at up to ``most`` of the evaluated steps, the last among them."""
-    steps = sorted({line["step"] for arm in comparison.arms.values() for run in arm.runs.values() for line in run.evaluations})
+    caption = f"{comparison.feature} at {inference_steps} inference steps after so many training steps (medians)"
+    return median_table(caption, {name: comparison.curves(name, inference_steps) for name in comparison.arms}, most)
+
+
+def median_table(caption: str, curves: Mapping[str, Sequence[Curve]], most: int = 10) -> Table:
+    """Each arm's median over its curves at up to ``most`` of their steps, the last among them."""
+    steps = sorted({step for of_arm in curves.values() for curve in of_arm for step, _ in curve})
     stride = math.ceil(len(steps) / most) if steps else 1
     shown = steps[::-1][::stride][::-1]
     rows = []
-    for name, arm in comparison.arms.items():
-        curves = [dict(run.curve(inference_steps)) for run in arm.runs.values()]
-        values = [[curve[step] for curve in curves if step in curve] for step in shown]
+    for name, of_arm in curves.items():
+        by_step = [dict(curve) for curve in of_arm]
+        values = [[curve[step] for curve in by_step if step in curve] for step in shown]
         rows.append([name, *(f"{median(value):.3g}" if value else NOTHING for value in values)])
-    return Table(
-        f"{comparison.feature} at {inference_steps} inference steps after so many training steps (medians)", ["arm", *map(str, shown)], rows
-    )
+    return Table(caption, ["arm", *(f"{step:.0f}" for step in shown)], rows)
 
 
 def arm_table(report: Report) -> Table:

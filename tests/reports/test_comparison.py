@@ -7,8 +7,9 @@ from launch import tiny
 
 from immiscible.errors import UserError
 from immiscible.reports.comparison import compare
+from immiscible.reports.overview import look_over, loss_curves, totals_table
 from immiscible.reports.page import html_report, markdown_report, write_report
-from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, Interval
+from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, NOTHING, Interval
 from immiscible.reports.sentences import headline
 
 
@@ -76,6 +77,12 @@ def test_two_arms_of_one_method_have_the_same_curves(script, tmp_path):
     assert {run.processes for run in comparison.runs} == {1}  # a true run's checkpoint says so
     one, other = (comparison.arms[name].runs[0].curve(1) for name in arms)
     assert one == other and [step for step, _ in one] == [1, 2] and all(math.isfinite(value) for _, value in one)
+    for run in comparison.runs:
+        (run.folder / "evaluation.jsonl").unlink()
+    report = look_over(arms)  # of what true runs leave
+    assert report.notes == [] and {name: len(curves[0]) for name, curves in loss_curves(report).items()} == {"one": 2, "other": 2}
+    batch = comparison.runs[0].config["train_batch_size"]
+    assert all(row[1:4] == ["1", "2", str(2 * batch)] and NOTHING not in row for row in totals_table(report).rows)
 
 
 def test_report_without_a_finished_baseline(arms, tmp_path):

@@ -421,6 +421,24 @@ def test_every_run_that_was_never_measured_is_named_before_any_is_read(script, g
         assert caught.value.exit_code == 1
 
 
+def test_runs_of_which_none_was_measured_are_reported_by_losses_times_and_samples(script, grid, capsys):
+    script.main(grid("plain", "fast"))
+    folders = [Path("out", f"{name}-seed{seed}") for name in ("plain", "fast") for seed in range(2)]
+    for folder in folders:
+        (folder / "evaluation.jsonl").unlink()
+    (folders[0] / "evaluation.jsonl").touch()
+    capsys.readouterr()
+    for names in ([], ["--names", "a", "a", "b", "b"]):
+        script.main(["--runs", *map(str, folders), *names, "--output_dir", "again"])
+        shown = capsys.readouterr().out
+        assert "nothing here says which arm is better" in shown and "report in again/report.html and again/report.md" in shown
+        assert re.search(rf"\| {'a ' if names else 'plain'} +\| 2 +\| 100 ", shown)
+        for name in ("again/report.html", "again/report.md"):
+            assert "--eval_steps N" in Path(name).read_text()
+    with pytest.raises(UserError, match="the baseline 'c' is not one of the arms: plain, fast"):
+        script.main(["--runs", *map(str, folders), "--baseline", "c", "--output_dir", "again"])
+
+
 HELP = f"""
 import runpy, sys
 sys.argv = ["compare.py", "--help"]
