@@ -220,7 +220,8 @@ def ratio_figure(comparison: Comparison, inference_steps: int) -> Markup:
             axes.plot(below, [height] * len(below), color=color, linestyle="none", marker="<", markersize=8, fillstyle="none")
             if not known + above + below:
                 axes.text(1, height, f" {UNKNOWN if values else 'no finished run'}", verticalalignment="center")
-        axes.set(xscale="log", ylim=(len(others) - 0.4, -0.6), xlabel="times sooner in training steps (left of 1: harm)")
+        axes.set(xscale="log", ylim=(len(others) - 0.4, -0.6))
+        axes.set_xlabel("times sooner in training steps (left of 1: harm)", loc="right")  # wider than the axes beside long names
         axes.set_xlim(min([0.8, *ends]) / 1.08, max([1.25, *ends]) * 1.08)
         axes.set_yticks(range(len(others)), labels)
         axes.tick_params(axis="y", length=0)

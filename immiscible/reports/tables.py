@@ -192,7 +192,7 @@ def spread(values: Mapping[int, Interval], digits: int, unit: str = "") -> str:
     center = middle(values.values()).show(digits)
     center += unit if center != UNKNOWN else ""
     low, high = min(value.low for value in values.values()), max(value.high for value in values.values())
-    if len(set(values.values())) == 1:
+    if len(set(values.values())) == 1 or f"{low:.{digits}f}" == f"{high:.{digits}f}":
         return center
     if low <= 0 and math.isinf(high):
         return f"{center} (neither end known)"

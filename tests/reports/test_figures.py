@@ -53,6 +53,14 @@ def test_ratios_that_are_not_known_are_drawn_or_said(tmp_path):
     assert all("no finished run" in figure for figure in drawn)
 
 
+def test_long_names_do_not_push_the_label_of_an_axis_out_of_the_figure(tmp_path):
+    arms = {name: [write_run(tmp_path / name, {5: decay()})] for name in ("baseline", "window_speed_sampling")}
+    page = html_report(compare(arms))
+    figure = next(figure for figure in re.findall(r"<svg.*?</svg>", page, re.S) if "times sooner" in figure)
+    label = re.search(r'text-anchor: end[^>]* x="([\d.]+)"[^>]*>times sooner', figure)
+    assert label and float(label[1]) <= float(re.search(r'viewBox="0 0 ([\d.]+)', figure)[1])
+
+
 @pytest.mark.parametrize(
     "value", [math.nan, math.inf, *(pytest.param(value, marks=pytest.mark.slow) for value in (-math.inf, 1e308, -1e308, -1.0, 0.0))]
 )

@@ -42,6 +42,7 @@ def test_a_spread_is_read_at_a_glance(tmp_path, speeds, shown):
         ([exactly(1.2), exactly(1.3), Interval(2.0, INF)], "1.30x (1.20 and more)"),
         ([Interval(0.0, 0.9), exactly(1.0), Interval(2.0, INF)], "1.00x (neither end known)"),
         ([Interval(0.0, INF)], "not known"),
+        ([exactly(1.331), exactly(1.333), exactly(1.334)], "1.33x"),
     ],
 )
 def test_what_is_known_of_a_spread(values, shown):
