@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+SHOWN = 60  # characters of a value in a message
+
 
 class UserError(ValueError):
     """What is wrong, which flag, file or value, and what would be right: one line, shown without a traceback.
@@ -31,6 +33,11 @@ class PeerLost(UserError):
 def first_line(error: BaseException) -> str:
     """What an error says, for a line of ours: its first line, or its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def short(text: str) -> str:
+    """A value that somebody gave, for a line of ours: its first characters."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def run_script(main: Callable[[Sequence[str]], None]) -> int:

@@ -24,17 +24,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
-from immiscible.errors import UserError
+from immiscible.config_files import file_words
+from immiscible.errors import UserError, short
 
 PACKAGE = Path(__file__).parent
 SPELLINGS = {"true": True, "t": True, "yes": True, "y": True, "1": True, "false": False, "f": False, "no": False, "n": False, "0": False}
 HELP_WIDTH = 140  # of --help, in characters
 MOST = 2**31 - 1  # of a whole number whose flag does not say otherwise
-LARGEST_FILE = 2**20  # bytes of a config file
 LONGEST_NAME, LONGEST_TEXT = 255, 4096  # bytes of a name in a path, and of a path, that file systems take
-SHOWN = 60  # characters of a wrong value in a message
 
 
 @dataclass(frozen=True)
@@ -123,14 +120,6 @@ class Names(Sequence[str]):
 
 
 Config = TypeVar("Config")
-
-
-class _TextLoader(yaml.BaseLoader):
-    """Keeps `no` and `1e-4` as they are written; an unquoted null is an empty value, which means not given."""
-
-
-_TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL)$"), list("~nN"))
-_TextLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: "")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -225,7 +214,7 @@ def _kind(hint: Any) -> tuple[Any, bool]:
 
 def _boolean(text: str) -> bool:
     if text.lower() not in SPELLINGS:
-        raise argparse.ArgumentTypeError(f"{_short(text)!r} is neither true nor false")
+        raise argparse.ArgumentTypeError(f"{short(text)!r} is neither true nor false")
     return SPELLINGS[text.lower()]
 
 
@@ -238,7 +227,7 @@ def _read_number(kind: type[int] | type[float], allowed: Range, text: str) -> in
     try:
         value = kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {_short(text)!r}") from None
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {short(text)!r}") from None
     if problem := allowed.problem(value):
         raise argparse.ArgumentTypeError(problem)
     return value
@@ -249,7 +238,7 @@ def prose(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"must be text in UTF-8, not {_short(text)!a}") from None
+        raise argparse.ArgumentTypeError(f"must be text in UTF-8, not {short(text)!a}") from None
     return text
 
 
@@ -259,19 +248,15 @@ def plain_text(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty; give a value, or leave the flag out")
     if b"\0" in encoded:
-        raise argparse.ArgumentTypeError(f"must not hold a NUL character, as {_short(text)!r} does")
+        raise argparse.ArgumentTypeError(f"must not hold a NUL character, as {short(text)!r} does")
     if len(encoded) > LONGEST_TEXT or max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
-        raise argparse.ArgumentTypeError(f"must not hold a name of more than {LONGEST_NAME} bytes, as {_short(text)!r} does")
+        raise argparse.ArgumentTypeError(f"must not hold a name of more than {LONGEST_NAME} bytes, as {short(text)!r} does")
     return text
 
 
 def text_path(text: str) -> Path:
     """`plain_text` as a path."""
     return Path(plain_text(text))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def range_of(item: Any) -> Range:
@@ -340,7 +325,7 @@ def flag_value(argv: Sequence[str], name: str) -> str | None:
     parser.add_argument("--config", nargs="+", default=[])
     parser.add_argument(f"--{name}")
     paths = parser.parse_known_args(argv)[0].config
-    words = [word for path in paths for word in _file_words(Path(path))]
+    words = [word for path in paths for word in file_words(Path(path))]
     value: str | None = getattr(parser.parse_known_args([*words, *argv])[0], name)
     return value
 
@@ -351,98 +336,11 @@ def given(config: Any, group: type) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def save_config(config: Any, path: Path) -> None:
-    """Writes every flag's value; a run restarts from the file by ``--config``. A flag that is not given has an empty value."""
-    values = {item.name: getattr(config, item.name) if item.metadata.get("saved", True) else item.default for item in fields(config)}
-    lines = yaml.safe_dump(values, sort_keys=False).replace(": null\n", ":\n")
-    path.write_text(f"# Every flag of this run; restart it with --config {path.name} --output_dir ANOTHER_FOLDER\n{lines}")
-
-
 def _file_arguments(path: Path, parser: Parser) -> list[str]:
     """The file's keys as ``--key value`` words, checked by parsing them alone."""
-    words = _file_words(path)
+    words = file_words(path)
     try:
         parser.parse_args(words)
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
     return words
-
-
-def _file_words(path: Path) -> list[str]:
-    """The file's keys as ``--key value`` words."""
-    content = _file_content(path)
-    if {"config", "help", "h"} & content.keys():
-        which = "a config file cannot name further config files; give them all" if "config" in content else "help belongs"
-        raise UserError(f"--config {path}: {which} on the command line")
-    found: list[str] = []
-    for key, value in content.items():
-        if isinstance(value, dict):
-            raise UserError(f"--config {path}: {_short(key)} holds a mapping; flags are flat, one `flag: value` a line")
-        if not isinstance(value, list):
-            found += [f"--{key}={value}"] if value != "" else []  # "=": values like -1e-3 are no flags
-            continue
-        for item in value:
-            if not isinstance(item, str):
-                raise UserError(f"--config {path}: {_short(key)} holds a list or a mapping inside a list; its items must be plain values")
-            if item.startswith("-") and not _is_number(item):
-                raise UserError(
-                    f"--config {path}: {_short(key)} holds {_short(item)!r}, which looks like a flag; a flag has a line of its own"
-                )
-        found += [f"--{key}", *value]
-    return found
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _file_content(path: Path) -> dict[str, Any]:
-    """What a config file says: texts, lists and mappings by key.
-
-    Raises:
-        UserError: it cannot be read, is too large, is not YAML of `flag: value`, or gives a key twice.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST_FILE + 1)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}") from None
-    if len(data) > LARGEST_FILE:
-        raise UserError(f"--config {path}: larger than {LARGEST_FILE / 2**20:g} MiB, which no file of flags is")
-    loader = None
-    try:
-        loader = _TextLoader(data.decode("utf-8-sig"))
-        node = loader.get_single_node()
-        lines: dict[str, int] = {}
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
-            _check_key(path, key, lines)
-        content = loader.construct_document(node) if node else None
-    except UnicodeDecodeError:
-        raise UserError(f"--config {path}: not a text file in UTF-8") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise UserError(f"--config {path}: nested too deeply; flags are flat, one `flag: value` a line") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
-    if content is None or content == "":
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected lines of `flag: value`")
-    return content
-
-
-def _check_key(path: Path, key: Any, lines: dict[str, int]) -> None:
-    """Whether a key can be a flag's name and is new; ``lines`` says in which line each was, and gets this one's."""
-    line = key.start_mark.line + 1
-    if not isinstance(key, yaml.ScalarNode) or not re.fullmatch(r"\w[\w-]*", key.value):
-        raise UserError(f"--config {path}: line {line} begins with what is no flag's name; expected lines of `flag: value`")
-    name = key.value.replace("-", "_")
-    if name in lines:
-        raise UserError(f"--config {path}: {key.value} is given twice, in lines {lines[name]} and {line}; leave one of them")
-    lines[name] = line

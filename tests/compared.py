@@ -8,8 +8,8 @@ import re
 import pytest
 from PIL import Image
 
+from immiscible.config_files import save_config
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
-from immiscible.flags import save_config
 from immiscible.reports.ratios import Interval
 
 INF = math.inf

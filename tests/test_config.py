@@ -13,9 +13,10 @@ import torch
 import yaml
 from launch import ENVIRONMENT, ROOT
 
+from immiscible.config_files import save_config
 from immiscible.configs import UnconditionalConfig
 from immiscible.errors import UserError
-from immiscible.flags import flag_value, parse_config, save_config
+from immiscible.flags import flag_value, parse_config
 from immiscible.method import chosen_coupling, chosen_sampler, chosen_weights
 from immiscible.networks.unet import build_unet, unet_config
 from immiscible.process import NoiseProcess

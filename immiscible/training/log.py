@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from immiscible.config_files import save_config
 from immiscible.evaluation.leakage import ClassLeak
 from immiscible.files import append_line, drop_later_lines
-from immiscible.flags import save_config
 from immiscible.processes import on_main_process
 
 if TYPE_CHECKING:
