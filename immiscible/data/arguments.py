@@ -23,7 +23,9 @@ class ImageArguments:
 
     dataset_name: str | None = flag(None, "a data set on the hub (its `train` split), or a local folder that `datasets` can load")
     dataset_config_name: str | None = flag(None, "the configuration of --dataset_name")
-    train_data_dir: str | None = flag(None, "a folder of images (subfolders allowed), of parquet files or of WebDataset shards (.tar)")
+    train_data_dir: str | None = flag(
+        None, "a folder of images (subfolders allowed), a .zip of one, a folder of parquet files or of WebDataset shards (.tar)"
+    )
     image_column: str = flag("image", "the column of the data set that holds the images")
     cache_dir: str | None = flag(None, "where downloaded data sets and models are kept")
     resolution: int = flag(64, "images are resized and cropped to this many pixels a side", least=1, most=MOST_PIXELS)
@@ -132,8 +134,8 @@ class TextDataArguments(ImageArguments):
     resolution: int = flag(512, "images are resized and cropped to this many pixels a side", least=1, most=MOST_PIXELS)
     train_data_dir: str | None = flag(
         None,
-        "a folder of images with their captions in .txt files beside them or in a metadata.jsonl, of parquet files, or of WebDataset "
-        "shards (.tar)",
+        "a folder of images with their captions in .txt files beside them or in a metadata.jsonl (or a .zip of one), of parquet files, or "
+        "of WebDataset shards (.tar)",
     )
     caption_column: str = flag(
         "text",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from immiscible.data.archives import content, size
 from immiscible.data.listing import METADATA, Listing
 from immiscible.data.tables import TableImages, only_images, only_labels, only_texts, summary
 from immiscible.data.tars import captions_of_file
@@ -46,7 +47,7 @@ class SidecarImages(TableImages):
         if name is None:
             raise ValueError("it has no caption file beside it")
         try:
-            found = captions_of_file(Path(self.origin, name).read_bytes(), self.key)
+            found = captions_of_file(content(Path(self.origin, name)), self.key)
         except ValueError as error:
             raise ValueError(f"its caption in {name} cannot be read ({first_line(error)})") from None
         if found is None:
@@ -198,25 +199,25 @@ def _read(path: Path, caption_column: str | None) -> Any:
     """A metadata file as an Arrow table."""
     import pyarrow as pa
 
+    found = content(path)
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        return pq.read_table(path)
+        return pq.read_table(io.BytesIO(found))
     if path.suffix == ".jsonl":
         import pyarrow.json as pj
 
-        content = path.read_bytes()
-        if not content.strip():
+        if not found.strip():
             raise ValueError("it is empty")
         # One block, or a later line that has another key would not be understood; 2**28 bytes are 2 million lines.
-        return pj.read_json(io.BytesIO(content), read_options=pj.ReadOptions(block_size=min(len(content) + 1, 2**28)))
+        return pj.read_json(io.BytesIO(found), read_options=pj.ReadOptions(block_size=min(len(found) + 1, 2**28)))
     import pandas
 
-    frame = pandas.read_csv(path, encoding="utf-8-sig")
+    frame = pandas.read_csv(io.BytesIO(found), encoding="utf-8-sig")
     # As they stand: an empty field is the empty prompt, not a number that is missing, and neither are the words NA or null.
     texts = [name for name in frame.columns if name == caption_column or name.endswith("file_name")]
     if texts:
-        frame[texts] = pandas.read_csv(path, usecols=texts, dtype=object, keep_default_na=False, encoding="utf-8-sig")[texts]
+        frame[texts] = pandas.read_csv(io.BytesIO(found), usecols=texts, dtype=object, keep_default_na=False, encoding="utf-8-sig")[texts]
     if "file_name" not in frame.columns and len(frame.columns) == 1 and any(mark in frame.columns[0] for mark in ";\t|"):
         raise ValueError(f"its only column is {frame.columns[0]!r}: separate columns by commas")
     return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
@@ -263,9 +264,7 @@ def _check_there(listing: Listing, name: str, values: Any, paths: Sequence[str |
     """Whether the images are there that metadata name."""
     known = set(listing.images)
     missing = [
-        row
-        for row, path in enumerate(paths)
-        if kept[row] and (path is None or (path not in known and not os.path.exists(listing.root / path)))
+        row for row, path in enumerate(paths) if kept[row] and (path is None or (path not in known and size(f"{listing.root}/{path}") < 0))
     ]
     if not missing:
         return

@@ -1,4 +1,4 @@
-"""What lies in a folder of training data, told by one walk through it that opens no file.
+"""What lies in a folder of training data, told by one walk through it that opens no file, but for archives where all lies in them.
 
 Names of splits count only as those of folders at the top: if one is called ``train``, what lies outside of it is left out, else what lies
 in those called ``test``, ``val`` and so on. File names never decide. What is left out is counted, with the reason.
@@ -13,28 +13,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from immiscible.data.archives import ZIP, members
 from immiscible.data.sources import OTHER_IMAGES, image_extensions
-from immiscible.errors import UserError
+from immiscible.errors import UserError, first_line
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption", ".json")
 RUN_MARKER = ".immiscible-run"  # in the output folder of a run, whose samples and checkpoints are not training data
-_ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
+_ARCHIVES = (ZIP, ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 _TRAIN = re.compile(r"train(?:ing)?[-_ ]?\d*", re.IGNORECASE)  # with a year, as COCO has it
 _HELD_OUT = re.compile(r"(?:test(?:ing)?|eval(?:uation)?|val(?:id|idation)?|dev)[-_ ]?\d*", re.IGNORECASE)
 
 
 @dataclass
 class Listing:
-    """Paths relative to ``root``, in the order of their names.
+    """Paths relative to ``root``, in the order of their names; archives that are read are folders in them.
 
     Args:
-        root: the folder, absolute.
+        root: the folder or the one archive, absolute.
         images: what Pillow reads.
         metadata: of the names in `METADATA`.
         tables: other ``.parquet`` files.
         shards: ``.tar`` files.
-        archives: packed files, which are not looked into.
+        archives: packed files that are not looked into.
         sidecars: by what a path would be with its extension in lower case, the files with one of `SIDECARS`.
         left_out: what of training data is not used, in words.
         train: the folders at the top that are used alone.
@@ -54,26 +55,33 @@ class Listing:
 
     def trains(self, path: str) -> bool:
         """Whether a relative path is of the training split."""
-        top = path.partition(os.sep)[0]
+        top = _top(path)
         return top in self.train if self.train else top not in self.held_out
 
 
 def list_folder(folder: str) -> Listing:
     """Walks through ``--train_data_dir``; hidden files and folders, and folders that begin with two underscores, are passed by.
 
-    Links to folders are followed, each folder once; one that leads back to a folder above is left out.
+    Links to folders are followed, each folder once; one that leads back to a folder above is left out. Where there are neither images
+    nor tables nor shards, archives (``.zip``) are read as folders; ``folder`` may be one, too.
 
     Raises:
         UserError: no such folder, or it holds held-out splits alone.
     """
     root = Path(folder).expanduser().resolve()
-    if not root.is_dir():
-        raise UserError(f"--train_data_dir {folder}: no such folder")
+    packed = root.is_file() and root.suffix.lower() == ZIP
+    if not (packed or root.is_dir()):
+        what = f"no folder, but a file; give a folder, or a {ZIP} of one" if root.is_file() else "no such folder"
+        raise UserError(f"--train_data_dir {folder}: {what}")
     listing = Listing(root)
     unread: Counter[str] = Counter()
     names, runs, loops = _walk(root)
     for name in names:
         _sort_in(listing, name, unread)
+    if not (listing.images or listing.tables or listing.shards):
+        zips = [name for name in listing.archives if name.lower().endswith(ZIP)]
+        listing.archives = [name for name in listing.archives if name not in zips]
+        _look_into(listing, [""] if packed else zips, unread)
     if unnamed := [name for name in listing.images if not _is_text(name)]:
         listing.images = [name for name in listing.images if _is_text(name)]
         listing.left_out.append(f"{len(unnamed)} images with names that are not UTF-8, the first {unnamed[0]!r}")
@@ -98,7 +106,7 @@ def check_one_kind(listing: Listing, folder: str, image_column: str) -> None:
     if not (listing.images or listing.shards or listing.tables):
         reason = f"; {'; '.join(listing.left_out)}" if listing.left_out else ""
         if listing.archives:
-            reason += f"; unpack {listing.archives[0]}, archives are not looked into"
+            reason += f"; unpack {listing.archives[0]}, as only .zip files are looked into"
         raise UserError(f"--train_data_dir {folder}: no training images found in it, nor .parquet or .tar files{reason}")
     if listing.archives:
         listing.left_out.append(f"{len(listing.archives)} archives (unpack them), the first {listing.archives[0]}")
@@ -126,14 +134,14 @@ def _holds(path: Path, column: str) -> bool:
 
 
 def _walk(root: Path) -> tuple[list[str], list[str], list[str]]:
-    """The files, the folders of runs and the links not followed, all relative to ``root`` and sorted."""
+    """The files, the folders of runs and the links not followed, all relative to ``root`` and sorted; none of an archive."""
     files: list[str] = []
     runs: list[str] = []
     loops: list[str] = []
     own = {os.path.realpath(path) for path in (root, *root.parents)}  # a link to one of them would be read for ever
     seen = {str(root)}
     # Links wait until the tree itself is read, so that what lies in it keeps its own name.
-    folders, links = [""], list[str]()
+    folders, links = [""] if root.is_dir() else list[str](), list[str]()
     while folders or links:
         if folders:
             folder = folders.pop()
@@ -185,14 +193,44 @@ def _sort_in(listing: Listing, path: str, unread: Counter[str]) -> None:
         listing.archives.append(path)
 
 
+def _look_into(listing: Listing, archives: Sequence[str], unread: Counter[str]) -> None:
+    """Sorts in what the ``.zip`` files hold, images and what tells of them; counts what else is packed there."""
+    nested = []
+    for archive in archives:
+        before = len(listing.images)
+        try:
+            found = [os.path.join(archive, member) for member in members(listing.root / archive)]
+        except (OSError, ValueError) as error:
+            listing.left_out.append(f"{archive or listing.root.name}, which cannot be read ({first_line(error)})")
+            continue
+        for name in found:
+            if os.path.basename(name) not in METADATA and name.lower().endswith((".parquet", ".tar", *_ARCHIVES)):
+                nested.append(name)
+            else:
+                _sort_in(listing, name, unread)
+        if len(listing.images) == before:
+            listing.left_out.append(f"{archive or listing.root.name}, which holds no images")
+    if nested:
+        listing.left_out.append(f"{len(nested)} shards, tables or archives inside of archives (unpack them), the first {nested[0]}")
+
+
+def _top(path: str) -> str:
+    """The folder that may be a split: the first one, also of what an archive holds that is not called as a split is; "" at the top."""
+    first, inner, rest = path.partition(os.sep)
+    stem, dot = os.path.splitext(first)
+    if not inner or dot.lower() != ZIP:
+        return first if inner else ""
+    return stem if _TRAIN.fullmatch(stem) or _HELD_OUT.fullmatch(stem) else _top(rest)
+
+
 def _choose_split(listing: Listing, folder: str) -> None:
     data = [*listing.images, *listing.tables, *listing.shards]
-    tops = {path.partition(os.sep)[0] for path in data if os.sep in path}
+    tops = {_top(path) for path in data}
     listing.train = frozenset(filter(_TRAIN.fullmatch, tops))
     listing.held_out = frozenset(filter(_HELD_OUT.fullmatch, tops))
     if not listing.train and not listing.held_out:
         return
-    elsewhere = Counter(path.partition(os.sep)[0] if os.sep in path else "." for path in data if not listing.trains(path))
+    elsewhere = Counter(_top(path) or "." for path in data if not listing.trains(path))
     if sum(elsewhere.values()) == len(data):
         raise UserError(
             f"--train_data_dir {folder} holds nothing but {', '.join(sorted(listing.held_out))}, by their names not for training; give one "
@@ -205,7 +243,7 @@ def _choose_split(listing: Listing, folder: str) -> None:
     for name in ("images", "metadata", "tables", "shards"):
         paths: Sequence[str] = getattr(listing, name)
         # Metadata at the top tell of all splits.
-        setattr(listing, name, [path for path in paths if listing.trains(path) or (name == "metadata" and os.sep not in path)])
+        setattr(listing, name, [path for path in paths if listing.trains(path) or (name == "metadata" and not _top(path))])
 
 
 def _is_text(name: str) -> bool:

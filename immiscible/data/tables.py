@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from immiscible.data.archives import readable, size
 from immiscible.data.listing import Listing
 from immiscible.data.sources import captions_in, open_image
 from immiscible.errors import UserError, first_line
@@ -62,7 +63,7 @@ class TableImages:
         cell = self.table[index][self.column]
         if cell is None:
             raise ValueError("the row holds no image")
-        return open_image(self._found(cell["path"]) if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+        return open_image(readable(self._found(cell["path"])) if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
 
     def _found(self, path: str) -> str:
         """A path of the table as one that can be opened."""
@@ -138,8 +139,7 @@ class TableImages:
             paths = chunk.field("path")
             for row in np.flatnonzero(sizes < 0):
                 path = paths[int(row)].as_py()
-                path = path and self._found(path)
-                sizes[row] = os.path.getsize(path) if path and os.path.exists(path) else -1
+                sizes[row] = size(self._found(path)) if path else -1
             found.append(sizes)
         return np.concatenate(found)
 

@@ -15,6 +15,7 @@ import pytest
 from launch import flags, tiny
 from pictures import noise, save
 from PIL import Image, features
+from pyarrow.csv import write_csv
 from tiny_text import FINETUNE, model_folder, tiny_text
 
 from immiscible.data.loading import load_images
@@ -135,18 +136,111 @@ def test_what_pillow_reads_is_read_and_what_looks_like_an_image_is_counted(scrip
     assert result.code == 2 and "no training images found" in result.error and "2 .heic files" in result.error
 
 
-def test_archives_are_to_be_unpacked(script, tmp_path):
+def packed(archive: Path, folder: Path, **members: str) -> Path:
+    """A zip of all that lies in a folder, and of further texts by name."""
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(folder.rglob("*")):
+            file.write(path, path.relative_to(folder))
+        for name, text in members.items():
+            file.writestr(name, text)
+    return archive
+
+
+def test_images_in_a_zip_are_read_as_in_a_folder(script, tmp_path):
+    folder = fill(tmp_path / "photos", *(f"{place}/{number}.png" for place in ("b/cats", "b/dogs", "__MACOSX") for number in range(3)))
+    (tmp_path / "zipped").mkdir()
+    packed(tmp_path / "zipped" / "my.ZIP", folder, **{".hidden/1.png": "", "notes.md": "", "more.tar": ""})
+    changes = {"train_batch_size": 6, "class_conditional": True, "dataloader_num_workers": 2, "max_train_steps": 2}
+    found, left_out = images_used(script, tmp_path, tmp_path / "zipped", **changes)
+    assert found == 6 and left_out.endswith("1 shards, tables or archives inside of archives (unpack them), the first my.ZIP/more.tar")
+    whole = load_images(train_data_dir=str(folder / "b"))
+    for source in (load_images(train_data_dir=str(tmp_path / "zipped")), load_images(train_data_dir=str(tmp_path / "zipped" / "my.ZIP"))):
+        assert source.class_names == ["cats", "dogs"] and source.sizes().tolist() == whole.sizes().tolist()
+        for i in range(6):
+            assert source.load(i) == whole.load(i) and source.label(i) == whole.label(i)
+        assert source.name(4) == str(tmp_path / "zipped" / "my.ZIP" / "b" / "dogs" / "1.png")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+def test_captions_in_a_zip(tmp_path, kind):
+    texts = {f"{number}.png": f"thing {number}" for number in range(3)}
+    folder = fill(tmp_path / "photos", *texts)
+    if kind == "txt":
+        for name, text in texts.items():
+            (folder / name).with_suffix(".txt").write_text(text)
+    else:
+        described(folder, texts)
+    if kind in ("csv", "parquet"):
+        (folder / "metadata.jsonl").unlink()
+        write = pq.write_table if kind == "parquet" else write_csv
+        write(pa.table({"file_name": list(texts), "text": list(texts.values())}), folder / f"metadata.{kind}")
+    (tmp_path / "zipped").mkdir()
+    packed(tmp_path / "zipped" / "a.zip", folder)
+    assert captions_of(tmp_path / "zipped") == {f"a.zip/{name}": [text] for name, text in texts.items()}
+    if kind == "jsonl":
+        described(folder, {"gone.png": "x"})
+        packed(tmp_path / "zipped" / "a.zip", folder)
+        with pytest.raises(UserError, match=r"1 of the 1 images that a\.zip/metadata\.jsonl names are not there.*a\.zip/gone\.png"):
+            captions_of(tmp_path / "zipped")
+
+
+@pytest.mark.parametrize(
+    ("archives", "used", "line"),
+    [
+        ({"all.zip": ("train/1.png", "train/2.png", "test/3.png")}, 2, "1 files in test (beside train)"),
+        ({"train2017.zip": ("a/1.png", "2.png"), "val2017.zip": ("train/3.png",)}, 2, "1 files in val2017 (beside train2017)"),
+        ({"a.zip": ("1.png", "2.png"), "b.zip": ("1.png", "val/4.png")}, 3, "1 files in val (by its name not for training)"),
+    ],
+)
+def test_splits_in_archives(tmp_path, caplog, archives, used, line):
+    (tmp_path / "zipped").mkdir()
+    for archive, names in archives.items():
+        packed(tmp_path / "zipped" / archive, fill(tmp_path / f"of {archive}", *names))
+    assert len(load_images(train_data_dir=str(tmp_path / "zipped"))) == used and caplog.text.strip().endswith(line)
+
+
+def test_archives_that_are_not_read(script, tmp_path):
     folder = fill(tmp_path / "photos", "0.png", "1.png")
-    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
-        archive.write(folder / "0.png", "a/0.png")
-    (tmp_path / "packed").mkdir()
-    for name in ("archive.zip", "more.tar.gz"):
-        (tmp_path / "packed" / name).write_bytes((tmp_path / "archive.zip").read_bytes())
-    result = script(tiny(tmp_path / "run", train_data_dir=tmp_path / "packed"))
-    assert result.code == 2 and "unpack archive.zip" in result.error
+    packed(tmp_path / "archive.zip", folder)
+    only = fill(tmp_path / "only", "more.tar.gz")
+    result = script(tiny(tmp_path / "run", train_data_dir=only))
+    assert result.code == 2 and result.error.endswith("unpack more.tar.gz, as only .zip files are looked into")
+    (only / "cut.zip").write_bytes((tmp_path / "archive.zip").read_bytes()[:-30])
+    packed(only / "texts.zip", fill(tmp_path / "texts", "a.txt"))
+    (only / "secret.zip").write_bytes(_encrypted((tmp_path / "archive.zip").read_bytes()))
+    result = script(tiny(tmp_path / "run", train_data_dir=only))
+    for reason in ("cut.zip, which cannot be read (File is not a zip", "texts.zip, which holds no images", "(its files are encrypted)"):
+        assert result.code == 2 and reason in result.error
+    result = script(tiny(tmp_path / "run", train_data_dir=only / "more.tar.gz"))
+    assert result.code == 2 and result.error.endswith("more.tar.gz: no folder, but a file; give a folder, or a .zip of one")
     (tmp_path / "archive.zip").rename(folder / "archive.zip")
     found, left_out = images_used(script, tmp_path, folder)
     assert found == 2 and left_out.endswith("1 archives (unpack them), the first archive.zip")
+
+
+def _encrypted(archive: bytes) -> bytes:
+    """The same with the mark of encryption on each member."""
+    marked = bytearray(archive)
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        place = archive.find(signature)
+        while place >= 0:
+            marked[place + offset] |= 1
+            place = archive.find(signature, place + 1)
+    return bytes(marked)
+
+
+def test_a_damaged_image_in_a_zip_is_named(script, tmp_path):
+    (tmp_path / "zipped").mkdir()
+    archive = packed(tmp_path / "zipped" / "a.zip", fill(tmp_path / "photos", "0.png", "1.png", "2.png"))
+    content = bytearray(archive.read_bytes())
+    place = content.index(b"IDAT", content.index(b"1.png"))
+    content[place + 50] ^= 255
+    archive.write_bytes(content)
+    changes = {"train_data_dir": archive.parent, "train_batch_size": 3}
+    result = script(tiny(tmp_path / "run", **changes))
+    assert result.code == 1 and f"cannot read image {archive}/1.png: Bad CRC-32 for file '1.png'" in result.error
+    result = script(tiny(tmp_path / "other", **changes, skip_bad_images=True))
+    assert result.code == 0 and f"skipped image {archive}/1.png" in result.stderr
 
 
 def test_images_beside_shards_or_tables_of_images_are_refused(script, tmp_path):
