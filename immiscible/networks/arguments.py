@@ -98,7 +98,7 @@ class TrainingArguments:
     enable_xformers_memory_efficient_attention: bool = flag(False, "attention by xformers; torch's own is used otherwise")
     channels_last: bool = flag(False, "channels-last memory format for the network")
     look_ahead: bool = flag(True, "load, encode and pair the next step's batches on another thread while this step runs; changes no number")
-    torch_compile: bool = flag(False, "compile the network with torch.compile")
+    torch_compile: bool = flag(False, "compile the network with torch.compile, on a GPU")
     torch_compile_backend: str = flag("inductor", "the backend of --torch_compile")
     local_rank: int = flag(-1, "set by old distributed launchers; goes into LOCAL_RANK if the environment has none", least=-1)
 

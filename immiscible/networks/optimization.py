@@ -106,11 +106,16 @@ def learning_rate(
     return lambda step: factor * (peak * share(step))
 
 
-def tuned(network: ModelMixin, arguments: TrainingArguments) -> nn.Module:
+def tuned(network: ModelMixin, arguments: TrainingArguments, device: torch.device) -> nn.Module:
     """The network with the speed and memory options of the flags switched on.
 
+    Args:
+        network: of diffusers, wherever it is.
+        arguments: the flags.
+        device: where it will train.
+
     Raises:
-        UserError: xformers is not installed or does not go with this network, or the compiler's backend is unknown.
+        UserError: xformers is not installed or does not go with this network, or the compiler's backend is unknown, or wrong on a CPU.
     """
     if arguments.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -132,6 +137,13 @@ def tuned(network: ModelMixin, arguments: TrainingArguments) -> nn.Module:
         backends = torch.compiler.list_backends(exclude_tags=())
         if arguments.torch_compile_backend not in backends:
             raise UserError(f"--torch_compile_backend {arguments.torch_compile_backend!r} is unknown; known: {', '.join(backends)}")
+        # With torch 2.13 (x86, AVX2) 74 of 104 gradients of unet-tiny and 161 of 268 of unet-small are wrong, most of these exactly 0;
+        # the loss is right, so that nothing shows it. By aot_eager all are right.
+        if device.type == "cpu" and arguments.torch_compile_backend == "inductor":
+            raise UserError(
+                "--torch_compile: on a CPU torch's inductor loses gradients of these networks without a word, and they train wrongly; "
+                "leave it out there (--torch_compile_backend aot_eager is right, and no faster)"
+            )
         compiled: nn.Module = torch.compile(network, backend=arguments.torch_compile_backend)  # type: ignore[assignment]
         return compiled
     return network

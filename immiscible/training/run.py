@@ -116,7 +116,7 @@ class _State:
         """Of a run that begins."""
         processes, accumulation = accelerator.num_processes, config.gradient_accumulation_steps
         ema = build_ema(task.network, config, accelerator.device)
-        model, optimizer = accelerator.prepare(tuned(task.network, config), build_optimizer(task.network, config))
+        model, optimizer = accelerator.prepare(tuned(task.network, config, accelerator.device), build_optimizer(task.network, config))
         source, rank = task.data.source, accelerator.process_index
         order = batch_order(source, config, batch_size=config.train_batch_size, seed=seed, rank=rank, num_processes=processes)
         check_batch_size(config, task.objective, order.num_images, order.global_batch_size)

@@ -104,6 +104,14 @@ def test_an_offloaded_average_is_at_home_in_host_memory_and_equal(tmp_path):
 
 
 def test_a_backend_that_is_not_there_is_one_line():
-    assert tuned(tiny_unet(), text()).training is False
+    assert tuned(tiny_unet(), text(), CPU).training is False
     with pytest.raises(UserError, match=r"--torch_compile_backend 'turbo' is unknown; known: .*inductor"):
-        tuned(tiny_unet(), text(torch_compile=True, torch_compile_backend="turbo"))
+        tuned(tiny_unet(), text(torch_compile=True, torch_compile_backend="turbo"), CPU)
+
+
+def test_the_compiler_that_loses_gradients_on_a_cpu_is_refused():
+    with pytest.raises(UserError, match=r"--torch_compile: on a CPU torch's inductor loses gradients.*--torch_compile_backend aot_eager"):
+        tuned(tiny_unet(), text(torch_compile=True), CPU)
+    for backend, device in (("inductor", "cuda"), ("aot_eager", "cpu")):  # nothing is compiled before the first call
+        compiled = tuned(tiny_unet(), text(torch_compile=True, torch_compile_backend=backend), torch.device(device))
+        assert isinstance(compiled, torch._dynamo.OptimizedModule)
