@@ -68,7 +68,7 @@ def run(config: RunConfig, accelerator: Accelerator, build_task: BuildTask) -> N
     steps = _steps(config, accelerator, task, state, stop, leak)
     report_start(config, task, state.order, state.start_step, state.max_steps)
     if config.plan:
-        report_plan(steps, task.network, accelerator, state.max_steps - state.start_step)
+        report_plan(_or_error(steps, stop), task.network, accelerator, state.max_steps - state.start_step)
         return
     if is_finished(config, state.start_step, state.max_steps):
         return
@@ -169,6 +169,13 @@ def _steps(
         window=config.coupling_window,
         watch=None if leak is None else partial(_watch, leak),
     )
+
+
+def _or_error(steps: Iterator[StepStats], stop: StopRequest) -> Iterator[StepStats]:
+    """The steps; a failure that ends them is raised, on every rank, as a plan saves nothing that it could be told after."""
+    yield from steps
+    if stop.error:
+        raise UserError(stop.error, exit_code=1)
 
 
 def _watch(leak: ClassLeak, pairs: Pairs) -> None:

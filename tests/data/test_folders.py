@@ -16,6 +16,7 @@ from launch import flags, tiny
 from pictures import noise, save
 from PIL import Image, features
 from pyarrow.csv import write_csv
+from tars import png, write_tar
 from tiny_text import FINETUNE, model_folder, tiny_text
 
 from immiscible.data.loading import load_images
@@ -342,6 +343,15 @@ def test_empty_captions_are_the_empty_prompt(script, tmp_path):
     (folder / "metadata.jsonl").unlink()
     (folder / "metadata.csv").write_text("file_name,text\n0.png,NA\n1.png,\n2.png,7\n3.png,a dog\n")
     assert list(captions_of(folder).values()) == [["NA"], [""], ["7"], ["a dog"]]
+
+
+@pytest.mark.parametrize("plan", [True, False])
+def test_a_bad_first_sample_is_the_same_line_in_a_plan(script, tmp_path, plan):
+    members = {f"{i}.{kind}": content for i in range(3) for kind, content in (("png", png()), ("json", b'{"caption": null}'))}
+    write_tar(tmp_path / "data" / "0.tar", {**members, "9.png": png(), "9.json": b'{"caption": "a"}'})
+    result = captioned_run(script, tmp_path, tmp_path / "data", caption_column="caption", train_batch_size=4, plan=plan)
+    assert result.code == 1 and re.match(r"cannot read image \d in .*0\.tar: it has no caption \(.*the key 'caption'", result.error)
+    assert "Plan:" not in result.stdout and (tmp_path / "run").exists() == (not plan)
 
 
 def test_a_missing_caption_is_an_error(script, tmp_path):
