@@ -90,9 +90,11 @@ def main(argv: Sequence[str]) -> None:
         made = fill(config, accelerator)
         captions = f" and {made.captions:,} captions" if made.captions else ""
         bad = "".join(f"\n  skipped {each.name}: {each.reason}" for each in made.bad)
+        laid = "which are laid upon --alpha_color (white by default)"
+        more = bad + (f"\n{made.transparent:,} images have transparent pixels, {laid}" if made.transparent else "")
         accelerator.print(
             f"{made.images:,} images ({len(made.bad)} of them unreadable){captions}, {made.bytes / 2**20:,.1f} MiB in "
-            f"{config.latent_cache_dir}: {made.made} files made, {made.kept} there already, {time.monotonic() - started:.1f} s{bad}\n"
+            f"{config.latent_cache_dir}: {made.made} files made, {made.kept} there already, {time.monotonic() - started:.1f} s{more}\n"
             f"train with --cache_latents --latent_cache_dir {config.latent_cache_dir}"
         )
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -30,7 +30,15 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import AutoencoderKL
 
-Shard = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and the index and reason of each image that could not be read
+
+class Notes(TypedDict):
+    """What is written beside the tensors: index and reason of each image that could not be read, and how many have transparent pixels."""
+
+    bad: dict[str, str]
+    transparent: int
+
+
+Shard = tuple[dict[str, Tensor], Notes]
 
 
 class _ByNumber(Subset):
@@ -87,18 +95,19 @@ class ImageShards:
         loader = iter(build_loader(dataset, keys, self.data.dataloader_num_workers, self.device))
         for batches in shards:
             moments: list[Tensor] = []
-            bad: dict[str, str] = {}
+            notes = Notes(bad={}, transparent=0)
             for rows in batches:
                 batch = next(loader)
                 found = {each.name: each.reason for each in batch["bad"]}
                 if found and not self.data.skip_bad_images:
                     batch["bad"] = [BadImage(self.source.name(int(index)), reason) for index, reason in found.items()]
                     check_batch(batch, skip_bad_images=False)
-                bad |= found
+                notes["bad"] |= found
+                notes["transparent"] += batch["transparent"]
                 good = torch.tensor([str(index) not in found for index in rows])
                 moments.append(self._moments(batch["pixel_values"], good))
                 done(len(rows))
-            yield {"moments": torch.cat(moments)}, bad
+            yield {"moments": torch.cat(moments)}, notes
 
     @torch.no_grad()
     def _moments(self, pixels: Tensor, good: Tensor) -> Tensor:
@@ -144,7 +153,7 @@ class TextShards:
                 parts.append([tensor.to("cpu", torch.float16) for tensor in encoded])
                 done(len(rows))
             states, pooled = (torch.cat(column) for column in zip(*parts, strict=True))
-            yield {"states": states, "pooled": pooled}, {}
+            yield {"states": states, "pooled": pooled}, Notes(bad={}, transparent=0)
 
 
 def _batches(number: int, rows: int, rows_per_shard: int, batch_size: int) -> list[range]:

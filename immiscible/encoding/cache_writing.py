@@ -55,6 +55,7 @@ class CacheSummary:
         images: rows of latents.
         captions: rows of texts.
         bad: the images that could not be read.
+        transparent: images with transparent pixels, below which ``alpha_color`` lies.
         bytes: of all files.
         kept: shards that were there already, and checked.
         made: shards made now, over all processes.
@@ -63,6 +64,7 @@ class CacheSummary:
     images: int
     captions: int
     bad: list[BadImage]
+    transparent: int
     bytes: int
     kept: int
     made: int
@@ -97,12 +99,14 @@ class _Made:
     Args:
         files: the facts of each shard, by name.
         bad: the index and reason of each image that could not be read.
+        transparent: images with transparent pixels.
         kept: shards that were there already.
         made: shards made now.
     """
 
     files: dict[str, Any]
     bad: dict[str, str]
+    transparent: int = 0
     kept: int = 0
     made: int = 0
 
@@ -153,7 +157,7 @@ def write_cache(
     made = _fill(folder, manifest, kinds, index, accelerator)
     bad = [BadImage(source.name(int(row)), reason) for row, reason in made.bad.items()]
     size = sum(facts["bytes"] for facts in made.files.values())
-    return CacheSummary(len(source), len(captions), bad, size, made.kept, made.made)
+    return CacheSummary(len(source), len(captions), bad, made.transparent, size, made.kept, made.made)
 
 
 def _fill(
@@ -237,7 +241,8 @@ class _Writer:
         parts = gather_object([self._own])
         files = dict(pair for part in parts for pair in part.files.items())
         bad = dict(pair for part in parts for pair in part.bad.items())
-        return _Made(files, bad, sum(part.kept for part in parts), sum(part.made for part in parts))
+        transparent, kept, made = (sum(getattr(part, name) for part in parts) for name in ("transparent", "kept", "made"))
+        return _Made(files, bad, transparent, kept, made)
 
     @property
     def _show(self) -> bool | None:
@@ -262,18 +267,22 @@ class _Writer:
             logger.warning("%s is damaged, or what it was made of has changed; making it anew", path)
             return False
         self._own.files[name] = facts
-        self._own.bad |= found["bad"]
+        self._note(found)
         self._own.kept += 1
         return True
 
     def _make(self, name: str, shard: Shard, digest: str) -> None:
-        tensors, bad = shard
+        tensors, notes = shard
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise UserError(f"{name}: NaN, or too large for fp16; --mixed_precision no may help", exit_code=1)
-        _save(save_file, tensors, self._folder / name, metadata={NOTES: json.dumps({"rows": digest, "bad": bad})})
+        _save(save_file, tensors, self._folder / name, metadata={NOTES: json.dumps({"rows": digest, **notes})})
         self._own.files[name] = file_facts(self._folder / name)
-        self._own.bad |= bad
+        self._note(notes)
         self._own.made += 1
+
+    def _note(self, notes: Mapping[str, Any]) -> None:
+        self._own.bad |= notes["bad"]
+        self._own.transparent += notes.get("transparent", 0)  # shards of an earlier version do not say
 
 
 @contextmanager

@@ -257,6 +257,20 @@ def test_bad_images_are_skipped_as_in_the_uncached_run(tiny_sd, tmp_path):
         list(images_of(build_loader(dataset, [[(0, 6)]], 0, CPU), skip_bad_images=False))
 
 
+def test_transparent_images_are_counted_again_when_their_shards_are_kept(tiny_sd, tmp_path, capsys):
+    folder = write_images(tmp_path / "images")
+    for number in (1, 4, 9):
+        Image.open(folder / f"{number:02}.png").convert("RGBA").save(folder / f"{number:02}.png")
+    for number in (1, 9):
+        Image.new("RGBA", (64, 72), (0, 255, 0, 100)).save(folder / f"{number:02}.png")
+    for state in ("9 files made, 0 there already", "0 files made, 9 there already"):
+        precompute(argv({**tiny_sd, "images": folder, "cache": tmp_path / "cache"}))
+        said = capsys.readouterr().out
+        assert "\n2 images have transparent pixels, which are laid upon --alpha_color" in said and state in said
+    precompute(argv(tiny_sd))
+    assert "transparent" not in capsys.readouterr().out
+
+
 def test_captions_in_shards_that_changed_make_a_bad_image(tiny_sd, tmp_path):
     members = {name: content for name, content in shard_members(tiny_sd).items() if name < "06"}
     write_tar(tmp_path / "tars" / "0.tar", members)
