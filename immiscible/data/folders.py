@@ -214,6 +214,8 @@ def _read(path: Path, caption_column: str | None) -> Any:
     import pandas
 
     frame = pandas.read_csv(io.BytesIO(found), encoding="utf-8-sig")
+    if not isinstance(frame.index, pandas.RangeIndex) and len(frame.columns) > 1:  # what pandas makes of the first fields then
+        raise ValueError("line 2 has more fields than the header: a text with commas stands in quotes")
     # As they stand: an empty field is the empty prompt, not a number that is missing, and neither are the words NA or null.
     texts = [name for name in frame.columns if name == caption_column or name.endswith("file_name")]
     if texts:

@@ -6,6 +6,7 @@ Other sources stand in `bundled`, `folders`, `tables` and `shards`; what is read
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from PIL import EpsImagePlugin, Image, ImageOps, features
 
-from immiscible.errors import UserError
+from immiscible.errors import UserError, first_line
 from immiscible.randomness import seeded_generator
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images at half of what `open_image` refuses; they are read
 # Formats that Pillow knows by name and cannot read without more than itself.
 NOT_READ = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 # What else is called an image, with the package that lets Pillow read it, or nothing.
@@ -81,14 +83,26 @@ class ImageSource(Protocol):
 
 
 def open_image(file: Any) -> Image.Image:
-    """The decoded image of a path or a binary file, turned upright as its EXIF orientation says."""
+    """The decoded image of a path or a binary file, turned upright as its EXIF orientation says.
+
+    Raises:
+        ValueError: it is larger than Pillow opens.
+    """
     image_extensions()  # a worker knows the plug-ins too
-    with Image.open(file) as image:
+    with _opened(file) as image:
         image.load()
         try:
             return ImageOps.exif_transpose(image)
         except Exception:  # nearly any type, of EXIF data that is broken; the pixels are sound
             return image
+
+
+def _opened(file: Any) -> Image.Image:
+    try:
+        return Image.open(file)
+    except Image.DecompressionBombError as error:
+        said = first_line(error).partition(", could be")[0]
+        raise ValueError(f"{said}, above which Pillow takes an image for an attack; put a smaller copy of it in its place") from None
 
 
 def captions_in(found: Any) -> list[str] | None:

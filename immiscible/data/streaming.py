@@ -226,9 +226,8 @@ def _found(
     if listing.shards:
         return str(root), files, None
     if not files:
-        raise UserError(
-            f"--streaming reads .tar or .parquet files, and --train_data_dir {train_data_dir} holds none; leave out --streaming"
-        )
+        remedy = f"unpack {listing.archives[0]}" if listing.archives else "leave out --streaming"
+        raise UserError(f"--streaming reads .tar or .parquet files, and --train_data_dir {train_data_dir} holds none; {remedy}")
     escaped = {"train": list(map(glob.escape, files))}
     return str(root), files, datasets.load_dataset_builder("parquet", data_files=escaped, cache_dir=cache_dir)
 

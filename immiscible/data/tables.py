@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import glob
 import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,9 @@ from PIL import Image
 from immiscible.data.archives import readable, size
 from immiscible.data.listing import Listing
 from immiscible.data.sources import captions_in, open_image
-from immiscible.errors import UserError, first_line
+from immiscible.errors import UserError, first_line, short
+
+_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")  # of image files
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,23 @@ class TableImages:
         return len(self.table)
 
     def load(self, index: int) -> Image.Image:
-        """The decoded image, turned upright as its EXIF orientation says."""
+        """The decoded image, turned upright as its EXIF orientation says.
+
+        Raises:
+            ValueError: there is none, or something else in its place.
+            OSError: it cannot be read.
+        """
         cell = self.table[index][self.column]
-        if cell is None:
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise ValueError("the row holds no image")
-        return open_image(readable(self._found(cell["path"])) if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+        try:
+            return open_image(readable(self._found(cell["path"])) if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+        except (OSError, ValueError) as error:
+            if what := _instead(cell):
+                raise ValueError(what) from None
+            if isinstance(error, FileNotFoundError) and not os.path.isabs(cell["path"]):
+                raise ValueError("there is no such file where the table lies") from None
+            raise
 
     def _found(self, path: str) -> str:
         """A path of the table as one that can be opened."""
@@ -72,9 +87,10 @@ class TableImages:
     def name(self, index: int) -> str:
         """The image's path, or its row with the file name that the table remembers."""
         cell = self.table[index][self.column] or {"bytes": None, "path": None}
-        if cell["path"] and cell["bytes"] is None:
-            return self._found(cell["path"])
-        return f"row {index} of {self.origin}" + (f" ({cell['path']})" if cell["path"] else "")
+        path = cell["path"] and self._found(cell["path"])
+        if path and cell["bytes"] is None and os.path.isabs(path) and not _instead(cell):
+            return path
+        return f"row {index} of {self.origin}" + (f" ({short(cell['path'])})" if path else "")
 
     def label(self, index: int) -> int:
         """See `ImageSource`.
@@ -188,6 +204,19 @@ def parquet_images(
     texts = only_texts(table, caption_column, root)
     folders = tuple(dict.fromkeys(map(os.path.dirname, files)))
     return TableImages(images, column, root, f"a folder of {summary(table)}, file names {digest}", labels, texts, folders=folders)
+
+
+def _instead(cell: Mapping[str, Any]) -> str:
+    """What stands in an image's cell in the place of its bytes or its path, where that can be told."""
+    text = cell["path"] if cell["bytes"] is None else cell["bytes"][:100].decode("latin-1")
+    if cell["bytes"] is None and re.match(r"https?://", text):
+        return "it is an address, and nothing is fetched: download the images, by img2dataset for instance"
+    start = text.partition(";base64,")[2][:64] or text[:64]
+    for kind, decode in (("base64", base64.b64decode), ("hexadecimal digits", bytes.fromhex)):
+        with suppress(ValueError):
+            if decode(start).startswith(_BEGINNINGS):
+                return f"it is written as a text of {kind}; write the bytes that the text stands for"
+    return ""
 
 
 def summary(table: Any) -> str:

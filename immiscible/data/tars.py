@@ -22,6 +22,7 @@ from immiscible.errors import UserError
 
 LARGEST_CLASS = 999_999  # a longer number in .cls is no class but some identifier
 LOOKED_AT = 32  # samples, of which one must have what the run needs
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by how a file begins
 
 Taken = TypeVar("Taken")
 
@@ -182,7 +183,10 @@ def _members(file: IO[bytes], size: int) -> Iterator[tuple[tarfile.TarFile, tarf
                     yield tar, member
             end = tar.offset
     except tarfile.TarError as error:
-        raise DamagedShard(str(error)) from None
+        file.seek(0)
+        beginning = file.read(tarfile.BLOCKSIZE)
+        kind = next((name for mark, name in COMPRESSED.items() if beginning.startswith(mark)), "")
+        raise DamagedShard(f"it is compressed ({kind}) and no plain tar: decompress it" if kind else str(error)) from None
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a header that it cannot read for the end
         what = "cut off" if size - end < tarfile.BLOCKSIZE else "broken"

@@ -206,6 +206,8 @@ def test_archives_that_are_not_read(script, tmp_path):
     only = fill(tmp_path / "only", "more.tar.gz")
     result = script(tiny(tmp_path / "run", train_data_dir=only))
     assert result.code == 2 and result.error.endswith("unpack more.tar.gz, as only .zip files are looked into")
+    result = script(tiny(tmp_path / "run", train_data_dir=only, streaming=True))
+    assert result.code == 2 and result.error.endswith("holds none; unpack more.tar.gz")
     (only / "cut.zip").write_bytes((tmp_path / "archive.zip").read_bytes()[:-30])
     packed(only / "texts.zip", fill(tmp_path / "texts", "a.txt"))
     (only / "secret.zip").write_bytes(_encrypted((tmp_path / "archive.zip").read_bytes()))
@@ -399,6 +401,9 @@ def test_a_table_by_semicolons_and_two_metadata_files_are_told(tmp_path):
     folder = fill(tmp_path / "photos", "0.png")
     (folder / "metadata.csv").write_text("file_name;text\n0.png;a\n")
     with pytest.raises(UserError, match=r"its only column is 'file_name;text': separate columns by commas; metadata\.csv"):
+        captions_of(folder)
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,a cat, asleep, in the sun\n")
+    with pytest.raises(UserError, match=r"line 2 has more fields than the header: a text with commas stands in quotes; metadata\.csv"):
         captions_of(folder)
     described(folder, {"0.png": "a"})
     with pytest.raises(UserError, match=r"holds both metadata\.csv and metadata\.jsonl"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
 
 import numpy as np
@@ -307,6 +310,10 @@ def test_not_a_tar(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"hello" * 300)
     with pytest.raises(UserError, match=r"x\.tar is damaged"):
         load(tmp_path)
+    for kind, pack in (("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress)):
+        (tmp_path / "x.tar").write_bytes(pack(b"hello" * 300))
+        with pytest.raises(UserError, match=rf"x\.tar is damaged: it is compressed \({kind}\) and no plain tar: decompress it"):
+            load(tmp_path)
 
 
 @pytest.fixture

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import pytest
 import torch
+from launch import tiny
 from PIL import Image
 
 from immiscible.data.bundled import load_digits
@@ -22,6 +26,23 @@ def test_photographs_taken_sideways_are_turned_upright(tmp_path):
 def test_broken_exif_data_spoils_no_image(tmp_path):
     Image.new("RGB", (8, 4)).save(tmp_path / "a.png", exif=b"Exif\0\0what is this")
     assert load_images(train_data_dir=str(tmp_path)).load(0).size == (8, 4)
+
+
+def png_of(width: int, height: int) -> bytes:
+    """The beginning of a PNG of that size, which is all that Pillow reads to know it."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II4s", zlib.crc32(header), 9, b"IDAT")
+
+
+def test_a_scan_beyond_pillows_limit_says_what_to_do(script, tmp_path):
+    for name, side in (("large.png", 10_000), ("larger.png", 14_000)):
+        (tmp_path / name[:-4]).mkdir()
+        (tmp_path / name[:-4] / name).write_bytes(png_of(side, side))
+    result = script(tiny(tmp_path / "run", train_data_dir=tmp_path / "larger", train_batch_size=1))
+    assert result.code == 1 and "larger.png: Image size (196000000 pixels) exceeds limit of 178956970 pixels" in result.error
+    assert "put a smaller copy of it in its place" in result.error and "bomb" not in result.stderr
+    result = script(tiny(tmp_path / "other", train_data_dir=tmp_path / "large", train_batch_size=1))
+    assert "large.png: image file is truncated" in result.error and "Bomb" not in result.stderr  # of a sound file all is read
 
 
 def test_split_is_a_fixed_partition():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import tiny
 from pictures import encoded, folder, noise, one_batch, save
 
 from immiscible.data.batches import BadImage, ImageDataset, check_batch, collate
@@ -117,6 +120,36 @@ def test_parquet_of_raw_bytes_in_a_named_column_and_an_empty_row(tmp_path):
     assert np.array_equal(source.load(0), array)
     batch = one_batch(source, ImageTransform(4), [(0, 1)])
     assert batch["bad"] == [BadImage(f"row 1 of {tmp_path}", "the row holds no image")]
+
+
+def as_text(kind: str) -> object:
+    image = encoded(noise(40, 40, 3), "JPEG" if kind == "jpeg" else "PNG")
+    packed = base64.b64encode(image)
+    return {"bytes": packed, "hex": image.hex(), "uri": f"data:image/png;base64,{packed.decode()}"}.get(kind, packed.decode())
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "bytes", "hex", "uri"])
+def test_images_written_as_text_are_told_and_not_printed(script, tmp_path, kind):
+    write_parquet(tmp_path / "data" / "a.parquet", image=[as_text(kind)] * 3)
+    result = script(tiny(tmp_path / "run", train_data_dir=tmp_path / "data", train_batch_size=3))
+    what = "hexadecimal digits" if kind == "hex" else "base64"
+    assert result.code == 1 and f"it is written as a text of {what}; write the bytes that the text stands for" in result.error
+    assert re.search(r"cannot read image row \d of \S+/data", result.error) and len(result.stderr) < 3000
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("https://example.org/a.jpg", "it is an address, and nothing is fetched: download the images"),
+        ("pictures/a.jpg", "there is no such file where the table lies"),
+        ("/pictures/a.jpg", "No such file or directory"),
+    ],
+)
+def test_paths_to_nowhere(tmp_path, value, reason):
+    write_parquet(tmp_path / "a.parquet", image=[value])
+    batch = one_batch(load_images(train_data_dir=str(tmp_path)), ImageTransform(4), [(0, 0)])
+    assert batch["bad"][0].reason.startswith(reason)
+    assert batch["bad"][0].name == (value if value[0] == "/" else f"row 0 of {tmp_path} ({value})")
 
 
 def test_sizes_of_cells_and_files(tmp_path):
