@@ -294,28 +294,23 @@ def _whole(loader: DataLoader[Batch]) -> Iterator[Batch]:
 def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Images]:
     """The images of each batch, on the CPU, with labels if the dataset gives them; names each skipped image once, and counts them.
 
-    Transparent images are told when the first are met, and counted at the end.
+    That images are transparent is told when the first is met, and how many were at the end.
 
     Raises:
         UserError: as `check_batch`; or (exit code 1) a loader process is gone.
     """
     skipped: set[BadImage] = set()
-    seen = transparent = told = 0
+    seen = transparent = 0
     try:
         for batch in _whole(loader):
             for bad in check_batch(batch, skip_bad_images):
                 if bad not in skipped:
                     skipped.add(bad)
                     logger.warning("skipped image %s: %s (%d skipped so far)", bad.name, bad.reason, len(skipped))
+            if batch["transparent"] and not transparent:
+                logger.warning("transparent images are laid upon --alpha_color (white by default); how many is told at the end")
             seen, transparent = seen + len(batch["pixel_values"]), transparent + batch["transparent"]
-            if transparent and not told:
-                told = _tell_transparent(transparent, seen)
             yield Images(batch["pixel_values"], batch["labels"], batch["captions"])
     finally:
-        if transparent > told:
-            _tell_transparent(transparent, seen)
-
-
-def _tell_transparent(count: int, seen: int) -> int:
-    logger.warning("%d of %d images read have transparent pixels, which are laid upon --alpha_color (white by default)", count, seen)
-    return count
+        if transparent:
+            logger.warning("transparent: %d of %d images read", transparent, seen)

@@ -208,12 +208,11 @@ def leak_notice(coupling: Coupling, num_classes: int, *, captions: bool = False)
     remedy = (
         "--coupling_condition centered (experimental) or penalty has regard to captions"
         if captions
-        else "--coupling_condition within avoids it; where a batch holds few images of a class, centered (experimental) avoids most of it; "
+        else "--coupling_condition within avoids it, where a batch holds few images of a class centered (experimental) most of it; "
         "--log_class_leak measures it in this run"
     )
     return (
-        f"{f'from timestep {first} on, ' if first else ''}the coupling pairs by the image alone, so that in training the noise tells which "
-        f"of {num_classes} {kind} is wanted, and in sampling it does not: on a toy of bright and dark images (8x8, batches of 256) a "
-        f"linear probe reads the class from the paired noise in {leak['accuracy']:.0%} of cases (chance {leak['chance']:.0%}), and the "
-        f"classes' mean noises differ by {leak['largest_mean_shift']:.1f} standard deviations. --noise_coupling assignment with {remedy}"
+        f"{f'from timestep {first} on, ' if first else ''}the coupling pairs by the image alone: in training the noise tells which of "
+        f"{num_classes} {kind} is wanted, in sampling it does not (a linear probe reads the class of a toy from the noise in "
+        f"{leak['accuracy']:.0%} of cases, chance {leak['chance']:.0%}); --noise_coupling assignment with {remedy}"
     )

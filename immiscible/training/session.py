@@ -184,8 +184,10 @@ def settle_seed(config: RunConfig, resumed: Path | None) -> int:
     """The run's seed: as given, else the resumed checkpoint's, else drawn by rank 0 and shared. It is written into ``config``."""
     from accelerate.utils import broadcast_object_list
 
+    origin = ""
     if config.seed is None:
         shared = [read_state(resumed)["identity"]["--seed"] if resumed else secrets.randbelow(2**31)]
         config.seed = int(broadcast_object_list(shared)[0])
-        logger.info("seed %d%s", config.seed, " (the resumed run's)" if resumed else " (drawn; pass --seed to repeat this run)")
+        origin = " (the resumed run's)" if resumed else " (drawn; pass --seed to repeat this run)"
+    logger.info("%-18s %d%s", "seed", config.seed, origin)
     return config.seed

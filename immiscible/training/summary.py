@@ -107,8 +107,8 @@ def method_facts(config: RunConfig, objective: Objective, *, schedule: str, infe
     if config.coupling_start_step:
         coupling += f", from optimizer step {config.coupling_start_step}"
     moved = objective.sampler.moved_share()
-    law = config.timestep_sampling + (f", moves {100 * moved:.1f} % of the draws" if moved else "")
-    law += " (near none: on this schedule the law hardly differs from uniform)" if 0 < moved < 0.05 else ""
+    law = config.timestep_sampling + (f", moves {100 * moved:.1f} % of the draws" if moved >= 0.0005 else "")
+    law += " (on this schedule the law hardly differs from uniform)" if config.timestep_sampling != "uniform" and moved < 0.05 else ""
     steps = f"{objective.process.num_timesteps} steps"
     process = f"{objective.process.kind} ({schedule}, {steps})" if schedule else f"{objective.process.kind} ({steps})"
     return {
@@ -123,7 +123,7 @@ def method_facts(config: RunConfig, objective: Objective, *, schedule: str, infe
 
 
 def measured_facts(config: RunConfig) -> dict[str, str]:
-    """Means over the run's ``metrics.jsonl``: what the coupling did and what it cost, and the last loss.
+    """Means over the run's ``metrics.jsonl``: what the coupling did and what it cost, if it did anything, and the last loss.
 
     They are of the lines that say it, and nothing where the last line is none of ours: a file that somebody edited must not cost the end
     of a run.
@@ -136,17 +136,20 @@ def measured_facts(config: RunConfig) -> dict[str, str]:
     drawn, paired = mean["pair_distance_drawn"], mean["pair_distance"]
     coupling_ms = 1000 * config.gradient_accumulation_steps * mean["coupling_seconds"]
     solved = {}
-    if "assignment_kept" in mean:
+    if mean.get("assignment_bids_per_row"):  # small batches are solved exactly, without bids
         solved["assignment"] = f"at least {100 * mean['assignment_kept']:.2f} % kept, {mean['assignment_bids_per_row']:.1f} bids an image"
         if mean["assignment_relaxations"]:
             solved["assignment"] += f", {mean['assignment_relaxations']:.3g} relaxations a micro-batch: bids met their cap"
-    return {
-        "optimizer_steps": f"{lines[-1]['step']:g}",
+    coupled = {
         "pair_distance": f"{drawn:.4f} drawn, {paired:.4f} paired ({mean['distance_reduction_percent']:+.2f} % reduction)",
         "noise_marginal_drift": f"variance {_signed(mean['noise_variance_drift'])}, norm {_signed(mean['noise_norm_drift'])}",
-        "images_paired_together": f"{mean['paired_images']:.1f}",
+        **({"images_paired_together": f"{mean['paired_images']:.1f}"} if mean["paired_images"] > 1 else {}),
         **solved,
         "coupling_time": f"{coupling_ms:.2f} ms of a {1000 * mean['step_seconds']:.1f} ms step",
+    }
+    return {
+        "optimizer_steps": f"{lines[-1]['step']:g}",
+        **(coupled if paired != drawn else {}),
         "final_loss": f"{lines[-1]['loss']:.5f}",
         **_leak(lines[-1]),
     }
@@ -181,7 +184,7 @@ def report_start(config: RunConfig, task: Task, order: GlobalBatchOrder | Stream
         "network": f"{type(network).__name__}, {parameters / 1e6:.2f} million parameters{adapters}, {shape}{classes}",
         "batch": f"{order.batch_size} images x {ranks} processes x {accumulation} micro-batches = {images} a step",
         "steps": f"{start_step} to {max_steps}{epoch}",
-        **task.facts,
+        **{name: fact for name, fact in task.facts.items() if name != "seed"},  # which was told when it was settled
     }.items():
         logger.info("%-18s %s", name.replace("_", " "), value)
     for notice in notices(config, task, order, max_steps):
@@ -237,14 +240,13 @@ def is_finished(config: RunConfig, start_step: int, max_steps: int) -> bool:
 
 
 def report_end(config: RunConfig, step: int, facts: dict[str, str]) -> None:
-    """Writes ``summary.json``, which marks the run as finished, and prints the summary."""
+    """Writes ``summary.json``, which marks the run as finished, and prints what the start of the run could not know of that."""
     folder = config.folder
     measured = measured_facts(config)
     partial = folder / f"{PARTIAL}summary.json"
     partial.write_text(json.dumps({"step": step, **facts, **measured}, indent=1))
     replace(partial, folder / "summary.json")
     lines = {
-        **facts,
         **measured,
         "pipeline": folder,
         **({"samples": grid_path(folder, step)} if grid_path(folder, step).exists() else {}),

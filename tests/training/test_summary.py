@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from immiscible.training.summary import NEEDED, measured_facts, peak_memory
+from immiscible.configs import UnconditionalConfig
+from immiscible.training.summary import NEEDED, measured_facts, method_facts, peak_memory
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel's own count is read from /proc")
@@ -31,7 +32,7 @@ def test_peak_memory_without_the_module_that_windows_lacks(monkeypatch):
 
 def test_edited_metrics_do_not_cost_the_end_of_a_run(tmp_path):
     config = SimpleNamespace(folder=tmp_path, gradient_accumulation_steps=1)
-    good = {"step": 2, "loss": 0.5, **dict.fromkeys(NEEDED, 2.0)}
+    good = {"step": 2, "loss": 0.5, **dict.fromkeys(NEEDED, 2.0), "pair_distance": 1.0}
     other = {name: value for name, value in good.items() if name != "step_seconds"} | {"pair_distance": "x", "coupling_seconds": 4.0}
 
     def facts(*lines):
@@ -42,3 +43,38 @@ def test_edited_metrics_do_not_cost_the_end_of_a_run(tmp_path):
     assert facts(good, good) == facts(good)
     assert facts(other, good)["coupling_time"] == "3000.00 ms of a 2000.0 ms step"
     assert facts(other, good)["pair_distance"] == facts(good)["pair_distance"]
+
+
+def test_of_a_coupling_that_did_nothing_nothing_is_told(tmp_path):
+    config = SimpleNamespace(folder=tmp_path, gradient_accumulation_steps=1)
+    idle = {
+        "step": 2,
+        "loss": 0.5,
+        **dict.fromkeys(NEEDED, 2.0),
+        "paired_images": 1.0,
+        "assignment_kept": 1.0,
+        "assignment_bids_per_row": 0.0,
+    }
+    told = []
+    for line in (idle, {**idle, "pair_distance": 1.9, "noise_norm_drift": -1e-7}):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        told.append(measured_facts(config))
+    assert told[0] == {"optimizer_steps": "2", "final_loss": "0.50000"}
+    assert told[1].keys() - told[0].keys() == {"pair_distance", "noise_marginal_drift", "coupling_time"}
+    assert told[1]["noise_marginal_drift"].endswith("norm 0")
+
+
+@pytest.mark.parametrize(
+    ("law", "moved", "told"),
+    [
+        ("uniform", 1e-17, "uniform"),
+        ("asymmetric", 1e-4, "asymmetric (on this schedule the law hardly differs from uniform)"),
+        ("asymmetric", 0.027, "asymmetric, moves 2.7 % of the draws (on this schedule the law hardly differs from uniform)"),
+        ("asymmetric", 0.221, "asymmetric, moves 22.1 % of the draws"),
+    ],
+)
+def test_no_law_moves_nothing(law, moved, told):
+    parts = {"sampler": SimpleNamespace(moved_share=lambda: moved), "process": SimpleNamespace(num_timesteps=7, kind="ddpm")}
+    objective = SimpleNamespace(**parts, image_scale=1, prediction_type="sample")
+    facts = method_facts(UnconditionalConfig(timestep_sampling=law), objective, schedule="linear", inference_steps=2)
+    assert facts["timestep_sampling"] == told
