@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # for type checkers and readers; at run time a name is import
     from immiscible.coupling import NearestCoupling as NearestCoupling
     from immiscible.coupling import build_coupling as build_coupling
     from immiscible.coupling import coupling_statistics as coupling_statistics
+    from immiscible.epoch import epoch_noise as epoch_noise
+    from immiscible.epoch import plan_epoch as plan_epoch
     from immiscible.errors import UserError as UserError
     from immiscible.evaluation.leakage import ClassLeak as ClassLeak
     from immiscible.evaluation.leakage import class_leak as class_leak
@@ -49,6 +51,7 @@ _NAMES = {
     "immiscible.assignment.solve": "Assignment assign certified_assignment",
     "immiscible.coupling": "COUPLINGS AboveTimestep AssignmentCoupling Coupling FlippedAssignmentCoupling IndependentCoupling "
     "NearestCoupling build_coupling coupling_statistics",
+    "immiscible.epoch": "epoch_noise plan_epoch",
     "immiscible.errors": "UserError",
     "immiscible.evaluation.leakage": "ClassLeak class_leak",
     "immiscible.pools": "GlobalCoupling Window",

@@ -151,6 +151,10 @@ def _check_together(config: RunConfig) -> None:
         for name in ("eval_steps", "cache_latents"):
             if getattr(config, name):
                 raise UserError(f"--{name} needs images in any order, which --streaming does not give; leave out one of them")
+        if config.by_epoch:
+            raise UserError(
+                "--coupling_window epoch assigns all images of an epoch, which --streaming reads in passing; leave out one of them"
+            )
     if config.cache_latents and config.crop != "adm" and not config.center_crop:
         raise UserError("--cache_latents needs --center_crop or --crop adm: a random crop is another one in every epoch")
 

@@ -56,7 +56,7 @@ class Coupling(Protocol):
         ...
 
 
-class _Stateless:
+class Stateless:
     """For couplings that carry nothing from batch to batch: what ``accelerator.register_for_checkpointing`` asks for."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ class _Stateless:
 
 
 @dataclass(frozen=True)
-class IndependentCoupling(_Stateless):
+class IndependentCoupling(Stateless):
     """Plain diffusion: image i keeps noise i."""
 
     def __call__(
@@ -194,7 +194,7 @@ class FlippedAssignmentCoupling(AssignmentCoupling):
 
 
 @dataclass(frozen=True)
-class NearestCoupling(_Stateless):
+class NearestCoupling(Stateless):
     """Each image takes the best of k candidate noises (Improved Immiscible Diffusion, arXiv 2505.18521, algorithm 1).
 
     Needs no batch, but biases the marginal: ``l2`` picks short noises (variance 0.95 at D=3072, k=64), ``dot`` keeps their length and
@@ -389,6 +389,8 @@ def bias_notice(coupling: Coupling, dimension: int) -> str:
 
 def paired_together(coupling: Coupling, timesteps: Tensor) -> Tensor:
     """Among how many images ``coupling`` pairs at these timesteps [B]: 1 where each image is on its own; fp32 scalar."""
+    if (planned := getattr(coupling, "paired_images", None)) is not None:
+        return torch.tensor(planned, dtype=torch.float32, device=timesteps.device)
     if not pairs_batch(coupling):
         return torch.ones((), device=timesteps.device)
     return (timesteps >= getattr(coupling, "min_timestep", 0)).sum().clamp(min=1).float()

@@ -73,8 +73,9 @@ def flag(default: Any, text: str, **options: Any) -> Any:
     Args:
         default: of the flag; a list is copied for each configuration.
         text: what ``--help`` says.
-        **options: ``choices``, the values that are taken; ``least``, ``above``, ``most`` and ``below``, the `Range` of a number;
-            ``prose=True`` for a text that may be anything, also empty; ``saved=False`` keeps the value out of the run's config.
+        **options: ``choices``, the values that are taken; ``least``, ``above``, ``most`` and ``below``, the `Range` of a number; ``word``,
+            a text that stands for a number; ``prose=True`` for a text that may be anything, also empty; ``saved=False`` keeps the value
+            out of the run's config.
     """
     metadata = {"help": text, **options}
     return (
@@ -186,9 +187,12 @@ def _add(group: Any, item: Any, hint: Any) -> None:
         text += " (default: on; --no_" + item.name + " is off)" if default else ""
     else:
         allowed = range_of(item)
-        reading = prose if item.metadata.get("prose") else plain_text if kind is str else number(kind, **vars(allowed))
+        reading = (
+            prose if item.metadata.get("prose") else plain_text if kind is str else number(kind, item.metadata.get("word"), **vars(allowed))
+        )
         options |= {"type": reading, "choices": choices, **({"nargs": "+"} if several else {})}
         options["metavar"] = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "TEXT")
+        options["metavar"] += f"|{item.metadata['word']}" if "word" in item.metadata else ""
         notes = ([] if default is None else [f"default: {str(shown).replace('%', '%%')}"]) + ([str(allowed)] if str(allowed) else [])
         text += f" ({'; '.join(notes)})" if notes else ""
     shortest, *others = names
@@ -208,7 +212,7 @@ def _hidden(group: Any, name: str, of: str) -> None:
 def _kind(hint: Any) -> tuple[Any, bool]:
     """The type of one value, and whether there may be several."""
     if get_origin(hint) is UnionType or type(None) in get_args(hint):
-        (hint,) = (part for part in get_args(hint) if part is not type(None))
+        hint = next(part for part in get_args(hint) if part is not type(None))  # of a number or a word: the number
     return (get_args(hint)[0], True) if get_origin(hint) is list else (hint, False)
 
 
@@ -218,16 +222,19 @@ def _boolean(text: str) -> bool:
     return SPELLINGS[text.lower()]
 
 
-def number(kind: type[int] | type[float], **ends: Any) -> Callable[[str], Any]:
-    """What reads a number for argparse; the words are the ends of a `Range`."""
-    return partial(_read_number, kind, Range(**ends))
+def number(kind: type[int] | type[float], word: str | None = None, **ends: Any) -> Callable[[str], Any]:
+    """What reads a number, or the ``word`` that may stand for one, for argparse; ``ends`` are those of a `Range`."""
+    return partial(_read_number, kind, word, Range(**ends))
 
 
-def _read_number(kind: type[int] | type[float], allowed: Range, text: str) -> int | float:
+def _read_number(kind: type[int] | type[float], word: str | None, allowed: Range, text: str) -> int | float | str:
+    if text == word:
+        return text
     try:
         value = kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {short(text)!r}") from None
+        other = f", nor {word}" if word else ""
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {short(text)!r}{other}") from None
     if problem := allowed.problem(value):
         raise argparse.ArgumentTypeError(problem)
     return value
@@ -274,6 +281,8 @@ def check_ranges(arguments: Any) -> None:
         value = getattr(arguments, item.name)
         if isinstance(value, int | float) and not isinstance(value, bool) and (problem := range_of(item).problem(value)):
             raise UserError(f"--{item.name} {problem}")
+        if isinstance(value, str) and item.metadata.get("word", value) != value:
+            raise UserError(f"--{item.name} must be a number or {item.metadata['word']}, not {short(value)!r}")
 
 
 def parse_config(

@@ -91,11 +91,13 @@ class MethodArguments:
         "global assigns over the batches of all processes at once (one gather of the cost's rows in 16 bits), process over each one's own",
         choices=Names("immiscible.assignment.ranks", "SCOPES"),
     )
-    coupling_window: int = flag(
+    coupling_window: int | str = flag(
         1,
-        "assign over this many micro-batches at once, accumulated or of successive steps: the remedy for small batches",
+        "assign over this many micro-batches at once, accumulated or of successive steps: the remedy for small batches; `epoch` assigns "
+        "over all images of an epoch, planned while the one before it trains: the nearest noises there are",
         least=1,
         most=2**10,
+        word="epoch",
     )
     coupling_condition: str = flag(
         "none",
@@ -154,6 +156,16 @@ class MethodArguments:
         0.0, "perturb the noise by this in x_t but not in the target, after coupling and offset", least=0, most=10
     )
 
+    @property
+    def by_epoch(self) -> bool:
+        """Whether noises are assigned over whole epochs."""
+        return self.coupling_window == "epoch"
+
+    @property
+    def window(self) -> int:
+        """Micro-batches that are paired at once; 1 where the pairs of an epoch are looked up."""
+        return 1 if self.by_epoch else int(self.coupling_window)
+
     def check(self) -> None:
         """What these flags can get wrong, also of methods that are not on; what depends on the schedule is checked where it is built.
 
@@ -171,6 +183,13 @@ class MethodArguments:
                 )
             chosen = " and ".join(str(getattr(self, choice)) for choice in users)
             raise UserError(f"--{name} belongs to {_named(users)}, not to {chosen}")
+        if self.by_epoch and self.coupling_min_timestep:
+            raise UserError("--coupling_min_timestep is of a batch, whose timesteps are drawn; --coupling_window epoch pairs all images")
+        if self.by_epoch and self.coupling_condition not in ("none", "within"):
+            raise UserError(
+                f"--coupling_condition {self.coupling_condition} is of a batch; --coupling_window epoch takes none, or within, which there "
+                f"has whole classes to assign"
+            )
 
 
 def unused_flags(values: Mapping[str, Any]) -> dict[str, str]:
@@ -276,6 +295,7 @@ def build_objective(
         UserError: an option out of range, or what the coupling, the law or the weighting cannot do with this process.
     """
     from immiscible.coupling import pairs_batch
+    from immiscible.epoch import EpochCoupling
     from immiscible.objectives import DenoisingObjective
     from immiscible.pools import GlobalCoupling
     from immiscible.process import NoiseProcess
@@ -286,8 +306,10 @@ def build_objective(
         if config.coupling_min_timestep >= process.num_timesteps:
             raise UserError(f"--coupling_min_timestep must be below {process.num_timesteps}, not {config.coupling_min_timestep}")
         coupling = chosen_coupling(config)
-        if config.coupling_scope == "global" and pairs_batch(coupling):
-            coupling = GlobalCoupling(accelerator, coupling, window=config.coupling_window)
+        if config.by_epoch:
+            coupling = EpochCoupling(coupling)
+        elif config.coupling_scope == "global" and pairs_batch(coupling):
+            coupling = GlobalCoupling(accelerator, coupling, window=config.window)
         return DenoisingObjective(
             process=process.to(accelerator.device),
             sampler=chosen_sampler(config, process),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from immiscible.assignment.solve import Assignment, recorded_solutions
 from immiscible.coupling import Coupling, coupling_statistics, paired_together, pairs_batch
+from immiscible.epoch import EpochCoupling
 from immiscible.process import NoiseProcess
 from immiscible.randomness import Draws, PoolDraws
 from immiscible.timesteps import TimestepSampler
@@ -137,16 +138,17 @@ class DenoisingObjective:
         drawn = draws.normal("noise", *x0.shape[1:])  #                      [N,C,H,W] the pool of noises
         scaled = x0 if self.image_scale == 1 else self.image_scale * x0
         coupled = draws.step >= self.coupling_start_step
+        coupling = self.coupling.at(draws) if isinstance(self.coupling, EpochCoupling) and coupled else self.coupling
         own = slice(None) if draws.own is None else draws.own  #             N = K * B rows, or those of all ranks
         start = time.perf_counter()
         with recorded_solutions() as solutions:
             if coupled:
                 generator = draws.generator("coupling")
-                noise = self.coupling(scaled, drawn, timesteps=t, labels=labels, generator=generator)  # [K*B,C,H,W]  <- Immiscible
+                noise = coupling(scaled, drawn, timesteps=t, labels=labels, generator=generator)  # [K*B,C,H,W]  <- Immiscible
             else:
                 noise = drawn[own]
         seconds = torch.tensor(time.perf_counter() - start, device=t.device)
-        together = paired_together(self.coupling, t) if coupled else torch.ones((), device=t.device)
+        together = paired_together(coupling, t) if coupled else torch.ones((), device=t.device)
         statistics = {**coupling_statistics(scaled, drawn[own], noise), "paired_images": together, "coupling_seconds": seconds}
         if pairs_batch(self.coupling):
             statistics |= solution_statistics(solutions, t.device)

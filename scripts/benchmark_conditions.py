@@ -20,6 +20,7 @@ from tqdm import tqdm
 from immiscible.coupling import Coupling, build_coupling
 from immiscible.data.bundled import load_digits
 from immiscible.data.transforms import ImageTransform
+from immiscible.epoch import epoch_noise, plan_epoch
 from immiscible.errors import UserError, run_script
 from immiscible.evaluation.leakage import ClassLeak, bright_and_dark
 from immiscible.randomness import seeded_generator
@@ -37,6 +38,7 @@ COUPLINGS: dict[str, dict[str, object]] = {
     "assignment, penalty, ratio 0.3": {"name": "assignment", "condition": "penalty", "condition_ratio": 0.3},
     "nearest of 8": {"name": "nearest", "candidates": 8},
 }
+EPOCHS = {"epoch, none": False, "epoch, within": True}  # all measured images at once; whether in their classes
 MEASURES = {
     "reduction": "distance reduction",
     "accuracy": "class read from the noise, linear probe",
@@ -89,18 +91,37 @@ DATA: dict[str, tuple[str, Callable[[], Draw]]] = {
 def measure(coupling: Coupling, draw: Draw, seed: int, batches: int) -> dict[str, float]:
     """One seed's numbers; every coupling of a seed meets the same images and the same drawn noises."""
     generator, own = seeded_generator(seed, "images and noises"), seeded_generator(seed, "coupling")
-    leak, before, after = ClassLeak(capacity=batches * BATCH), 0.0, 0.0
+    parts = []
     for number in range(WARM_UP + batches):
         x0, labels = draw(generator)
         drawn = torch.randn(x0.shape, generator=generator)
         paired = coupling(x0, drawn, labels=labels, generator=own)
-        if number >= WARM_UP:
-            leak.add(paired, labels, x0)
-            before += float((x0 - drawn).flatten(1).norm(dim=1).sum())
-            after += float((x0 - paired).flatten(1).norm(dim=1).sum())
+        parts += [(x0, labels, drawn, paired)] if number >= WARM_UP else []
+    return told(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def measure_epoch(within: bool, draw: Draw, seed: int, batches: int) -> dict[str, float]:
+    """As `measure`, of the same images and a pool of an epoch's own."""
+    generator = seeded_generator(seed, "images and noises")
+    parts = []
+    for number in range(WARM_UP + batches):
+        x0, labels = draw(generator)
+        torch.randn(x0.shape, generator=generator)
+        parts += [(x0, labels)] if number >= WARM_UP else []
+    x0, labels = map(torch.cat, zip(*parts, strict=True))
+    plan = plan_epoch(x0, seed=seed, epoch=0, labels=labels if within else None)
+    drawn, paired = (epoch_noise(numbers, *x0.shape[1:], seed=seed, epoch=0) for numbers in (torch.arange(len(x0)), plan))
+    return told(x0, labels, drawn, paired)
+
+
+def told(x0: Tensor, labels: Tensor, drawn: Tensor, paired: Tensor) -> dict[str, float]:
+    """What the paired noises say of the classes, and how much nearer they are than those drawn."""
+    leak = ClassLeak(capacity=len(x0))
+    leak.add(paired, labels, x0)
+    before, after = ((x0 - noise).flatten(1).norm(dim=1).double().sum() for noise in (drawn, paired))
     found = leak.result()
     return {
-        "reduction": 1 - after / before,
+        "reduction": float(1 - after / before),
         "accuracy": found["accuracy"],
         "quadratic_accuracy": found["quadratic_accuracy"],
         "chance": found["chance"],
@@ -127,11 +148,15 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--batches must be at least 1, not {arguments.batches}")
 
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    runs = [(data, coupling, seed) for data in arguments.data for coupling in COUPLINGS for seed in arguments.seeds]
+    names = [*COUPLINGS, *EPOCHS]
+    runs = [(data, coupling, seed) for data in arguments.data for coupling in names for seed in arguments.seeds]
     sources = {data: DATA[data][1]() for data in arguments.data}
     for data, name, seed in tqdm(runs, desc="conditions", unit="run"):
-        built = build_coupling(**COUPLINGS[name])  # type: ignore[arg-type]
-        found.setdefault((data, name), []).append(measure(built, sources[data], seed, arguments.batches))
+        if name in EPOCHS:
+            result = measure_epoch(EPOCHS[name], sources[data], seed, arguments.batches)
+        else:
+            result = measure(build_coupling(**COUPLINGS[name]), sources[data], seed, arguments.batches)  # type: ignore[arg-type]
+        found.setdefault((data, name), []).append(result)
 
     lines = [
         "# What paired noise tells about the class",
@@ -147,7 +172,7 @@ def main(argv: Sequence[str]) -> None:
     for data in arguments.data:
         title = DATA[data][0]
         lines += ["", f"## {title[0].upper()}{title[1:]}", "", f"| coupling | {' | '.join(MEASURES.values())} |", "|---" * 6 + "|"]
-        for name in COUPLINGS:
+        for name in names:
             cells = [cell(each, [run[each] for run in found[data, name]]) for each in MEASURES]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"

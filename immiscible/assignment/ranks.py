@@ -42,6 +42,14 @@ class Ranks:
             torch.distributed.all_reduce(reduced, torch.distributed.ReduceOp.MAX, group=self._group)
         return reduced.tolist()
 
+    def merged(self, tensor: Tensor) -> Tensor:
+        """The largest of every rank's numbers, place by place: a tensor on the CPU, of one shape and dtype on all ranks."""
+        if self._group is None:
+            return tensor
+        reduced = tensor.clone()
+        torch.distributed.all_reduce(reduced, torch.distributed.ReduceOp.MAX, group=self._group)
+        return reduced
+
     def any_failed(self, failed: bool) -> bool:
         """Whether any rank says so: one reduced number. A rank that cannot come to `gather` says it here, and nobody goes."""
         return bool(self.largest(failed)[0])

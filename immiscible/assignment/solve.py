@@ -123,9 +123,14 @@ def solve(cost: Tensor, *, solver: str = "auto") -> Assignment:
         solution = _exact(cost)
     else:
         solution = price_auction(cost)[0]
+    record_solution(solution)
+    return solution
+
+
+def record_solution(solution: Assignment) -> None:
+    """Adds a solution to the list of `recorded_solutions`, where one is kept."""
     if (solutions := _recorded.get()) is not None:
         solutions.append(solution)
-    return solution
 
 
 def price_auction(cost: Tensor, epsilon: float = EPSILON) -> tuple[Assignment, numpy.ndarray]:

@@ -176,10 +176,11 @@ class GlobalBatchOrder(Sampler[list[tuple[int, int]]]):
         for micro_batch in range(self.start, self.stop):
             epoch, position = divmod(micro_batch, self.batches_per_epoch)
             if epoch != permuted_epoch:
-                permuted_epoch, permutation = epoch, self._permutation(epoch)
+                permuted_epoch, permutation = epoch, self.permutation(epoch)
             first = position * self.global_batch_size + self.rank * self.batch_size
             yield [(epoch, index) for index in permutation[first : first + self.batch_size].tolist()]
 
-    def _permutation(self, epoch: int) -> Tensor:
+    def permutation(self, epoch: int) -> Tensor:
+        """The images of an epoch in their order, int64; repeated to fill one global micro-batch where they are fewer."""
         permutation = torch.randperm(self.num_images, generator=seeded_generator(self.seed, "order", epoch))
         return permutation.repeat(-(-self.global_batch_size // self.num_images))

@@ -314,3 +314,14 @@ def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Imag
     finally:
         if transparent:
             logger.warning("transparent: %d of %d images read", transparent, seen)
+
+
+def unlabelled_images(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Images]:
+    """As `images_of`, the pixels alone and without a word: of images that will be met again.
+
+    Raises:
+        UserError: as `images_of`.
+    """
+    for batch in _whole(loader):
+        check_batch(batch, skip_bad_images)
+        yield Images(batch["pixel_values"])

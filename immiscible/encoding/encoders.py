@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,16 @@ class Encoded(NamedTuple):
     condition: Mapping[str, Tensor]
 
 
-Encoder = Callable[[Any, Draws], Encoded]
+class Encoder(Protocol):
+    """From a loaded batch to `Encoded`."""
+
+    def __call__(self, batch: Any, draws: Draws) -> Encoded:
+        """Of a micro-batch and its random numbers."""
+        ...
+
+    def expected(self, batch: Any) -> Tensor:
+        """What is diffused, x0, without what is drawn afresh each time: of latents the posterior's mean; fp32 [B, C, H, W]."""
+        ...
 
 
 class PixelEncoder:
@@ -50,6 +59,10 @@ class PixelEncoder:
         labels = None if batch.labels is None else batch.labels.to(self._device, non_blocking=True)
         condition = {"class_labels": labels} if self._class_conditional and labels is not None else {}
         return Encoded(x0, labels, condition)
+
+    def expected(self, batch: Images) -> Tensor:
+        """See `Encoder`."""
+        return batch.x0
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,11 @@ class LatentEncoder:
         pixels = PixelEncoder(self.device, self.class_conditional)(batch, draws)
         x0 = latent_draw(*self.posterior(pixels.x0), self.vae.config.scaling_factor, draws)
         return pixels._replace(x0=x0)
+
+    @torch.no_grad()
+    def expected(self, batch: Images) -> Tensor:
+        """See `Encoder`."""
+        return self.posterior(batch.x0)[0].float() * self.vae.config.scaling_factor
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents of a batch's images, each [B, 4, H/8, W/8]."""

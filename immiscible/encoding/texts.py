@@ -54,6 +54,11 @@ class TextToImageEncoder:
             labels = pooled.float()
         return Encoded(x0, labels, {"encoder_hidden_states": states})
 
+    @torch.no_grad()
+    def expected(self, batch: Images) -> Tensor:
+        """See `Encoder`."""
+        return self.posterior(batch.x0)[0].float() * self.parts.vae.config.scaling_factor
+
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents of a batch's images, each [B, 4, H/8, W/8]."""
         vae = self.parts.vae

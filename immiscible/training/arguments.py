@@ -23,6 +23,7 @@ OWN_FILES = (
     "metrics.jsonl",
     "evaluation.jsonl",
     "summary.json",
+    "coupling_plan.safetensors",
     "samples",
     "model_index.json",
     "unet",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from immiscible.assignment.ranks import AnotherRankFailed
 from immiscible.coupling import coupling_state
 from immiscible.encoding.encoders import Encoder
+from immiscible.epoch import EpochCoupling
 from immiscible.errors import UserError
 from immiscible.method import naming_flags
 from immiscible.objectives import Objective, Pairs
@@ -187,7 +188,7 @@ def _paired(
     within one (``batches`` then begins where the window does) pairs it again as it was.
     """
     accumulation, processes, rank = accelerator.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
-    ranks = objective.coupling.ranks if isinstance(objective.coupling, GlobalCoupling) else None
+    ranks = objective.coupling.ranks if isinstance(objective.coupling, GlobalCoupling | EpochCoupling) else None
     start = start_step * accumulation
     for first in count(start - start % window, window):
         steps = [divmod(micro_batch, accumulation) for micro_batch in range(first, first + window)]
@@ -203,7 +204,7 @@ def _paired(
         if not encoded:
             return
         draws = draws[: len(encoded)]
-        pool = PoolDraws(tuple(draws), batch_size, rank, processes if ranks else 1)
+        pool = PoolDraws(tuple(draws), batch_size, rank, processes if isinstance(objective.coupling, GlobalCoupling) else 1)
         x0, labels, condition = (_joined(column) for column in zip(*encoded, strict=True))
         before = coupling_state(objective.coupling)
         with naming_flags():

@@ -31,6 +31,7 @@ from immiscible.training.folder import check_folder, folder_state, prepare_folde
 from immiscible.training.log import RunLog
 from immiscible.training.loop import StepStats, train, whole_windows
 from immiscible.training.measuring import RunEvaluation
+from immiscible.training.planning import epoch_plans
 from immiscible.training.session import settle_seed
 from immiscible.training.stop import StopRequest
 from immiscible.training.summary import check_batch_size, grid_path, is_finished, measured_facts, report_end, report_plan, report_start
@@ -67,15 +68,17 @@ def run(config: RunConfig, accelerator: Accelerator, build_task: BuildTask) -> N
     stop, leak = StopRequest(), ClassLeak() if config.log_class_leak else None
     steps = _steps(config, accelerator, task, state, stop, leak)
     report_start(config, task, state.order, state.start_step, state.max_steps)
-    if config.plan:
-        report_plan(_or_error(steps, stop), task.network, accelerator, state.max_steps - state.start_step)
-        return
-    if is_finished(config, state.start_step, state.max_steps):
-        return
-    held = prepare_folder(config, accelerator, seen)
-    life = _Life(config, accelerator, task, state, stop, leak)
-    life.begin(resumed)
-    finished = life.follow(steps)
+    with epoch_plans(config, accelerator, task, state.order, state.max_steps, state.identity, stop) as plans:
+        if config.plan:
+            remaining = state.max_steps - state.start_step
+            report_plan(_or_error(steps, stop), task.network, accelerator, remaining, plans.words if plans else None)
+            return
+        if is_finished(config, state.start_step, state.max_steps):
+            return
+        held = prepare_folder(config, accelerator, seen)
+        life = _Life(config, accelerator, task, state, stop, leak)
+        life.begin(resumed)
+        finished = life.follow(steps)
     if finished:
         life.finish()
     for lock in held:
@@ -141,7 +144,7 @@ def _steps(
     """The run's steps, each taken when it is asked for."""
     order, accumulation, data = state.order, config.gradient_accumulation_steps, task.data
     micro_batches = (state.start_step * accumulation, state.max_steps * accumulation)
-    order.start, order.stop = whole_windows(*micro_batches, config.coupling_window)
+    order.start, order.stop = whole_windows(*micro_batches, config.window)
     dataset = training_images(
         data.images,
         data.augment or data.transform,
@@ -166,7 +169,7 @@ def _steps(
         ema=state.ema,
         stop=stop,
         ahead=config.look_ahead,
-        window=config.coupling_window,
+        window=config.window,
         watch=None if leak is None else partial(_watch, leak),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import islice
 from math import isfinite
@@ -68,12 +68,12 @@ def check_batch_size(config: RunConfig, objective: Objective, images: float, glo
             )
         logger.warning("%s: images repeat within a batch", shortage)
     shared = global_batch if config.coupling_scope == "global" else config.train_batch_size
-    if pairs and config.coupling_scope == "global" and shared * config.coupling_window > LARGEST_BLOCK:
+    if pairs and config.coupling_scope == "global" and not config.by_epoch and shared * config.window > LARGEST_BLOCK:
         raise UserError(
             f"--coupling_scope global pairs at most {LARGEST_BLOCK} images at once, not {shared} x --coupling_window "
-            f"{config.coupling_window}, since every rank holds all their costs; lower one of them, or give --coupling_scope process"
+            f"{config.window}, since every rank holds all their costs; lower one of them, or give --coupling_scope process"
         )
-    if pairs and shared * config.coupling_window == 1:
+    if pairs and shared * config.window == 1 and not config.by_epoch:
         logger.warning(
             "--noise_coupling %s with --train_batch_size 1 is the identity: one image has one noise to choose from; "
             "--coupling_window pairs over several batches, --noise_coupling reservoir keeps noises between them",
@@ -98,9 +98,11 @@ def method_facts(config: RunConfig, objective: Objective, *, schedule: str, infe
     }.get(config.noise_coupling, "")
     if config.coupling_condition != "none":
         coupling += f", condition {config.coupling_condition}"
-    if config.coupling_window > 1:
-        coupling += f", over {config.coupling_window} micro-batches"
-    if config.coupling_scope == "global":
+    if config.by_epoch:
+        coupling += ", over whole epochs"
+    elif config.window > 1:
+        coupling += f", over {config.window} micro-batches"
+    if config.coupling_scope == "global" and not config.by_epoch:
         coupling += ", over all processes"
     if config.coupling_min_timestep:
         coupling += f", timesteps from {config.coupling_min_timestep}"
@@ -142,7 +144,9 @@ def measured_facts(config: RunConfig) -> dict[str, str]:
             solved["assignment"] += f", {mean['assignment_relaxations']:.3g} relaxations a micro-batch: bids met their cap"
     coupled = {
         "pair_distance": f"{drawn:.4f} drawn, {paired:.4f} paired ({mean['distance_reduction_percent']:+.2f} % reduction)",
-        "noise_marginal_drift": f"variance {_signed(mean['noise_variance_drift'])}, norm {_signed(mean['noise_norm_drift'])}",
+        "noise_marginal_drift": "none over an epoch, whose noises are used once each"
+        if config.by_epoch
+        else f"variance {_signed(mean['noise_variance_drift'])}, norm {_signed(mean['noise_norm_drift'])}",
         **({"images_paired_together": f"{mean['paired_images']:.1f}"} if mean["paired_images"] > 1 else {}),
         **solved,
         "coupling_time": f"{coupling_ms:.2f} ms of a {1000 * mean['step_seconds']:.1f} ms step",
@@ -191,8 +195,25 @@ def report_start(config: RunConfig, task: Task, order: GlobalBatchOrder | Stream
         logger.warning(notice)
 
 
-def report_plan(steps: Iterator[StepStats], network: nn.Module, accelerator: Accelerator, remaining: int, *, timed: int = 5) -> None:
-    """Takes a few steps that leave nothing behind and prints sizes and the time that the run would take."""
+def report_plan(
+    steps: Iterator[StepStats],
+    network: nn.Module,
+    accelerator: Accelerator,
+    remaining: int,
+    planning: Callable[[], str] | None = None,
+    *,
+    timed: int = 5,
+) -> None:
+    """Takes a few steps that leave nothing behind and prints sizes and the time that the run would take.
+
+    Args:
+        steps: of the run.
+        network: what is trained.
+        accelerator: of the run.
+        remaining: how many steps the run would take.
+        planning: says, after the steps, what the plan of an epoch has taken; None where none is made.
+        timed: how many steps are timed, beside the first.
+    """
     if remaining <= 0:
         accelerator.print("Plan: nothing is left to train; the checkpoint is at the last step already. Nothing was written.")
         return
@@ -210,7 +231,7 @@ def report_plan(steps: Iterator[StepStats], network: nn.Module, accelerator: Acc
     accelerator.print(
         f"Plan: {remaining} steps of {typical:.3f} s (median of {len(seconds[1:] or seconds)}) = {total}, without sampling and saving\n"
         f"Plan: weights {weights:.1f} MiB, with AdamW and EMA {4 * weights:.1f} MiB a checkpoint; peak memory so far {memory:.0f} MiB\n"
-        f"Plan: nothing was written"
+        f"{f'Plan: {planning()}{chr(10)}' if planning else ''}Plan: nothing was written"
     )
 
 

@@ -1,0 +1,410 @@
+"""Plans of whole epochs: each is made on a thread of its own while the epoch before it trains, and the first before step 1.
+
+Ranks share out an epoch's problems and exchange what they have found when the epoch begins, so that all of them look up one plan. The
+images come from loaders of their own, by the keys of the run's order, so they are what will be diffused: flipped, cropped, or expected
+latents. The plan in use lies in a file of the run's folder, for a run that goes on in the middle of an epoch; without it, or where it is
+damaged or another run's, the epoch is planned again, with the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from immiscible.assignment.ranks import AnotherRankFailed, Ranks
+from immiscible.coupling import AssignmentCoupling
+from immiscible.data.batches import GlobalBatchOrder
+from immiscible.data.loading import build_loader, training_images, unlabelled_images
+from immiscible.data.sources import ImageSource
+from immiscible.data.stream_order import StreamOrder
+from immiscible.data.streaming import Stream
+from immiscible.epoch import EpochCoupling, EpochPlan, PlannedRows, check_rule, epoch_problems, solve_problem
+from immiscible.errors import UserError
+from immiscible.files import PARTIAL, replace
+from immiscible.randomness import PoolDraws
+from immiscible.training.stop import StopRequest
+from immiscible.training.task import Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from immiscible.training.arguments import RunConfig
+
+logger = logging.getLogger(__name__)
+
+PLAN_FILE = "coupling_plan.safetensors"
+LOADED_TOGETHER = 64  # images of a loader's batch
+LOOK = 0.2  # seconds between looks at how far a plan has come
+
+Key = tuple[int, int]
+
+
+@dataclass
+class EpochLayout:
+    """Where the images of each micro-batch are in their epoch.
+
+    Args:
+        order: of the run's images.
+        accumulation: micro-batches of an optimizer step.
+        seed: the run's.
+        max_steps: optimizer steps in all.
+    """
+
+    order: GlobalBatchOrder
+    accumulation: int
+    seed: int
+    max_steps: int
+
+    @property
+    def count(self) -> int:
+        """N, images of an epoch; those of its last, short batch are left out."""
+        return self.order.batches_per_epoch * self.order.global_batch_size
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch in which the run ends."""
+        return (self.max_steps * self.accumulation - 1) // self.order.batches_per_epoch
+
+    def place(self, draws: PoolDraws) -> tuple[int, slice]:
+        """A micro-batch's epoch, and the positions of its images in it."""
+        part, together = draws.parts[0], self.order.global_batch_size
+        micro, row = divmod(part.first_row, together)
+        epoch, batch = divmod(part.step * self.accumulation + micro, self.order.batches_per_epoch)
+        return epoch, slice(batch * together + row, batch * together + row + draws.batch_size)
+
+
+class EpochPlans:
+    """A run's plans, one after the other; every rank asks for each epoch, in order, before any image of it is trained on.
+
+    Args:
+        rule: the coupling, with its metric, precision, solver and condition.
+        layout: of the run.
+        source: the images; asked for their classes where the condition is ``within``.
+        load: given the keys of batches, gives their images, expected latents where these are diffused, scaled as they are diffused,
+            fp32 on the CPU [n, C, h, w], batch by batch.
+        ranks: the processes of the run.
+        identity: of the run, by which its file is known.
+        folder: of the run, where rank 0 keeps the file; None keeps none.
+        stopping: whether the run has been asked to end; then nobody waits for a plan.
+
+    Raises:
+        UserError: classes are needed, and the source has none.
+    """
+
+    def __init__(
+        self,
+        rule: AssignmentCoupling,
+        layout: EpochLayout,
+        source: ImageSource,
+        load: Callable[[Iterator[list[Key]]], Iterator[Tensor]],
+        *,
+        ranks: Ranks | None,
+        identity: Mapping[str, Any],
+        folder: Path | None,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self._rule, self._layout, self._load, self._ranks = rule, layout, load, ranks or Ranks()
+        self._folder, self._stopping = folder, stopping
+        self._labels = _labels(source, layout.order.num_images) if rule.condition == "within" else None
+        self._fingerprint = hashlib.sha256(json.dumps([identity, layout.count, str(rule)], sort_keys=True).encode()).hexdigest()
+        self._current: tuple[int, EpochPlan] | None = None
+        self._making: _Making | None = None
+        self.seconds = 0.0  # of the last plan that was made here
+
+    def __call__(self, draws: PoolDraws) -> PlannedRows:
+        """A micro-batch's noises. The first of an epoch waits for its plan, and has the next one begun.
+
+        Raises:
+            UserError: an image cannot be read or has no distance; on every rank.
+        """
+        epoch, rows = self._layout.place(draws)
+        if self._current is None or self._current[0] != epoch:
+            self._current = epoch, self._next(epoch)
+        plan = self._current[1]
+        return PlannedRows(plan.numbers[rows], self._layout.seed, epoch, plan)
+
+    def words(self) -> str:
+        """What a plan costs, for a user who asks beforehand."""
+        layout = self._layout
+        steps = layout.order.batches_per_epoch / layout.accumulation
+        return (
+            f"assigning an epoch of {layout.count:,} images takes {self.seconds:.1f} s, before the first step and then while the {steps:g} "
+            f"steps of the epoch before are taken"
+        )
+
+    def close(self) -> None:
+        """Ends what is being made."""
+        if self._making:
+            self._making.cancel()
+            self._making = None
+
+    def _next(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch, from the file or from what has been made, and the next one begun."""
+        problems = self._problems(epoch)
+        plan = None
+        if self._making is None:
+            held = _read(self._path(), self._fingerprint, epoch, self._layout.count, problems) if self._ranks.rank == 0 else None
+            if self._ranks.largest(held is not None)[0]:
+                plan = self._exchanged(held or EpochPlan.unsolved(self._layout.count, problems))
+        if plan is None:
+            making = self._making or self._begin(epoch)
+            failure = making.wait(self._stopping)
+            if self._ranks.any_failed(failure is not None):
+                raise failure or AnotherRankFailed("another process stopped")
+            self.seconds = making.seconds
+            plan = self._exchanged(making.plan)
+            self._keep(epoch, plan)
+        if epoch < self._layout.last_epoch:
+            if self._making is None:
+                self._begin(epoch + 1)
+            else:
+                self._making.go_on()
+        return plan
+
+    def _begin(self, epoch: int) -> _Making:
+        """Starts the making of all plans from an epoch on."""
+        self._making = _Making(epoch, self._layout.last_epoch, self._rule, self._share, self._load, self._layout)
+        return self._making
+
+    def _problems(self, epoch: int) -> list[Tensor]:
+        labels = None if self._labels is None else self._labels[self._layout.order.permutation(epoch)[: self._layout.count]]
+        return epoch_problems(self._layout.count, seed=self._layout.seed, epoch=epoch, labels=labels)
+
+    def _share(self, epoch: int) -> tuple[list[Tensor], list[int]]:
+        """All problems of an epoch, and which of them this rank solves: the largest first, each to the rank that has least to do."""
+        problems, work = self._problems(epoch), [0.0] * self._ranks.count
+        own = []
+        for number in sorted(range(len(problems)), key=lambda each: (-len(problems[each]), each)):
+            rank = work.index(min(work))
+            work[rank] += len(problems[number]) ** 2
+            own += [number] if rank == self._ranks.rank else []
+        return problems, own
+
+    def _exchanged(self, plan: EpochPlan) -> EpochPlan:
+        """What all ranks have found, of whom each has -1 where another has solved."""
+        return EpochPlan(**{name: self._ranks.merged(tensor) for name, tensor in plan.tensors.items()}, together=plan.together)
+
+    def _path(self) -> Path | None:
+        return None if self._folder is None else self._folder / PLAN_FILE
+
+    def _keep(self, epoch: int, plan: EpochPlan) -> None:
+        path = self._path()
+        if path is not None and self._ranks.rank == 0:
+            _write(path, self._fingerprint, epoch, plan)
+
+
+class _Making:
+    """The plans of this rank's share of the problems, epoch after epoch, each begun when the one before it has been taken.
+
+    Args:
+        first: the epoch to begin with.
+        last: the epoch to end with.
+        rule: the coupling.
+        share: gives an epoch's problems and which of them are solved here.
+        load: see `EpochPlans`.
+        layout: of the run.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        last: int,
+        rule: AssignmentCoupling,
+        share: Callable[[int], tuple[list[Tensor], list[int]]],
+        load: Callable[[Iterator[list[Key]]], Iterator[Tensor]],
+        layout: EpochLayout,
+    ) -> None:
+        self._epochs, self._rule, self._share, self._layout = range(first, last + 1), rule, share, layout
+        self._go, self._ready, self._cancelled = threading.Semaphore(1), threading.Event(), False
+        self._epoch, self._solved, self.seconds = first, 0, 0.0
+        self._failure: UserError | None = None
+        self._error: BaseException | None = None
+        self.plan = EpochPlan.unsolved(0, [])
+        self._images = load(self._keys())
+        self._thread = threading.Thread(target=self._work, name="epoch plans", daemon=True)
+        self._thread.start()
+
+    def wait(self, stopping: Callable[[], bool]) -> UserError | None:
+        """Until the plan is made, with a progress bar; what is wrong if it is not, and `AnotherRankFailed` if nobody wants it any more."""
+        what = f"planning epoch {self._epoch}"
+        with tqdm(total=self._layout.count, desc=what, unit="image", delay=2, leave=False, disable=None) as bar:
+            while not self._ready.wait(LOOK):
+                bar.update(self._solved - bar.n)
+                if stopping():
+                    return AnotherRankFailed("the run is to stop")
+        if self._error is not None:
+            raise self._error
+        self._ready.clear()
+        return self._failure
+
+    def go_on(self) -> None:
+        """Begins the next epoch's plan; the one before has been taken."""
+        self._go.release()
+
+    def cancel(self) -> None:
+        """Ends it soon: after the problem that is being solved."""
+        self._cancelled = True
+        self._go.release()
+        self._thread.join(60)
+
+    def _keys(self) -> Iterator[list[Key]]:
+        """The keys of the images, in the order in which they are assigned."""
+        for epoch in self._epochs:
+            order = self._layout.order.permutation(epoch)
+            problems, own = self._share(epoch)
+            for number in own:
+                for part in problems[number].split(LOADED_TOGETHER):
+                    yield [(epoch, index) for index in order[part].tolist()]
+
+    def _work(self) -> None:
+        try:
+            for epoch in self._epochs:
+                self._go.acquire()
+                if self._cancelled:
+                    return
+                self._epoch, self._solved, start = epoch, 0, time.perf_counter()
+                self._make(epoch)
+                if self._cancelled:
+                    return
+                self.seconds = time.perf_counter() - start
+                self._ready.set()
+        except UserError as error:
+            self._failure = error
+            self._ready.set()
+        except BaseException as error:  # raised where the plan is waited for, with the place where it came up
+            self._error = error
+            self._ready.set()
+
+    def _make(self, epoch: int) -> None:
+        problems, own = self._share(epoch)
+        plan = EpochPlan.unsolved(self._layout.count, problems)
+        for number in own:
+            problem = problems[number]
+            parts = []
+            for _ in range(-(-len(problem) // LOADED_TOGETHER)):
+                if self._cancelled:
+                    return
+                parts.append(next(self._images))
+            images = torch.cat(parts)
+            plan.put(number, problem, *solve_problem(self._rule, images, problem, seed=self._layout.seed, epoch=epoch))
+            self._solved += len(problem)
+        self.plan = plan
+
+
+@contextmanager
+def epoch_plans(
+    config: RunConfig,
+    accelerator: Accelerator,
+    task: Task,
+    order: GlobalBatchOrder | StreamOrder,
+    max_steps: int,
+    identity: Mapping[str, Any],
+    stop: StopRequest,
+) -> Iterator[EpochPlans | None]:
+    """Inside the block the run's coupling looks up plans, if it is one over whole epochs; otherwise there are none.
+
+    Args:
+        config: the run's flags.
+        accelerator: of the run.
+        task: what is trained.
+        order: of its images.
+        max_steps: optimizer steps in all.
+        identity: what must be equal for the run to be continued.
+        stop: what may end it.
+    """
+    objective, data = task.objective, task.data
+    coupling = objective.coupling
+    if not isinstance(coupling, EpochCoupling):
+        yield None
+        return
+    assert isinstance(order, GlobalBatchOrder) and not isinstance(data.images, Stream)  # the flags refuse a stream
+    layout = EpochLayout(order, config.gradient_accumulation_steps, int(config.seed or 0), max_steps)
+    dataset = training_images(data.images, data.augment or data.transform, skip_bad_images=config.skip_bad_images)
+
+    def load(keys: Iterator[list[Key]]) -> Iterator[Tensor]:
+        loader = build_loader(dataset, keys, config.dataloader_num_workers, accelerator.device)
+        return (
+            task.encode.expected(batch).float().cpu() * objective.image_scale for batch in unlabelled_images(loader, config.skip_bad_images)
+        )
+
+    coupling.ranks = Ranks(accelerator.process_index, accelerator.num_processes) if accelerator.num_processes > 1 else None
+    plans = EpochPlans(
+        check_rule(coupling.coupling),
+        layout,
+        data.images,
+        load,
+        ranks=coupling.ranks,
+        identity=identity,
+        folder=None if config.plan else config.folder,
+        stopping=lambda: bool(stop.reason),
+    )
+    coupling.plans = plans
+    try:
+        yield plans
+    finally:
+        plans.close()
+
+
+def _labels(source: ImageSource, count: int) -> Tensor:
+    """Every image's class, int64 [N]; -1 for one that cannot be read, which then keeps its own noise."""
+    if source.class_names is None:
+        raise UserError(
+            "--coupling_window epoch with --coupling_condition within needs classes, and these images have none; give "
+            "--coupling_condition none"
+        )
+    labels = torch.full((count,), -1, device="cpu")
+    for index in tqdm(range(count), desc="reading classes", unit="image", delay=2, leave=False, disable=None):
+        try:
+            labels[index] = source.label(index)
+        except (OSError, ValueError, KeyError):
+            continue
+    return labels
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+
+
+def _write(path: Path, fingerprint: str, epoch: int, plan: EpochPlan) -> None:
+    from safetensors.torch import save_file
+
+    told = {"run": fingerprint, "epoch": str(epoch), "sha256": _digest(plan.tensors)}
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    save_file(plan.tensors, partial, metadata=told)
+    replace(partial, path)
+
+
+def _read(path: Path | None, fingerprint: str, epoch: int, count: int, problems: Sequence[Tensor]) -> EpochPlan | None:
+    """The plan of an epoch in a file; None, with a line where a user should know why, if there is none or it is another's."""
+    from safetensors import SafetensorError, safe_open
+
+    if path is None or not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s is damaged (%s); epoch %d is planned again", path, error, epoch)
+        return None
+    if told.get("run") != fingerprint or told.get("epoch") != str(epoch):
+        return None
+    blank = EpochPlan.unsolved(count, problems)
+    if told.get("sha256") != _digest(tensors) or {name: tensor.shape for name, tensor in tensors.items()} != {
+        name: tensor.shape for name, tensor in blank.tensors.items()
+    }:
+        logger.warning("%s is damaged; epoch %d is planned again", path, epoch)
+        return None
+    return EpochPlan(**tensors, together=blank.together)
