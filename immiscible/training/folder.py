@@ -56,7 +56,8 @@ def check_folder(config: RunConfig) -> Path | None:
         raise UserError(
             f"--output_dir {folder} holds {', '.join(in_the_way)}, no checkpoints of this suite, where its own would be; move them"
         )
-    if held and not config.overwrite_output_dir and not config.plan and config.resume_from_checkpoint is None:
+    asked = config.overwrite_output_dir or config.plan or config.resume_from_checkpoint is not None
+    if held and not asked and not _is_barren(folder):
         raise UserError(
             f"--output_dir {folder} holds {held}: continue it with --resume_from_checkpoint latest, delete it with "
             f"--overwrite_output_dir, or choose another folder"
@@ -119,6 +120,12 @@ def prepare_folder(config: RunConfig, accelerator: Accelerator, seen: tuple[str,
 
     on_main_process(accelerator, prepare)
     return locks
+
+
+def _is_barren(folder: Path) -> bool:
+    """Whether the run in a folder ended before its first step, so that nothing is lost if another begins there."""
+    metrics = folder / "metrics.jsonl"
+    return not checkpoints(folder) and not (folder / "summary.json").exists() and not (metrics.exists() and metrics.stat().st_size)
 
 
 def _run_in(folder: Path) -> str:

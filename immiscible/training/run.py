@@ -244,10 +244,11 @@ class _Life:
                 self._saved = due
                 if step < last:
                     self._show(step)
-            if not self._saved:
+            if not self._saved and not (self._stop.error and step == 0):  # then nothing was trained, and the corrected command may begin
                 self._save(step)
         if self._stop.error:
-            raise UserError(f"{self._stop.error} (stopped and saved at step {step})", exit_code=1)
+            where = f"and saved at step {step}" if step else "before the first step"
+            raise UserError(f"{self._stop.error} (stopped {where})", exit_code=1)
         if step < last:
             reason = f"Stopped by {self._stop.reason} at step {step} of {last}"
             self._accelerator.print(f"{reason}; continue with --resume_from_checkpoint latest")

@@ -167,11 +167,11 @@ def test_an_image_that_cannot_be_read_ends_the_run_before_it_trains(script, tmp_
     (folder / "broken.png").write_bytes(b"\x89PNG broken")
     words = {**EPOCH, "train_data_dir": folder, "train_batch_size": 7, "max_train_samples": None}
     result = script(tiny(tmp_path / "run", **words))
-    assert result.code == 1 and "broken.png" in result.error and "at step 0" in result.error
+    assert result.code == 1 and "broken.png" in result.error and "before the first step" in result.error
     runs = script.start_ranks(tiny(tmp_path / "two", **{**words, "train_batch_size": 3}))
     results = [run.wait() for run in runs]
     assert [each.code for each in results] == [1, 1] and "broken.png" in results[0].error
-    finish(start(script, tiny(tmp_path / "run", **words, skip_bad_images=True, overwrite_output_dir=True), 1))
+    finish(start(script, tiny(tmp_path / "run", **words, skip_bad_images=True), 1))  # the corrected command begins
 
 
 @pytest.mark.parametrize(
