@@ -119,7 +119,8 @@ class TextToImageConfig(
         """See `RunConfig.labels_for`; here the classes are wanted as numbers."""
         if self.log_class_leak:
             return "--log_class_leak"
-        return "--coupling_condition within" if self.coupling_condition == "within" else None
+        within = self.coupling_condition == "within" and not self.by_epoch  # an epoch's plan takes captions for classes, too
+        return "--coupling_condition within" if within else None
 
     def check(self) -> None:
         """What only these flags together can get wrong.

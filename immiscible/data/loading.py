@@ -77,12 +77,13 @@ def captioned_source(arguments: TextDataArguments, labels_for: str | None) -> Im
     )
     if labels_for is None:
         return source
-    if prompt_classes(source, arguments.caption_column) is None:
+    classed = with_prompt_classes(source, arguments.caption_column)
+    if classed is None:
         raise UserError(
             f"{labels_for} needs classes, and --caption_column {arguments.caption_column} holds texts: name a column of classes "
             f"(ClassLabel); --coupling_condition centered and penalty take texts"
         )
-    return _with_classes(source)
+    return classed
 
 
 def prompt_classes(source: ImageSource | Stream, caption_column: str) -> Sequence[str] | None:
@@ -91,6 +92,11 @@ def prompt_classes(source: ImageSource | Stream, caption_column: str) -> Sequenc
         source = source.source
     texts = getattr(source, "texts", None)
     return None if texts is None else getattr(texts.features[caption_column], "names", None)
+
+
+def with_prompt_classes(source: ImageSource, caption_column: str) -> ImageSource | None:
+    """The same images, the classes that the caption column holds for labels; None if it holds texts."""
+    return None if prompt_classes(source, caption_column) is None else _with_classes(source)
 
 
 def _with_classes(source: ImageSource) -> ImageSource:

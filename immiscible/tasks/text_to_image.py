@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 import torch
+from torch import Tensor
 
 from immiscible.configs import TextToImageConfig
-from immiscible.data.loading import captioned_source, prompt_classes
-from immiscible.data.sources import split_source
+from immiscible.data.loading import captioned_source, prompt_classes, with_prompt_classes
+from immiscible.data.sources import ImageSource, split_source
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.cache import open_cache
+from immiscible.encoding.clusters import caption_clusters
 from immiscible.encoding.encoders import Encoder
 from immiscible.encoding.texts import TextToImageEncoder, tell_long_captions
 from immiscible.errors import UserError
@@ -24,9 +26,11 @@ from immiscible.networks.latents import latent_downsampling
 from immiscible.networks.stable_diffusion import StableDiffusion, initial_weights, load_frozen, load_stable_diffusion, place
 from immiscible.networks.weights import adapted, evaluation_weights, save_adapters
 from immiscible.objectives import DenoisingObjective
+from immiscible.processes import from_main_process
 from immiscible.randomness import reseed_globally
 from immiscible.sampling.pipelines import build_text_pipeline, sample_images
 from immiscible.training.cards import text_to_image_card
+from immiscible.training.planning import classes_of
 from immiscible.training.summary import method_facts
 from immiscible.training.task import TrainingData
 
@@ -184,8 +188,25 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
         empty_prompts=config.proportion_empty_prompts,
         pooled_labels=config.coupling_condition in ("centered", "penalty"),
     )
-    encode_loaded = cache.encoder(encode) if cache else encode
+    encode_loaded: Any = cache.encoder(encode) if cache else encode
+    if config.by_epoch and config.coupling_condition == "within":
+        data = replace(data, groups=from_main_process(accelerator, lambda: _groups(config, source, encode_loaded)))
     return TextToImageTask(config, parts, objective, data, from_scratch, encode_loaded, replace(encode, empty_prompts=0.0))
+
+
+def _groups(config: TextToImageConfig, source: ImageSource, encode: TextToImageEncoder) -> Tensor:
+    """The class of each image, or the cluster of its caption, inside which an epoch is planned."""
+    classed = with_prompt_classes(source, config.caption_column)
+    if classed is not None:
+        return classes_of(classed)
+    told = replace(encode, pooled_labels=True)
+
+    def pooled(captions: Sequence[str]) -> Tensor:
+        states = told.texts(captions)[1]
+        assert states is not None
+        return states
+
+    return caption_clusters(source, pooled)
 
 
 def _check_steps(config: TextToImageConfig, parts: StableDiffusion) -> None:

@@ -91,23 +91,20 @@ class EpochPlans:
     Args:
         rule: the coupling, with its metric, precision, solver and condition.
         layout: of the run.
-        source: the images; asked for their classes where the condition is ``within``.
+        labels: inside which classes noises are assigned, int64 [N] of the images, -1 of none; None where the condition is ``none``.
         load: given the keys of batches, gives their images, expected latents where these are diffused, scaled as they are diffused,
             fp32 on the CPU [n, C, h, w], batch by batch.
         ranks: the processes of the run.
         identity: of the run, by which its file is known.
         folder: of the run, where rank 0 keeps the file; None keeps none.
         stopping: whether the run has been asked to end; then nobody waits for a plan.
-
-    Raises:
-        UserError: classes are needed, and the source has none.
     """
 
     def __init__(
         self,
         rule: AssignmentCoupling,
         layout: EpochLayout,
-        source: ImageSource,
+        labels: Tensor | None,
         load: Callable[[Iterator[list[Key]]], Iterator[Tensor]],
         *,
         ranks: Ranks | None,
@@ -117,7 +114,7 @@ class EpochPlans:
     ) -> None:
         self._rule, self._layout, self._load, self._ranks = rule, layout, load, ranks or Ranks()
         self._folder, self._stopping = folder, stopping
-        self._labels = _labels(source, layout.order.num_images) if rule.condition == "within" else None
+        self._labels = labels
         self._fingerprint = hashlib.sha256(json.dumps([identity, layout.count, str(rule)], sort_keys=True).encode()).hexdigest()
         self._current: tuple[int, EpochPlan] | None = None
         self._making: _Making | None = None
@@ -323,6 +320,9 @@ def epoch_plans(
         max_steps: optimizer steps in all.
         identity: what must be equal for the run to be continued.
         stop: what may end it.
+
+    Raises:
+        UserError: classes are needed, and the images have none.
     """
     objective, data = task.objective, task.data
     coupling = objective.coupling
@@ -340,10 +340,13 @@ def epoch_plans(
         )
 
     coupling.ranks = Ranks(accelerator.process_index, accelerator.num_processes) if accelerator.num_processes > 1 else None
+    rule, labels = check_rule(coupling.coupling), data.groups
+    if rule.condition == "within" and labels is None:
+        labels = classes_of(data.images)
     plans = EpochPlans(
-        check_rule(coupling.coupling),
+        rule,
         layout,
-        data.images,
+        labels,
         load,
         ranks=coupling.ranks,
         identity=identity,
@@ -357,15 +360,19 @@ def epoch_plans(
         plans.close()
 
 
-def _labels(source: ImageSource, count: int) -> Tensor:
-    """Every image's class, int64 [N]; -1 for one that cannot be read, which then keeps its own noise."""
+def classes_of(source: ImageSource) -> Tensor:
+    """Every image's class, int64 [N]; -1 for one that cannot be read, which then keeps its own noise.
+
+    Raises:
+        UserError: there are none.
+    """
     if source.class_names is None:
         raise UserError(
             "--coupling_window epoch with --coupling_condition within needs classes, and these images have none; give "
             "--coupling_condition none"
         )
-    labels = torch.full((count,), -1, device="cpu")
-    for index in tqdm(range(count), desc="reading classes", unit="image", delay=2, leave=False, disable=None):
+    labels = torch.full((len(source),), -1, device="cpu")
+    for index in tqdm(range(len(source)), desc="reading classes", unit="image", delay=2, leave=False, disable=None):
         try:
             labels[index] = source.label(index)
         except (OSError, ValueError, KeyError):

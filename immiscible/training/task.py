@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import Tensor
+
 from immiscible.data.sources import ImageSource
 from immiscible.data.streaming import Stream
 from immiscible.data.transforms import ImageTransform
@@ -36,6 +38,7 @@ class TrainingData:
         loaded: what is loaded in the place of ``source``, such as a cache's moments; by default itself.
         augment: what goes with ``loaded``; by default ``transform``.
         with_captions: whether each image's caption is loaded too.
+        groups: inside which images of an epoch are assigned, int64 [N], -1 of none; by default their classes.
     """
 
     source: ImageSource | Stream
@@ -44,6 +47,7 @@ class TrainingData:
     loaded: ImageSource | Stream | None = None
     augment: ImageTransform | None = None
     with_captions: bool = False
+    groups: Tensor | None = None
 
     @property
     def images(self) -> ImageSource | Stream:

@@ -113,8 +113,10 @@ def test_captioned_images_are_planned(script, tmp_path):
     finish([script.start(flags({**words, **more, **coupled}), program=SCRATCH)])
     epoch, numbers = plan_of(tmp_path / "run")
     assert epoch == 1 and torch.equal(numbers.sort().values, torch.arange(16))
-    refused = script(flags({**words, **more, **coupled, "coupling_condition": "within", "output_dir": tmp_path / "no"}), program=SCRATCH)
-    assert refused.code == 2 and "needs classes" in refused.error and not (tmp_path / "no").exists()
+    clustered = {**words, **more, **coupled, "coupling_condition": "within", "output_dir": tmp_path / "clusters"}
+    result = finish([script.start(flags(clustered), program=SCRATCH)])[0]
+    assert "16 captions fall into 1 clusters" in result.stderr and "experimental" in result.stderr
+    assert torch.equal(plan_of(tmp_path / "clusters")[1], numbers)  # of so few images: one cluster is all of them
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
