@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Iterator
 
@@ -7,6 +8,14 @@ import pytest
 os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"})
 
 from launch import Scripts
+
+gc.set_threshold(100_000, 50, 100)  # what the tests import is a million objects, over which a collection goes for nothing
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what is imported by now out of every later collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

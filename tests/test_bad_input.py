@@ -472,6 +472,7 @@ def test_unknown_flag_from_a_shell(tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_missing_folder_from_a_shell(tmp_path):
     result = run_command([sys.executable, SCRIPT, *tiny(tmp_path / "run", train_data_dir="nowhere")])
     assert result.code == 2

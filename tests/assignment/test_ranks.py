@@ -180,6 +180,7 @@ def on_one(script, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_equal_global_batches_have_equal_losses(script, on_one, tmp_path, ranks):
     finish(script.start_ranks(tiny(tmp_path / "run", **COMMON, train_batch_size=16 // ranks), ranks))
@@ -236,6 +237,7 @@ def test_a_window_brings_pairs_nearer_than_single_batches(script, tmp_path):
     assert eight[1] < one[1] < one[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_reservoir_goes_on_where_it_was_cut(script, tmp_path, ranks):
     words = {"noise_coupling": "reservoir", "coupling_reservoir": 16, "train_batch_size": 2, "use_ema": True, "max_train_steps": 9}

@@ -337,6 +337,7 @@ def test_a_run_on_shards_is_the_run_on_the_files_in_them(script, both):
     assert [line["loss"] for line in tars] == [line["loss"] for line in files]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_within_an_epoch(script, both):
     words = {"train_data_dir": both / "tars", "train_batch_size": 8, "max_train_steps": 7, "checkpointing_steps": 1}
     words |= {"resume_from_checkpoint": "latest", "random_flip": True, "class_conditional": True, "use_ema": True}

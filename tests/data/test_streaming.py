@@ -423,6 +423,7 @@ def test_flags_that_a_stream_cannot_serve(words, message):
 # Runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_resumed_in_the_middle_of_an_epoch(script, tmp_path, processes):
     members = numbered(30)

@@ -11,7 +11,7 @@ from fuzz import parsing
 from fuzz.cases import KINDS, fuzz
 from fuzz.runs import verdict
 from fuzz.values import targets
-from immiscible import flags
+from immiscible import config_files, flags
 from immiscible.errors import UserError
 
 READING = ("flag", "pair", "yaml")
@@ -57,8 +57,8 @@ def test_it_finds_a_line_that_does_not_name_the_flag(monkeypatch, tmp_path):
 
 
 def test_it_finds_a_traceback_and_a_duplicate_key(monkeypatch, tmp_path):
-    monkeypatch.setattr(flags, "_check_key", lambda path, key, lines: None)
-    monkeypatch.setattr(flags, "_is_number", lambda text: int(text) > 0)
+    monkeypatch.setattr(config_files, "_check_key", lambda path, key, lines: None)
+    monkeypatch.setattr(config_files, "_is_number", lambda text: int(text) > 0)
     assert "traceback: ValueError" in planted(monkeypatch, tmp_path, "yaml", 40)
 
 
@@ -68,7 +68,7 @@ def test_it_finds_a_case_that_does_not_end(monkeypatch, tmp_path):
             pass
 
     monkeypatch.setattr(parsing, "SECONDS", 0.2)
-    monkeypatch.setattr(flags, "_file_words", wait)
+    monkeypatch.setattr(flags, "file_words", wait)
     draw = random.Random(0)
     label, judge = parsing.yaml_case(draw, targets()[0], tmp_path)
     assert judge() == "hang" and "train_unconditional.py" in label

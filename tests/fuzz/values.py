@@ -150,7 +150,8 @@ def _of_parser(parser: Any) -> tuple[Flag, ...]:
         if action.option_strings and action.nargs != 0:
             value = action.type("1") if action.type else "1"
             kind = str if isinstance(value, Path) else type(value)
-            allowed = action.type.args[1] if isinstance(action.type, partial) else ANY
+            read = action.type.args if isinstance(action.type, partial) else ()
+            allowed = next((each for each in read if isinstance(each, Range)), ANY)
             found.append(Flag(action.dest, kind, allowed, tuple(action.choices or ())))
     return tuple(found)
 

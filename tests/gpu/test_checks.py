@@ -243,6 +243,7 @@ def test_the_look_aheads_check(monkeypatch):
         training.check_look_ahead(torch.device("cpu"), "assignment", 1)
 
 
+@pytest.mark.slow
 def test_the_resume_check(script, tmp_path):
     """A run that goes on from its checkpoint with another learning rate."""
     started = []

@@ -34,6 +34,7 @@ def test_plain_assignment_leaks_the_class_and_says_so(script, tmp_path, conditio
         assert line["class_leak_accuracy"] < 0.3
 
 
+@pytest.mark.slow
 def test_the_classes_means_go_on_where_they_were_cut(script, tmp_path):
     """They are state, and the worker that looks ahead has changed them already when a checkpoint is written."""
     words = {**COMMON, "coupling_condition": "centered", "coupling_window": 2, "max_train_steps": 9, "checkpointing_steps": 1}

@@ -204,6 +204,7 @@ def test_resume_from_elsewhere_and_never_beyond_the_last_step(script, runs, tmp_
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_the_batch_give_the_losses_of_one(script, tmp_path):
     common = {"max_train_steps": 10, "proportion_empty_prompts": 0.2, "random_flip": True, "train_data_dir": data_folder(32)}
     trained(script, tmp_path / "one", **common, train_batch_size=8)
