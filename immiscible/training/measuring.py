@@ -62,7 +62,11 @@ class RunEvaluation:
             batches = fixed_images(data.held_out, transform, skip_bad_images=config.skip_bad_images, **options)
             device = self._task.objective.process.signal.device
             self._held_out = [self._task.encode_held_out(batch, Draws(0, 0, number, device)) for number, batch in enumerate(batches)]
-        drop_later_lines(self._path, start_step)
+        self._steps = {line["step"] for line in drop_later_lines(self._path, start_step)}
+
+    def has_measured(self, step: int) -> bool:
+        """Whether the weights at ``step`` have their line."""
+        return step in self._steps
 
     def __call__(self, ema: EMAModel | None, step: int, train_seconds: float) -> None:
         """Measures the weights at ``step`` and appends a line."""

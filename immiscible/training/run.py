@@ -210,13 +210,16 @@ class _Life:
 
     def begin(self, resumed: Path | None) -> None:
         """Reads what is measured against; a run that goes on in another folder than its checkpoint's has its beginning there too."""
+        step = self._state.start_step
         if self._evaluation:
             evaluation = self._evaluation
-            self._alone(lambda: evaluation.prepare(self._state.start_step))
+            self._alone(lambda: evaluation.prepare(step))
         if resumed and resumed.resolve().parent != self._folder.resolve():
-            self._save(self._state.start_step)
-        elif resumed and self._state.start_step < self._state.max_steps:
-            self._show(self._state.start_step)  # what the kill came before
+            self._save(step)
+        elif resumed and step:  # what the kill came before
+            self._measure(step)
+            if step < self._state.max_steps:
+                self._show(step)
         self._saved = resumed is not None
 
     def follow(self, steps: Iterator[StepStats]) -> bool:
@@ -244,15 +247,16 @@ class _Life:
                 self._saved = due
                 if step < last:
                     self._show(step)
+            stopped = step < last or self._stop.agreed(self._accelerator)  # at the last step, too: what is left is made when it goes on
             if not self._saved and not (self._stop.error and step == 0):  # then nothing was trained, and the corrected command may begin
                 self._save(step)
         if self._stop.error:
             where = f"and saved at step {step}" if step else "before the first step"
             raise UserError(f"{self._stop.error} (stopped {where})", exit_code=1)
-        if step < last:
+        if stopped:
             reason = f"Stopped by {self._stop.reason} at step {step} of {last}"
             self._accelerator.print(f"{reason}; continue with --resume_from_checkpoint latest")
-        return step == last
+        return not stopped
 
     def finish(self) -> None:
         """The pipeline, the last samples, which the card then shows, the summary, the upload."""
@@ -273,6 +277,8 @@ class _Life:
             self._alone(lambda: self._measured(evaluation, step))
 
     def _measured(self, evaluation: RunEvaluation, step: int) -> None:
+        if evaluation.has_measured(step):
+            return
         with self._stop.interrupts(self._task.network, f"the evaluation of step {step}"):
             evaluation(self._state.ema, step, self._log.train_seconds)
 

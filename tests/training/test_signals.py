@@ -1,5 +1,6 @@
 """What ends a run early, and that nothing is lost by it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -32,14 +33,22 @@ def test_a_stop_during_a_grid_saves_and_the_grid_comes_when_resumed(script, tmp_
         assert grid.read_bytes() == (tmp_path / "stopped" / "samples" / grid.name).read_bytes()
 
 
-def test_a_stop_during_an_evaluation(script, tmp_path):
-    slow = {"eval_steps": 2, "eval_samples": 64, "eval_inference_steps": 900, "max_train_steps": 3, "checkpointing_steps": 1000}
-    run = script.start(tiny(tmp_path / "run", **slow))
-    run.wait_until(lambda: lines(tmp_path / "run") >= 1)
-    time.sleep(1)
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_stop_during_an_evaluation(script, tmp_path, step):
+    """At the last step, too; the measurement is made up for, and so is all that ends a run."""
+    slow = {"eval_steps": 3 if step == 3 else 2, "eval_samples": 64, "eval_inference_steps": 200, "checkpointing_steps": 1000}
+    words = tiny(tmp_path / "run", **slow, max_train_steps=3, resume_from_checkpoint="latest")
+    run = script.start(words)
+    run.wait_until(lambda: lines(tmp_path / "run") >= step)
+    time.sleep(0.2)
     run.send(signal.SIGTERM)
     result = run.wait()
-    assert result.code == 128 + signal.SIGTERM and list((tmp_path / "run").glob("checkpoint-*")), result
+    assert result.code == 128 + signal.SIGTERM and f"at step {step} of 3" in result.stdout and "left out" in result.stderr, result
+    assert not (tmp_path / "run" / "summary.json").exists() and not (tmp_path / "run" / "evaluation.jsonl").read_text()
+    finish([script.start(words)])
+    evaluations = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in evaluations] == sorted({step, 3})
+    assert (tmp_path / "run" / "samples" / "step-0000003.png").exists() and (tmp_path / "run" / "model_index.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
