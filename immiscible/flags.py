@@ -328,6 +328,12 @@ def parse_config(
     return config
 
 
+def defaults_of(config_class: type) -> dict[str, Any]:
+    """The defaults of all flags of a configuration, by name."""
+    blank = config_class()
+    return {item.name: getattr(blank, item.name) for item in fields(blank)}
+
+
 def flag_value(argv: Sequence[str], name: str) -> str | None:
     """One flag's value on a command line, or in the ``--config`` files it names, whose other flags are not looked at."""
     parser = Parser(add_help=False, allow_abbrev=False)

@@ -235,13 +235,19 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / STATE_FILE).read_text())
 
 
-def check_identity(path: Path, identity: Mapping[str, Any]) -> None:
+def check_identity(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuses to continue a checkpoint as another run.
+
+    Args:
+        path: the checkpoint.
+        identity: the run's.
+        defaults: the values of flags that a checkpoint may be too old to know, by which it was trained.
 
     Raises:
         UserError: naming everything that differs, with both values.
     """
-    saved, now = _differing(read_state(path)["identity"], identity)
+    known = {key: value for key, value in defaults.items() if key in identity}
+    saved, now = _differing({**known, **read_state(path)["identity"]}, identity)
     if saved:
         differences = "; ".join(f"{key} was {value}, is now {now[key]}" for key, value in saved.items())
         raise UserError(f"{path} belongs to another run: {differences}. Give its settings again, or another --output_dir")

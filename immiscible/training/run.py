@@ -20,6 +20,7 @@ from immiscible.data.loading import batch_order, build_loader, images_of, traini
 from immiscible.errors import UserError
 from immiscible.evaluation.leakage import ClassLeak
 from immiscible.files import PARTIAL, replace
+from immiscible.flags import defaults_of
 from immiscible.networks.optimization import build_ema, build_optimizer, learning_rate, tuned
 from immiscible.networks.weights import add_metadata
 from immiscible.objectives import Pairs
@@ -64,7 +65,7 @@ def run(config: RunConfig, accelerator: Accelerator, build_task: BuildTask) -> N
     task = build_task(seed)
     state = _State.prepare(config, accelerator, task, seed)
     if resumed:
-        state.resume(resumed)
+        state.resume(resumed, {f"--{name}": value for name, value in defaults_of(type(config)).items()})
     stop, leak = StopRequest(), ClassLeak() if config.log_class_leak else None
     steps = _steps(config, accelerator, task, state, stop, leak)
     report_start(config, task, state.order, state.start_step, state.max_steps)
@@ -127,13 +128,13 @@ class _State:
         identity = run_identity(config, data=task.data.images.fingerprint, network=dict(task.identity), processes=processes)
         return cls(accelerator, task, model, optimizer, ema, order, max_steps, identity)
 
-    def resume(self, checkpoint: Path) -> None:
-        """Puts back what a checkpoint holds.
+    def resume(self, checkpoint: Path, defaults: Mapping[str, Any]) -> None:
+        """Puts back what a checkpoint holds; ``defaults`` are those of the flags.
 
         Raises:
             UserError: it belongs to another run.
         """
-        check_identity(checkpoint, self.identity)
+        check_identity(checkpoint, self.identity, defaults)
         self.start_step, restored = load_checkpoint(self.accelerator, checkpoint, self.ema, part=self.task.part)
         restore_coupling(self.task.objective.coupling, restored)
 
