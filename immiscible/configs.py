@@ -70,6 +70,7 @@ class UnconditionalConfig(
             raise UserError(f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps} exceeds --ddpm_num_steps {steps}")
         if self.eval_steps and not all(1 <= each <= steps for each in self.eval_inference_steps):
             raise UserError(f"--eval_inference_steps {self.eval_inference_steps}: each must be from 1 to --ddpm_num_steps {steps}")
+        self._check_guidance()
         if self.cache_latents and not self.vae_model_name_or_path:
             raise UserError("--cache_latents needs --vae_model_name_or_path, whose latents they are")
         if self.noise_process == "flow" and self.sampling_scheduler != "ddpm":
@@ -82,6 +83,16 @@ class UnconditionalConfig(
                 "--vae_model_name_or_path with --noise_process flow: diffusers has no pipeline that samples such a network; "
                 "train latents with --noise_process ddpm"
             )
+
+    def _check_guidance(self) -> None:
+        """Samples are guided away from those of no class, which only a network that was trained without classes too can give."""
+        scales = {"--guidance_scale": [self.guidance_scale], "--eval_guidance_scales": self.eval_guidance_scales}
+        guided = {flag: [scale for scale in of_flag if scale != 1] for flag, of_flag in scales.items()}
+        asked = [f"{flag} {found[0]:g}" for flag, found in guided.items() if found]
+        if asked and not self.class_dropout_prob:
+            raise UserError(f"{asked[0]} guides samples by those of no class: train with --class_conditional --class_dropout_prob 0.1, say")
+        if self.guidance_interval is not None and not asked:
+            raise UserError("--guidance_interval is for guided samples: give --guidance_scale or --eval_guidance_scales other than 1 too")
 
 
 @dataclass
@@ -134,6 +145,8 @@ class TextToImageConfig(
         _check_epsilon(self, "--use_lora, whose first gradients are 0" if self.use_lora else None)
         if self.use_lora and self.dream_training:
             raise UserError("--dream_training is for the whole U-Net; leave out --use_lora")
+        if unguided := [scale for scale in self.eval_guidance_scales if scale < 1]:  # diffusers' pipeline would take it for 1
+            raise UserError(f"--eval_guidance_scales must be at least 1 for prompts, not {unguided[0]:g}")
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             raise UserError(f"--dream_training needs epsilon-prediction, not {self.prediction_type}")
 

@@ -63,8 +63,16 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--guidance_scale",
-        type=number(float, least=1, most=100),
-        help="with prompts or class names, required there; 1, the least, is no guidance",
+        type=number(float, least=0, most=100),
+        help="1 is no guidance; required with prompts or class names, at least 1 there; of a model trained with --class_dropout_prob 1 by "
+        "default, and 0 samples no class",
+    )
+    parser.add_argument(
+        "--guidance_interval",
+        type=number(float, least=0, most=1),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="of such a model: only steps at these noise levels are guided, of 0 (image) to 1 (noise); by default all",
     )
     parser.add_argument(
         "--scheduler", choices=Names("immiscible.sampling.loaded", "SCHEDULERS"), help="the sampler; by default what the pipeline has"
@@ -95,9 +103,25 @@ def check_model(arguments: argparse.Namespace, loaded: Loaded) -> None:
         raise UserError(f"--model {arguments.model} is a {kind}: give --prompts or --class_names")
     if loaded.prompted and arguments.guidance_scale is None:
         raise UserError("--guidance_scale is needed with prompts: 1 samples without guidance, 7.5 is Stable Diffusion's usual")
-    for name in ("prompts", "class_names", "guidance_scale"):
+    for name in ("prompts", "class_names"):
         if not loaded.prompted and getattr(arguments, name) is not None:
             raise UserError(f"--{name} is for text-to-image pipelines; --model {arguments.model} is a {kind}")
+    check_guidance(arguments, loaded)
+
+
+def check_guidance(arguments: argparse.Namespace, loaded: Loaded) -> None:
+    scale, interval = arguments.guidance_scale, arguments.guidance_interval
+    if scale not in (None, 1) and not loaded.guidable:
+        raise UserError(
+            f"--guidance_scale is for text-to-image pipelines and models trained with --class_dropout_prob; --model {arguments.model} is "
+            "neither"
+        )
+    if loaded.prompted and scale < 1:
+        raise UserError(f"--guidance_scale must be at least 1 with prompts, not {scale:g}")
+    if interval and (loaded.prompted or scale in (None, 1)):
+        raise UserError("--guidance_interval is for a model that is told classes by number, and --guidance_scale other than 1")
+    if interval and interval[0] > interval[1]:
+        raise UserError(f"--guidance_interval must have the lower number first, not {interval[0]:g} {interval[1]:g}")
 
 
 def check_steps(steps: int, loaded: Loaded) -> None:
@@ -124,6 +148,7 @@ def sample(arguments: argparse.Namespace, argv: Sequence[str], accelerator: Acce
     from immiscible.processes import on_main_process
     from immiscible.sampling.folder import Request, SampleFolder, read_lines
     from immiscible.sampling.loaded import image_mode, image_size
+    from immiscible.sampling.pipelines import WHOLE
 
     flag = "--prompts" if arguments.prompts else "--class_names"
     file = arguments.prompts or arguments.class_names
@@ -138,6 +163,7 @@ def sample(arguments: argparse.Namespace, argv: Sequence[str], accelerator: Acce
         batch_size=arguments.batch_size,
         prompts=prompts,
         guidance_scale=1.0 if arguments.guidance_scale is None else arguments.guidance_scale,
+        guidance_interval=tuple(arguments.guidance_interval or WHOLE),
         side=side,
     )
     classes = len(prompts) if arguments.class_names else loaded.num_classes
@@ -245,7 +271,8 @@ def describe(
         "scheduler": type(pipeline.scheduler).__name__,
         "scheduler_settings": settings,
         "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance_scale if loaded.prompted else None,
+        "guidance_scale": request.guidance_scale if loaded.prompted or request.guidance_scale != 1 else None,
+        "guidance_interval": arguments.guidance_interval,
         "seed": request.seed,
         "size": list(size),
         "mixed_precision": arguments.mixed_precision,

@@ -42,23 +42,33 @@ class Encoder(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class PixelEncoder:
     """Pixels are diffused as they are; the network is told the class if it is class-conditional.
 
     Args:
         device: where training happens.
         class_conditional: whether the batch's labels go to the network.
+        class_dropout: share of the images, drawn for each, of which the network is told ``null_class`` instead; `Encoded.labels` stay.
+        null_class: the number that says no class.
     """
 
-    def __init__(self, device: torch.device, class_conditional: bool = False) -> None:
-        self._device, self._class_conditional = device, class_conditional
+    device: torch.device
+    class_conditional: bool = False
+    class_dropout: float = 0.0
+    null_class: int = 0
 
     def __call__(self, batch: Images, draws: Draws) -> Encoded:
         """See `Encoded`."""
-        x0 = batch.x0.to(self._device, non_blocking=True)
-        labels = None if batch.labels is None else batch.labels.to(self._device, non_blocking=True)
-        condition = {"class_labels": labels} if self._class_conditional and labels is not None else {}
-        return Encoded(x0, labels, condition)
+        x0 = batch.x0.to(self.device, non_blocking=True)
+        labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
+        if labels is None or not self.class_conditional:
+            return Encoded(x0, labels, {})
+        told = labels
+        if self.class_dropout:
+            dropped = draws.uniform("class_dropout", len(labels)) < self.class_dropout
+            told = labels.masked_fill(dropped.to(self.device), self.null_class)
+        return Encoded(x0, labels, {"class_labels": told})
 
     def expected(self, batch: Images) -> Tensor:
         """See `Encoder`."""
@@ -74,19 +84,23 @@ class LatentEncoder:
     Args:
         vae: frozen, on the device.
         device: where training happens.
-        class_conditional: whether the batch's labels go to the network.
+        class_conditional: as of `PixelEncoder`, like the two that follow.
+        class_dropout: share of the images whose class is not told.
+        null_class: the number that says no class.
         precision: of the VAE's arithmetic.
     """
 
     vae: AutoencoderKL
     device: torch.device
     class_conditional: bool = False
+    class_dropout: float = 0.0
+    null_class: int = 0
     precision: torch.dtype = torch.float32
 
     @torch.no_grad()
     def __call__(self, batch: Images, draws: Draws) -> Encoded:
         """See `Encoded`: ``x0`` are latents [B, 4, H/8, W/8] for Stable Diffusion's VAE."""
-        pixels = PixelEncoder(self.device, self.class_conditional)(batch, draws)
+        pixels = PixelEncoder(self.device, self.class_conditional, self.class_dropout, self.null_class)(batch, draws)
         x0 = latent_draw(*self.posterior(pixels.x0), self.vae.config.scaling_factor, draws)
         return pixels._replace(x0=x0)
 

@@ -20,6 +20,12 @@ class EvaluationArguments:
     eval_inference_steps: list[int] = flag(  # noqa: RUF009
         [5, 20], "numbers of inference steps at which samples are compared with the data", least=1, most=10**5
     )
+    eval_guidance_scales: list[float] = flag(  # noqa: RUF009
+        [1.0],
+        "guidance scales at which they are, each at all these numbers of steps; 1 is none; others need --class_dropout_prob, or captions",
+        least=0,
+        most=100,
+    )
     eval_samples: int = flag(1500, "samples per number of inference steps, from the same noises in every run", least=1, most=10**7)
     eval_features: str | None = flag(
         None,

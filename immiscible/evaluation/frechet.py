@@ -16,7 +16,7 @@ from immiscible.evaluation.features import FeatureNetwork
 from immiscible.evaluation.validation import BATCH_SIZE, EVALUATION_SEED
 from immiscible.networks.weights import evaluation_weights
 from immiscible.randomness import preserved_randomness
-from immiscible.sampling.pipelines import sample_images
+from immiscible.sampling.pipelines import WHOLE, sample_images
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -101,13 +101,15 @@ class EvaluationResult(TypedDict):
     """One evaluation, ready for JSON.
 
     ``feature`` is the distance's name, ``samples`` and ``reference_images`` the numbers of images that it compares, and
-    ``frechet_distance`` its value for each number of inference steps, as text: ``{"5": 12.3, "20": 4.5}``.
+    ``frechet_distance`` its value for each number of inference steps, as text, without guidance: ``{"5": 12.3, "20": 4.5}``.
+    ``frechet_distance_guided`` holds the same for each other guidance scale, as text: ``{"1.5": {"5": 10.2, "20": 4.1}}``.
     """
 
     feature: str
     samples: int
     reference_images: int
     frechet_distance: dict[str, float]
+    frechet_distance_guided: dict[str, dict[str, float]]
 
 
 class Evaluation:
@@ -122,7 +124,9 @@ class Evaluation:
         samples: images to sample per number of inference steps; at least 2, and more than the features are many.
         inference_steps: the numbers of inference steps, each at least 1.
         batch_size: images sampled together.
-        prompts: sample i is of prompt i modulo their number, for a text-to-image pipeline; without guidance.
+        prompts: sample i is of prompt i modulo their number, for a text-to-image pipeline.
+        guidance_scales: at each of which there are so many samples; 1 is without guidance.
+        guidance_interval: the noise levels at which classes are guided.
 
     Raises:
         UserError: a number is out of range, or what `FrechetDistance` raises.
@@ -137,8 +141,10 @@ class Evaluation:
         inference_steps: Iterable[int],
         batch_size: int = BATCH_SIZE,
         prompts: Sequence[str] = (),
+        guidance_scales: Iterable[float] = (1.0,),
+        guidance_interval: tuple[float, float] = WHOLE,
     ) -> None:
-        self.prompts = prompts
+        self.prompts, self.guidance_scales, self.guidance_interval = prompts, sorted(set(guidance_scales)), guidance_interval
         self.samples, self.inference_steps, self.batch_size = samples, sorted(set(inference_steps)), batch_size
         if samples < 2:
             raise UserError(f"--eval_samples {samples} is too small: a covariance needs 2, a meaningful one {features.num_features + 1}")
@@ -158,7 +164,7 @@ class Evaluation:
                 )
 
     def __call__(self, pipeline: DiffusionPipeline, ema: EMAModel | None = None) -> EvaluationResult:
-        """Samples and measures; image i starts from the same noise at every call, for every run and number of inference steps.
+        """Samples and measures; image i starts from the same noise at every call, for every run, scale and number of inference steps.
 
         Args:
             pipeline: from `build_pipeline`; its ``unet`` may be the network in training.
@@ -167,21 +173,25 @@ class Evaluation:
         Raises:
             UserError: (exit code 1) the samples hold NaN values.
         """
-        total = self.samples * len(self.inference_steps)
+        total = self.samples * len(self.inference_steps) * len(self.guidance_scales)
         with (
             preserved_randomness(pipeline.unet.device),
             evaluation_weights(pipeline.unet, ema),
             tqdm(total=total, desc="evaluating", unit="sample", delay=2, leave=False, disable=None) as bar,
         ):
-            distances = {str(steps): self.distance(self._sample(pipeline, steps, bar)) for steps in self.inference_steps}
+            distances = {
+                scale: {str(steps): self.distance(self._sample(pipeline, steps, scale, bar)) for steps in self.inference_steps}
+                for scale in self.guidance_scales
+            }
         return {
             "feature": self.distance.features.name,
             "samples": self.samples,
             "reference_images": self.distance.reference_images,
-            "frechet_distance": distances,
+            "frechet_distance": distances.pop(1.0, {}),
+            "frechet_distance_guided": {f"{scale:g}": of_scale for scale, of_scale in distances.items()},
         }
 
-    def _sample(self, pipeline: DiffusionPipeline, steps: int, bar: tqdm) -> Iterator[Tensor]:
+    def _sample(self, pipeline: DiffusionPipeline, steps: int, guidance_scale: float, bar: tqdm) -> Iterator[Tensor]:
         for first in range(0, self.samples, self.batch_size):
             count = min(self.batch_size, self.samples - first)
             images = sample_images(
@@ -193,7 +203,8 @@ class Evaluation:
                 device=pipeline.unet.device,
                 first=first,
                 prompts=self.prompts,
-                guidance_scale=1.0,
+                guidance_scale=guidance_scale,
+                guidance_interval=self.guidance_interval,
             )
             yield torch.from_numpy(images).permute(0, 3, 1, 2)
             bar.update(count)

@@ -30,6 +30,9 @@ class ModelArguments:
         "`vae`, on the hub or local; it stays as it is",
     )
     class_conditional: bool = flag(False, "tell the network the class of each image; the data must have classes")
+    class_dropout_prob: float = flag(
+        0.0, "share of the images, drawn for each, whose class the network is not told, so that its samples can be guided", least=0, below=1
+    )
     dropout: float | None = flag(None, "dropout in the U-Net; by default what the configuration says", least=0, below=1)
 
     def check(self) -> None:
@@ -40,6 +43,8 @@ class ModelArguments:
         """
         if self.model_preset and self.model_config_name_or_path:
             raise UserError("--model_preset and --model_config_name_or_path are given together; choose one")
+        if self.class_dropout_prob and not self.class_conditional:
+            raise UserError(f"--class_dropout_prob {self.class_dropout_prob:g} needs --class_conditional: no class is told without it")
 
 
 @dataclass

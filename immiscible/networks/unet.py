@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
 
+# In a network's configuration: the class number by which it is told that there is none. Diffusers keeps a key with such a name and passes
+# it over, so that the number is where the weights are, in every pipeline and checkpoint.
+NULL_CLASS = "_null_class"
+
 PRESETS: dict[str, dict[str, Any]] = {
     # 160 thousand parameters: the bundled 8x8 digits.
     "unet-tiny": {
@@ -65,6 +69,7 @@ def unet_config(
     channels: int,
     dropout: float | None,
     num_classes: int | None = None,
+    null_class: bool = False,
     downsampling: int = 1,
 ) -> dict[str, Any]:
     """The constructor arguments of the U-Net that these flags mean.
@@ -77,6 +82,7 @@ def unet_config(
         dropout: overrides the configuration's if not None.
         num_classes: of a network that is told the class of each image, by the embedding that the configuration's ``class_embed_type``
             names: diffusers' learned one if it names none. None for an unconditional network.
+        null_class: whether there is one class more, numbered ``num_classes``, which says that an image has none.
         downsampling: the side of an image divided by that of its latent; 1 for a network of pixels.
 
     Raises:
@@ -101,16 +107,17 @@ def unet_config(
         raise UserError(f"{flag} has {config['in_channels']} channels, and the VAE's latents have {channels}; make them equal")
     if dropout is not None:
         config["dropout"] = dropout
+    embeddings, what = (num_classes or 0) + null_class, f"{num_classes} classes{' and that of no class' if null_class else ''}"
     declared, kind = config.get("num_class_embeds"), config.get("class_embed_type")
     if num_classes is None:
         if declared or kind:
             raise UserError(f"{flag}: the network expects class labels; give --class_conditional")
-    elif declared not in (None, num_classes):
-        raise UserError(f"{flag}: num_class_embeds is {declared}, but the data has {num_classes} classes; make them equal or leave it out")
+    elif declared not in (None, embeddings):
+        raise UserError(f"{flag}: num_class_embeds is {declared}, but the data has {what}; make them equal or leave it out")
     elif kind not in (None, "timestep"):
         raise UserError(f"{flag}: class_embed_type {kind!r} does not take class numbers; leave it out or give 'timestep'")
     else:
-        config["num_class_embeds"] = num_classes
+        config |= {"num_class_embeds": embeddings, **({NULL_CLASS: num_classes} if null_class else {})}
     return {**config, "sample_size": resolution // downsampling}
 
 
@@ -126,6 +133,12 @@ def build_unet(config: dict[str, Any]) -> UNet2DModel:
         return UNet2DModel.from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"--model_config_name_or_path: diffusers cannot build this U-Net ({first_line(error)})") from error
+
+
+def classes_told(unet: UNet2DModel) -> int | None:
+    """How many classes a network is told, the null class not counted; None of an unconditional network."""
+    count: int | None = unet.config.get(NULL_CLASS, unet.config.num_class_embeds)  # the null class comes after them
+    return count
 
 
 def _load_config(name_or_path: str) -> dict[str, Any]:

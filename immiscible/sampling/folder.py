@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from immiscible.errors import UserError
 from immiscible.files import LOCK, PARTIAL, clean_up, lock, replace
-from immiscible.sampling.pipelines import sample_images
+from immiscible.sampling.pipelines import WHOLE, sample_images
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -64,7 +64,8 @@ class Request:
         seed: of the images' generators.
         batch_size: images sampled together.
         prompts: image i is of prompt i modulo their number; empty for a pipeline without prompts.
-        guidance_scale: with prompts.
+        guidance_scale: with prompts or classes; 1 is none.
+        guidance_interval: with classes: the noise levels at which they are guided.
         side: of the images with prompts, in pixels; None for what the network says.
     """
 
@@ -74,6 +75,7 @@ class Request:
     batch_size: int = 16
     prompts: Sequence[str] = ()
     guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = WHOLE
     side: int | None = None
 
     def batches(self, rank: int = 0, ranks: int = 1) -> Iterator[range]:
@@ -246,6 +248,7 @@ def draw(
         device=device,
         prompts=request.prompts,
         guidance_scale=request.guidance_scale,
+        guidance_interval=request.guidance_interval,
         side=request.side,
         bar=False,
     )

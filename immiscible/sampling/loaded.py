@@ -11,6 +11,7 @@ from torch import nn
 
 from immiscible.errors import UserError
 from immiscible.networks.latents import latent_downsampling
+from immiscible.networks.unet import NULL_CLASS, classes_told
 from immiscible.networks.weights import weights_digest
 
 if TYPE_CHECKING:
@@ -52,7 +53,12 @@ class Loaded:
     @property
     def num_classes(self) -> int | None:
         """How many classes the network is told by number; None if it is not."""
-        return self.pipeline.unet.config.num_class_embeds
+        return classes_told(self.pipeline.unet)
+
+    @property
+    def guidable(self) -> bool:
+        """Whether its samples can be guided: by prompts, or by a class that means none."""
+        return self.prompted or NULL_CLASS in self.pipeline.unet.config
 
 
 def take_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -17,16 +19,20 @@ from torch import Tensor, nn
 
 from immiscible.errors import UserError
 from immiscible.networks.stable_diffusion import StableDiffusion
+from immiscible.networks.unet import classes_told
 from immiscible.randomness import seeded_generator
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, UNet2DModel
 
+CLASS_PIPELINE = Path(__file__).with_name("class_pipeline.py")  # which imports diffusers, and so is imported where it is used
+WHOLE = (0.0, 1.0)  # the interval of all noise levels
+
 
 def build_pipeline(
     unet: UNet2DModel, training_scheduler: SchedulerMixin, *, sampler: str, spacing: str, vae: AutoencoderKL | None = None
 ) -> DiffusionPipeline:
-    """A pipeline that plain diffusers loads and samples.
+    """A pipeline that plain diffusers loads, and samples unless the network is told classes: see `class_pipeline`.
 
     Args:
         unet: the network.
@@ -47,6 +53,22 @@ def build_pipeline(
     if vae is not None:
         return LDMPipeline(vqvae=vae, unet=unet, scheduler=sampling_scheduler)
     return pipeline(unet, sampling_scheduler)
+
+
+def class_pipeline(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Our pipeline of the same parts if their network is told classes, of which diffusers' own know nothing; else ``pipeline`` itself."""
+    if classes_told(pipeline.unet) is None:
+        return pipeline
+    from immiscible.sampling.class_pipeline import ClassConditionalPipeline
+
+    return ClassConditionalPipeline(**pipeline.components)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Leaves a pipeline from `build_pipeline` in a folder, where the network is told classes with the file by which diffusers tells it."""
+    pipeline.save_pretrained(folder)
+    if classes_told(pipeline.unet) is not None:
+        shutil.copyfile(CLASS_PIPELINE, folder / "pipeline.py")
 
 
 def build_text_pipeline(parts: StableDiffusion) -> StableDiffusionPipeline:
@@ -89,13 +111,15 @@ def sample_images(
     device: torch.device,
     first: int = 0,
     prompts: Sequence[str] = (),
-    guidance_scale: float = 7.5,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = WHOLE,
     side: int | None = None,
     bar: bool = True,
 ) -> numpy.ndarray:
     """Samples with one generator per image, so that image i is the same for every batch size and device.
 
-    A class-conditional network is told the classes that `sample_labels` gives: in turn, so each is sampled equally often.
+    A class-conditional network is told the classes that `sample_labels` gives, in turn, so that each is sampled equally often, by our
+    `ClassConditionalPipeline`, whatever pipeline holds it.
 
     Args:
         pipeline: from `build_pipeline` or loaded by diffusers.
@@ -106,14 +130,15 @@ def sample_images(
         device: where the network runs.
         first: the number of the first image; samples 0..n may be taken in several calls.
         prompts: of a text-to-image pipeline: image i is of prompt i modulo their number.
-        guidance_scale: of a text-to-image pipeline; 1 is without guidance.
+        guidance_scale: of a text-to-image pipeline, or of a network that is told classes and knows a null class; 1 is without guidance.
+        guidance_interval: the noise levels at which classes are guided; see `ClassConditionalPipeline`.
         side: of a text-to-image pipeline's images, in pixels; None for what its network says.
         bar: show the steps of each batch, where there is a terminal.
 
     Returns:
         uint8 [count, H, W, C].
     """
-    pipeline = pipeline.to(device)
+    pipeline = class_pipeline(pipeline).to(device)
     pipeline.set_progress_bar_config(leave=False, desc="sampling", disable=None if bar else True)
     # Where some parts are in half precision, a sampler may hand fp32 latents to a VAE that would refuse them.
     dtypes = [part.dtype for part in pipeline.components.values() if isinstance(part, nn.Module)]
@@ -129,8 +154,9 @@ def sample_images(
         if prompts:
             wanted = {"prompt": [prompts[number % len(prompts)] for number in numbers], "guidance_scale": guidance_scale}
             wanted |= {"height": side, "width": side}
-        labels = sample_labels(pipeline.unet, len(numbers), first=start)
-        with told_classes(pipeline.unet, labels), told_generators(pipeline, generators), autocast:
+        elif (labels := sample_labels(pipeline.unet, len(numbers), first=start)) is not None:
+            wanted = {"class_labels": labels, "guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
+        with told_generators(pipeline, generators), autocast:
             batches.append(pipeline(**wanted, generator=generators, num_inference_steps=steps, output_type="np").images)
     images = numpy.concatenate(batches)
     if not numpy.isfinite(images).all():
@@ -141,39 +167,26 @@ def sample_images(
 def sample_labels(unet: UNet2DModel, count: int, *, first: int = 0) -> Tensor | None:
     """The classes of samples ``first`` to ``first + count - 1``: int64 [count], sample i is of class i modulo the number of classes.
 
-    None for an unconditional network.
+    None for an unconditional network. The null class is none of them.
     """
-    num_classes = unet.config.num_class_embeds
+    num_classes = classes_told(unet)
     return None if num_classes is None else torch.arange(first, first + count) % num_classes
 
 
-def told(config: Mapping[str, Any]) -> str:
+def told(config: Mapping[str, Any], guidance_scale: float = 1.0) -> str:
     """What a run's samples are told while they are measured, in words, by the run's flags; empty for an unconditional network."""
+    guidance = guided(config, guidance_scale)
     if "pretrained_model_name_or_path" in config:
-        return f"the captions of column {config.get('caption_column')}, without guidance"
-    return "every class equally often" if config.get("class_conditional") else ""
+        return f"the captions of column {config.get('caption_column')}, {guidance or 'without guidance'}"
+    return ", ".join(filter(None, ["every class equally often", guidance])) if config.get("class_conditional") else ""
 
 
-@contextmanager
-def told_classes(unet: nn.Module, labels: Tensor | None) -> Iterator[None]:
-    """Inside the block every call of ``unet`` gets these ``class_labels``: diffusers' unconditional pipelines have no argument for them.
-
-    Args:
-        unet: called inside the block on batches [B, C, H, W].
-        labels: int64 [B], on any device; None leaves the network as it is.
-    """
-    if labels is None:
-        yield
-        return
-
-    def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, "class_labels": labels.to(args[0].device)}
-
-    hook = unet.register_forward_pre_hook(tell, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+def guided(config: Mapping[str, Any], guidance_scale: float) -> str:
+    """How a run's samples are guided at this scale, in words, by the run's flags; empty at 1, which is no guidance."""
+    if guidance_scale == 1:
+        return ""
+    interval = config.get("guidance_interval")
+    return f"guidance {guidance_scale:g}" + (f" at noise levels {interval[0]:g} to {interval[1]:g}" if interval else "")
 
 
 @contextmanager

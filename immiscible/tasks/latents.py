@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from immiscible.data.transforms import image_transform
 from immiscible.encoding.encoders import LatentEncoder
 from immiscible.method import build_objective, training_scheduler
 from immiscible.networks.latents import latent_downsampling, load_vae, vae_identity
+from immiscible.networks.unet import NULL_CLASS
 from immiscible.networks.weights import PRECISIONS
 from immiscible.tasks.pixels import UnconditionalTask, fresh_network, images_of_flags, network_settings
 from immiscible.training.task import TrainingData
@@ -39,10 +41,12 @@ def latents_task(config: UnconditionalConfig, accelerator: Accelerator, seed: in
     settings = network_settings(config, source, channels=vae.config.latent_channels, downsampling=latent_downsampling(vae))
     network = fresh_network(settings, seed)
     transform = image_transform(config, vae.config.in_channels, seed)
-    encode = LatentEncoder(vae, accelerator.device, config.class_conditional, PRECISIONS[accelerator.mixed_precision])
+    told = (config.class_conditional, config.class_dropout_prob, settings.get(NULL_CLASS, 0))
+    encode = LatentEncoder(vae, accelerator.device, *told, precision=PRECISIONS[accelerator.mixed_precision])
     data = TrainingData(source, held_out, transform)
     if cache:
         data = TrainingData(source, held_out, transform, cache.images(source), cache.transform(transform))
     identity = {**settings, "vae": vae_identity(vae)}
     encode_loaded = cache.encoder(encode) if cache else encode
-    return UnconditionalTask(config, scheduler, objective, data, network, identity, encode_loaded, encode, vae)
+    held_out_encode = replace(encode, class_dropout=0.0)
+    return UnconditionalTask(config, scheduler, objective, data, network, identity, encode_loaded, held_out_encode, vae)

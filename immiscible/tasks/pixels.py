@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,11 +16,11 @@ from immiscible.data.streaming import Stream
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.encoders import Encoder, PixelEncoder
 from immiscible.method import build_objective, training_scheduler
-from immiscible.networks.unet import build_unet, unet_config
+from immiscible.networks.unet import NULL_CLASS, build_unet, classes_told, unet_config
 from immiscible.networks.weights import evaluation_weights
 from immiscible.objectives import DenoisingObjective
 from immiscible.randomness import reseed_globally
-from immiscible.sampling.pipelines import build_pipeline, sample_images, sample_labels
+from immiscible.sampling.pipelines import build_pipeline, sample_images, sample_labels, save_pipeline
 from immiscible.training.cards import unconditional_card
 from immiscible.training.summary import method_facts
 from immiscible.training.task import TrainingData
@@ -67,6 +67,8 @@ class UnconditionalTask:
         self.facts = method_facts(config, self.objective, schedule=schedule, inference_steps=config.ddpm_num_inference_steps)
         if self.vae:
             self.facts["latents"] = f"of {config.vae_model_name_or_path}, scaled by {self.vae.config.scaling_factor:g}"
+        if config.class_dropout_prob:
+            self.facts["class_dropout"] = f"{config.class_dropout_prob:g} of the images are trained without their class"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -77,7 +79,7 @@ class UnconditionalTask:
     @property
     def num_classes(self) -> int | None:
         """See `Task`."""
-        return self.network.config.num_class_embeds
+        return classes_told(self.network)
 
     @property
     def features(self) -> str:
@@ -110,6 +112,8 @@ class UnconditionalTask:
                 seed=int(config.seed or 0),
                 batch_size=count,
                 device=self.network.device,
+                guidance_scale=config.guidance_scale,
+                guidance_interval=config.interval,
             )
         labels = sample_labels(self.network, count)
         return images if labels is None else images[labels.argsort(stable=True).numpy()]
@@ -119,12 +123,15 @@ class UnconditionalTask:
         if ema is not None:
             self.network.save_pretrained(folder / "unet_non_ema")
         with evaluation_weights(self.network, ema):
-            self.pipeline().save_pretrained(folder)
+            save_pipeline(self.pipeline(), folder)
 
     def card(self, title: str, facts: Mapping[str, str], grid: Path | None) -> ModelCard:
         """See `Task`."""
         kind, names = type(self.pipeline()).__name__, self.data.source.class_names or ()
-        return unconditional_card(title=title, pipeline=kind, facts=facts, num_classes=self.num_classes, class_names=names)
+        guidance = (self.config.guidance_scale, self.config.guidance_interval) if NULL_CLASS in self.network.config else None
+        return unconditional_card(
+            title=title, pipeline=kind, facts=facts, num_classes=self.num_classes, class_names=names, guidance=guidance
+        )
 
 
 def pixels_task(config: UnconditionalConfig, accelerator: Accelerator, seed: int) -> UnconditionalTask:
@@ -139,9 +146,9 @@ def pixels_task(config: UnconditionalConfig, accelerator: Accelerator, seed: int
     settings = network_settings(config, source, channels=source.channels)
     network = fresh_network(settings, seed)
     transform = image_transform(config, settings["in_channels"], seed)
-    encode = PixelEncoder(accelerator.device, config.class_conditional)
+    encode = PixelEncoder(accelerator.device, config.class_conditional, config.class_dropout_prob, settings.get(NULL_CLASS, 0))
     data = TrainingData(source, held_out, transform)
-    return UnconditionalTask(config, scheduler, objective, data, network, settings, encode, encode)
+    return UnconditionalTask(config, scheduler, objective, data, network, settings, encode, replace(encode, class_dropout=0.0))
 
 
 def images_of_flags(config: UnconditionalConfig) -> tuple[ImageSource | Stream, ImageSource | None]:
@@ -159,6 +166,7 @@ def network_settings(config: UnconditionalConfig, source: ImageSource | Stream, 
         channels=channels,
         dropout=config.dropout,
         num_classes=len(source.class_names or ()) if config.class_conditional else None,
+        null_class=config.class_dropout_prob > 0,
         downsampling=downsampling,
     )
 

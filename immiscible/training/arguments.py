@@ -31,11 +31,17 @@ OWN_FILES = (
     "scheduler",
     "vae",
     "vqvae",
+    "pipeline.py",
     "text_encoder",
     "tokenizer",
     "pytorch_lora_weights.safetensors",
     "README.md",
 )
+
+
+def calls_in_a_step(guidance_scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> float:
+    """Calls of the network that a step of the sampler takes: guidance takes two inside its interval, of which 0 and 1 need one alone."""
+    return 1.0 if guidance_scale in (0, 1) else 1.0 + interval[1] - interval[0]
 
 
 @dataclass
@@ -89,6 +95,11 @@ class FolderArguments:
     def grid_calls(self) -> int:
         """Calls of the network, counted for one image, that a grid takes."""
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The noise levels at which samples are guided: all, where no flag says otherwise."""
+        return 0.0, 1.0
+
     @abstractmethod
     def pipeline_is_due(self, passed: Callable[[int], bool]) -> bool:
         """Whether the pipeline is saved, likewise."""
@@ -123,6 +134,16 @@ class RunArguments(FolderArguments):
         "ddpm", "sampler of a ddpm process, in the run and in the saved pipeline (ddim has eta 0)", choices=("ddpm", "ddim")
     )
     timestep_spacing: str = flag("leading", "which of the T steps the sampler visits", choices=SPACINGS)
+    guidance_scale: float = flag(
+        1.0, "guidance of the sample grids, with --class_dropout_prob: 1 is none, 0 samples no class", least=0, most=100
+    )
+    guidance_interval: list[float] | None = flag(  # noqa: RUF009 (a field)
+        None,
+        "LOW and HIGH: only steps at a noise level between them are guided, here and in evaluations; the level is the timestep's share of "
+        "all, near 0 for an image and near 1 for noise; by default all",
+        least=0,
+        most=1,
+    )
     logger: str = flag("tensorboard", "experiment tracker; metrics.jsonl is written with each", choices=("tensorboard", "wandb", "none"))
 
     @property
@@ -134,6 +155,12 @@ class RunArguments(FolderArguments):
         """See `FolderArguments.grid_is_due`."""
         return passed(self.save_images_epochs)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """See `FolderArguments.interval`."""
+        low, high = self.guidance_interval or super().interval
+        return low, high
+
     def grids(self, max_steps: int, epochs: float) -> int:
         """See `FolderArguments.grids`."""
         return 1 + (int(epochs) // self.save_images_epochs if self.save_images_epochs else 0)
@@ -141,11 +168,19 @@ class RunArguments(FolderArguments):
     @property
     def grid_calls(self) -> int:
         """See `FolderArguments.grid_calls`."""
-        return self.eval_batch_size * self.ddpm_num_inference_steps
+        return round(self.eval_batch_size * self.ddpm_num_inference_steps * calls_in_a_step(self.guidance_scale, self.interval))
 
     def pipeline_is_due(self, passed: Callable[[int], bool]) -> bool:
         """See `FolderArguments.pipeline_is_due`."""
         return passed(self.save_model_epochs)
+
+    def check(self) -> None:
+        """See `FolderArguments.check`."""
+        super().check()
+        interval = self.guidance_interval
+        if interval is not None and (len(interval) != 2 or interval[0] > interval[1]):
+            given = " ".join(f"{end:g}" for end in interval)
+            raise UserError(f"--guidance_interval must be two numbers, the lower one first, such as 0.2 0.8, not {given}")
 
 
 @dataclass

@@ -27,6 +27,7 @@ def unconditional_card(
     facts: Mapping[str, str],
     num_classes: int | None = None,
     class_names: Sequence[str] = (),
+    guidance: tuple[float, Sequence[float] | None] | None = None,
 ) -> ModelCard:
     """The card of a pipeline without prompts.
 
@@ -36,6 +37,7 @@ def unconditional_card(
         facts: how it was trained, by name; ``inference_steps`` among them, which the example takes.
         num_classes: how many classes the network is told; None if it is told none, and then the card lists none.
         class_names: the data's names for them, by number, if it has any.
+        guidance: scale and interval, if any, of the run's own samples; None for a network that cannot be guided.
     """
     return _card(
         "unconditional",
@@ -46,6 +48,7 @@ def unconditional_card(
         inference_steps=facts["inference_steps"],
         num_classes=num_classes,
         class_names=[] if num_classes is None else [line(name) for name in class_names],
+        guidance="" if guidance is None else _guidance_words(*guidance),
     )
 
 
@@ -100,6 +103,11 @@ def _card(template: str, metadata: Mapping[str, Any], title: str, facts: Mapping
         facts="\n".join(["| | |", "|---|---|", *rows]),
         **values,
     )
+
+
+def _guidance_words(scale: float, interval: Sequence[float] | None) -> str:
+    """The arguments of a call as Python source."""
+    return f"guidance_scale={scale:g}, " + (f"guidance_interval=({interval[0]:g}, {interval[1]:g}), " if interval else "")
 
 
 def _quoted(text: str) -> str:

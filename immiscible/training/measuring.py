@@ -55,6 +55,8 @@ class RunEvaluation:
             inference_steps=config.eval_inference_steps,
             batch_size=images_together(transform.resolution),
             prompts=prompts,
+            guidance_scales=config.eval_guidance_scales,
+            guidance_interval=config.interval,
         )
         self._held_out: list[Encoded] = []
         if data.held_out is not None:
@@ -86,5 +88,6 @@ class RunEvaluation:
             options: dict[str, Any] = {"condition": condition, "ema": ema, "batch_size": together}
             line["validation_loss"] = validation_loss(task.network, x0, process, prediction_type, **options)
         append_line(self._path, {**line, "weights": "raw" if ema is None else "ema", "told": told(asdict(self._config))})
-        distances = ", ".join(f"{value:.3f} at {steps} steps" for steps, value in line["frechet_distance"].items())
-        logger.info("step %d: %s %s", step, line["feature"], distances)
+        by_guidance = {"": line["frechet_distance"], **{f" with guidance {w}": of for w, of in line["frechet_distance_guided"].items()}}
+        distances = [f"{value:.3f} at {steps} steps{how}" for how, of in by_guidance.items() for steps, value in of.items()]
+        logger.info("step %d: %s %s", step, line["feature"], ", ".join(distances))

@@ -9,6 +9,7 @@ import torch
 
 from immiscible.coupling import bias_notice, pairs_batch
 from immiscible.evaluation.leakage import leak_notice
+from immiscible.training.arguments import calls_in_a_step
 from immiscible.training.task import Task
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def _epsilon(task: Task) -> str:
 def _sampling(config: RunConfig, max_steps: int, epochs: float, images: int) -> str:
     calls = config.grids(max_steps, epochs) * config.grid_calls
     if config.eval_steps:
-        calls += -(-max_steps // config.eval_steps) * config.eval_samples * sum(config.eval_inference_steps)
+        a_sample = sum(config.eval_inference_steps) * sum(calls_in_a_step(scale, config.interval) for scale in config.eval_guidance_scales)
+        calls += round(-(-max_steps // config.eval_steps) * config.eval_samples * a_sample)
     ratio = calls / (BACKWARD * images)
     if ratio <= 1:
         return ""

@@ -51,6 +51,22 @@ def test_classes_reach_the_network_beside_latents(vae):
     assert told.condition.keys() == PixelEncoder(CPU, class_conditional=True)(batch, DRAWS).condition.keys()
 
 
+def test_dropped_classes_are_those_of_global_rows_and_of_the_network_alone(vae):
+    labels = torch.arange(512) % 4
+    batch = Images(torch.zeros(512, 3, 32, 32), labels)
+    encode = PixelEncoder(CPU, class_conditional=True, class_dropout=0.25, null_class=4)
+    told = encode(batch, DRAWS)
+    dropped = told.condition["class_labels"] == 4
+    assert torch.equal(told.labels, labels) and torch.equal(told.condition["class_labels"][~dropped], labels[~dropped])
+    assert abs(float(dropped.float().mean()) - 0.25) < 4 * (0.25 * 0.75 / 512) ** 0.5
+    second = encode(Images(batch.x0[200:], labels[200:]), Draws(0, 0, 200, CPU))  # another rank's rows
+    assert torch.equal(second.condition["class_labels"], told.condition["class_labels"][200:])
+    assert not torch.equal(encode(batch, Draws(0, 1, 0, CPU)).condition["class_labels"], told.condition["class_labels"])
+    latents = LatentEncoder(vae, CPU, class_conditional=True, class_dropout=0.25, null_class=4)
+    few = latents(Images(batch.x0[:32], labels[:32]), DRAWS)
+    assert torch.equal(few.condition["class_labels"], told.condition["class_labels"][:32]) and torch.equal(few.labels, labels[:32])
+
+
 def test_half_precision_is_of_the_encoder_alone(vae):
     batch = Images(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     exact, half = (LatentEncoder(vae, CPU, precision=dtype)(batch, DRAWS).x0 for dtype in (torch.float32, torch.bfloat16))

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from class_networks import CLASSES, Painter, config_of, pipeline_of
+from class_networks import tiny_unet as class_unet
 from diffusers.training_utils import EMAModel
 from measured import DIGITS, random_state
 from torch import nn
@@ -135,6 +136,18 @@ def test_evaluation_is_the_distance_of_the_samples(caplog):
     assert result["frechet_distance"]["3"] == pytest.approx(expected, rel=1e-2)  # a rounding at 1/2 may go either way
     random.seed(5), torch.manual_seed(5)
     assert evaluation(pipeline) == result  # the same noises, whatever the global state
+
+
+def test_guided_samples_are_measured_beside_those_without_guidance():
+    pipeline = pipeline_of(class_unet(null_class=True), prediction_type="v_prediction")
+    options = {"samples": 20, "inference_steps": [2, 1], "guidance_interval": (0.0, 0.6)}
+    result = Evaluation(PixelFeatures(1, 8), [DIGITS], guidance_scales=[3, 1, 0.5], **options)(pipeline)
+    assert list(result["frechet_distance_guided"]) == ["0.5", "3"]
+    assert result["frechet_distance"] == Evaluation(PixelFeatures(1, 8), [DIGITS], **options)(pipeline)["frechet_distance"]
+    guided = result["frechet_distance_guided"]["3"]
+    assert guided["1"] == result["frechet_distance"]["1"] and guided["2"] != result["frechet_distance"]["2"]  # at levels 0.999 and 0.499
+    alone = Evaluation(PixelFeatures(1, 8), [DIGITS], guidance_scales=[3], **options)(pipeline)
+    assert alone["frechet_distance"] == {} and alone["frechet_distance_guided"] == {"3": guided}
 
 
 def test_evaluation_uses_the_averaged_weights():

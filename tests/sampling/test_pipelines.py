@@ -12,7 +12,7 @@ from tiny_text import model_folder
 from immiscible.networks.latents import load_vae
 from immiscible.randomness import seeded_generator
 from immiscible.sampling.loaded import take_scheduler
-from immiscible.sampling.pipelines import build_pipeline, sample_images, sample_labels, told_classes
+from immiscible.sampling.pipelines import build_pipeline, class_pipeline, sample_images, sample_labels
 from immiscible.schedulers import build_scheduler
 
 CPU = torch.device("cpu")
@@ -23,28 +23,13 @@ def vae():
     return load_vae(str(model_folder()), resolution=32)
 
 
-@pytest.mark.parametrize("kind", [None, "timestep"])
-def test_being_told_classes_is_being_called_with_them(kind):
-    unet = tiny_unet(class_embed_type=kind)
-    x, t, labels = torch.randn(3, 1, 8, 8), torch.tensor([1, 500, 999]), torch.tensor([0, 3, 1])
-    with torch.no_grad():
-        with told_classes(unet, labels):
-            told = unet(x, t).sample
-        assert torch.equal(told, unet(x, t, class_labels=labels).sample)
-        assert not torch.equal(told, unet(x, t, class_labels=labels.flip(0)).sample)
-    with pytest.raises(ZeroDivisionError), told_classes(unet, labels):
-        raise ZeroDivisionError
-    with pytest.raises(ValueError, match="class_labels should be provided"):
-        unet(x, t)  # nothing is left behind
-
-
 def test_an_unconditional_network_is_told_nothing():
-    unet = tiny_unet(None)
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
-    assert sample_labels(unet, 5) is None
-    with torch.no_grad(), told_classes(unet, None):
-        told = unet(x, t).sample
-        assert torch.equal(told, unet(x, t).sample)
+    pipeline = pipeline_of(tiny_unet(None))
+    assert sample_labels(pipeline.unet, 5) is None and class_pipeline(pipeline) is pipeline
+
+
+def test_the_null_class_is_no_class_of_samples():
+    assert sample_labels(tiny_unet(null_class=True), 3 * CLASSES).tolist() == [*range(CLASSES)] * 3
 
 
 def test_samples_are_balanced_whatever_the_batches():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from class_networks import telling
 from kills import finish
 from launch import entry, flags, free_port, tiny
 from PIL import Image
@@ -78,6 +79,13 @@ def run(script, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def conditional(script, tmp_path_factory) -> Path:
     return trained(script, tmp_path_factory.mktemp("conditional") / "run", class_conditional=True)
+
+
+@pytest.fixture(scope="module")
+def guidable(script, tmp_path_factory) -> Path:
+    """A run whose network was told classes, and sometimes none; it has learned enough for them to differ."""
+    options = {"class_conditional": True, "class_dropout_prob": 0.3, "learning_rate": 1e-2, "max_train_steps": 20}
+    return trained(script, tmp_path_factory.mktemp("guidable") / "run", **options)
 
 
 @pytest.fixture(scope="module")
@@ -259,8 +267,6 @@ def test_a_run_without_average_and_an_unfinished_one(script, conditional, run, t
 def test_classes_in_turn(script, conditional, tmp_path):
     from diffusers import DDPMPipeline
 
-    from immiscible.sampling.pipelines import told_classes
-
     sampled(script, conditional, tmp_path / "out", num_images=12, npz=True)
     labels = torch.arange(12) % 10
     with numpy.load(tmp_path / "out" / "samples.npz") as table:
@@ -268,9 +274,52 @@ def test_classes_in_turn(script, conditional, tmp_path):
         assert table["arr_0"].shape == (12, 8, 8, 1) and (table["arr_0"][..., 0] == pixels(tmp_path / "out")).all()
     assert told(tmp_path / "out") == [{"file_name": f"{number:06}.png", "label": number % 10} for number in range(12)]
     pipeline = DDPMPipeline.from_pretrained(conditional)
-    with told_classes(pipeline.unet, labels[8:12]):
+    with telling(pipeline.unet, labels[8:12]):
         wanted = pipeline(batch_size=4, generator=generators(range(8, 12)), num_inference_steps=2, output_type="np").images
     assert equal(pixels(tmp_path / "out")[8:12], wanted)
+
+
+def test_a_run_of_before_is_sampled_as_it_was(script, conditional, tmp_path):
+    """Without the file for diffusers, and with a configuration that knows nothing of guidance."""
+    before = shutil.copytree(conditional, tmp_path / "run")
+    (before / "pipeline.py").unlink()
+    flags = ("class_dropout_prob", "guidance_scale", "guidance_interval", "eval_guidance_scales", "- 1.0")
+    lines = (before / "config.yaml").read_text().splitlines(keepends=True)
+    (before / "config.yaml").write_text("".join(line for line in lines if not line.startswith(flags)))
+    now = sampled(script, conditional, tmp_path / "now")
+    for model in (before, before / "checkpoint-4"):
+        assert sampled(script, model, tmp_path / model.name / "out") == now
+
+
+def test_guidance_of_classes(script, guidable, tmp_path):
+    options = {"num_images": 12, "scheduler": "ddim"}
+    plain, one, strong, none, early = (
+        sampled(script, guidable, tmp_path / name, **options, **changes)
+        for name, changes in {
+            "plain": {},
+            "one": {"guidance_scale": 1},
+            "strong": {"guidance_scale": 3, "npz": True},
+            "none": {"guidance_scale": 0},
+            "early": {"guidance_scale": 3, "guidance_interval": [0.4, 1]},
+        }.items()
+    )
+    assert plain == one and len({tuple(sorted(images.items())) for images in (plain, strong, none, early)}) == 4
+    with numpy.load(tmp_path / "strong" / "samples.npz") as table:
+        assert table["arr_1"].tolist() == [*range(10), 0, 1]
+    assert sampled(script, guidable / "checkpoint-20", tmp_path / "checkpoint", guidance_scale=3, **options) == strong
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("plain", "early")]
+    assert [(each["guidance_scale"], each["guidance_interval"]) for each in manifests] == [(None, None), (3, [0.4, 1])]
+    assert "guidance_scale was 3.0, is now 2.0" in refused(script, guidable, tmp_path / "strong", guidance_scale=2, **options)
+    for changes, wanted in (
+        ({"guidance_interval": [0.2, 0.8]}, "and --guidance_scale other than 1"),
+        ({"guidance_scale": 2, "guidance_interval": [0.8, 0.2]}, "must have the lower number first, not 0.8 0.2"),
+        ({"guidance_scale": -1}, "--guidance_scale must be at least 0, not -1"),
+    ):
+        assert wanted in refused(script, guidable, tmp_path / "out", **changes)
+
+
+def test_a_network_that_was_always_told_the_class_is_not_guided(script, conditional, tmp_path):
+    assert "models trained with --class_dropout_prob" in refused(script, conditional, tmp_path / "out", guidance_scale=0)
 
 
 def test_class_names_by_their_line(script, names, tmp_path):
@@ -435,7 +484,8 @@ def test_mistakes_are_one_line(script, run, tmp_path, changes, wanted):
     [
         ({}, "give --prompts or --class_names"),
         ({"prompts": "good"}, "--guidance_scale is needed"),
-        ({"prompts": "good", "guidance_scale": 0.5}, "--guidance_scale must be at least 1, not 0.5"),
+        ({"prompts": "good", "guidance_scale": 0.5}, "--guidance_scale must be at least 1 with prompts, not 0.5"),
+        ({"prompts": "good", "guidance_scale": 2, "guidance_interval": [0, 1]}, "--guidance_interval is for a model that is told classes"),
         ({"prompts": "good", "guidance_scale": "nan"}, "--guidance_scale must be finite, not nan"),
         ({"prompts": "good", "guidance_scale": 1, "num_inference_steps": 1000}, "would begin beyond the model's last step, 999"),
         ({"prompts": "good", "guidance_scale": 1, "base": "good"}, "has all that it needs"),

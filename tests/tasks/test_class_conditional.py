@@ -9,7 +9,7 @@ from immiscible.data.batches import Images
 from immiscible.encoding.encoders import PixelEncoder
 from immiscible.randomness import Draws
 
-COMMON = {"class_conditional": True, "noise_coupling": "assignment", "use_ema": True}
+COMMON = {"class_conditional": True, "class_dropout_prob": 0.3, "noise_coupling": "assignment", "use_ema": True}
 
 
 def test_the_encoder_tells_the_network_the_class():

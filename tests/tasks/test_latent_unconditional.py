@@ -25,7 +25,7 @@ from immiscible.flags import parse_config
 from immiscible.networks.latents import load_vae, vae_identity
 from immiscible.networks.weights import PRECISIONS
 from immiscible.randomness import Draws
-from immiscible.sampling.pipelines import sample_images
+from immiscible.sampling.pipelines import CLASS_PIPELINE, sample_images
 
 CPU = torch.device("cpu")
 DRAWS = Draws(0, 0, 0, CPU)
@@ -116,10 +116,16 @@ def test_a_cut_run_of_latents_goes_on_as_it_was(script, tmp_path, cached):
 
 
 def test_classes_and_half_precision(script, tmp_path):
-    result = script(latent(tmp_path / "run", bundled_data="digits", class_conditional=True, mixed_precision="bf16", use_ema=True))
+    from immiscible.sampling.class_pipeline import ClassConditionalPipeline
+
+    more = {"class_conditional": True, "class_dropout_prob": 0.5, "guidance_scale": 2, "mixed_precision": "bf16", "use_ema": True}
+    result = script(latent(tmp_path / "run", bundled_data="digits", **more))
     assert result.code == 0, result.stderr
     assert "4x4x4, 10 classes" in result.stderr
     assert (tmp_path / "run" / "samples" / "step-0000004.png").exists()
+    assert (tmp_path / "run" / "pipeline.py").read_bytes() == CLASS_PIPELINE.read_bytes()
+    images = ClassConditionalPipeline.from_pretrained(tmp_path / "run")(class_labels=[0, 9], guidance_scale=2, num_inference_steps=2).images
+    assert [image.size for image in images] == [(32, 32)] * 2
 
 
 def test_two_processes_train_the_latents_that_one_trains(script, tmp_path):
@@ -191,14 +197,16 @@ def test_latents_from_a_cache_are_those_of_the_vae(script, vae, cached, tmp_path
     config, source, cache = opened(from_cache(cached, **changes))
     assert cache.manifest["captions"] == 0 and not list(cache.folder.glob("texts-*")) and "text" not in str(cache.manifest["files"])
     transform, order = image_transform(config, 3, seed=3), GlobalBatchOrder(12, 4, seed=3, stop=6)  # two epochs
-    plain = LatentEncoder(vae, CPU, class_conditional=True, precision=PRECISIONS[precision])
+    plain = LatentEncoder(vae, CPU, class_conditional=True, class_dropout=0.3, null_class=2, precision=PRECISIONS[precision])
     runs = []
     for images, augment, encode in ((source, transform, plain), (cache.images(source), cache.transform(transform), cache.encoder(plain))):
         batches = images_of(build_loader(training_images(images, augment, with_labels=True), order, 0, CPU), skip_bad_images=False)
         runs.append([encode(batch, Draws(3, step, 0, CPU)) for step, batch in enumerate(batches)])
     for wanted, found in zip(*runs, strict=True):
         assert close(found.x0, wanted.x0) and found.x0.dtype == torch.float32 and found.x0.shape == (4, 4, 4, 4)
-        assert torch.equal(found.labels, wanted.labels) and torch.equal(found.condition["class_labels"], wanted.labels)
+        assert torch.equal(found.labels, wanted.labels) and torch.equal(found.condition["class_labels"], wanted.condition["class_labels"])
+    told = torch.cat([batch.condition["class_labels"] for batch in runs[1]])
+    assert set(told.tolist()) == {0, 1, 2} and set(torch.cat([batch.labels for batch in runs[1]]).tolist()) == {0, 1}
     assert len(runs[0]) == 6 and not close(runs[1][0].x0, runs[1][3].x0)
 
 

@@ -39,8 +39,13 @@ def test_a_card_of_classes_lists_them_and_tells_the_network():
     data, example, text = parts(
         unconditional_card(title="t", pipeline="LDMPipeline", facts=FACTS, num_classes=12, class_names=["crane", "a | b", "# big", "1. x"])
     )
-    assert "torch.arange(8)" in example and 'args, {**kwargs, "class_labels": labels.to(unet.device)}' in example
-    assert "\nClasses:\n\n0. crane\n1. a | b\n2. \\# big\n3. 1\\. x\n\nHow" in text and "AutoencoderKL" in text
+    assert example.splitlines() == [
+        "from diffusers import DiffusionPipeline",
+        'pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER", custom_pipeline="THIS_FOLDER", trust_remote_code=True)',
+        "images = pipeline(class_labels=[0, 1, 2, 3, 4, 5, 6, 7], num_inference_steps=20).images",
+    ]
+    assert "\nClasses:\n\n0. crane\n1. a | b\n2. \\# big\n3. 1\\. x\n\nHow" in text
+    assert "Diffusers' own `LDMPipeline` loads this folder too, but has no argument for classes" in text
     assert data["pipeline_tag"] == "unconditional-image-generation"
     assert "Classes" not in str(unconditional_card(title="t", pipeline="DDPMPipeline", facts=FACTS, class_names=["a"]))
 
@@ -73,13 +78,18 @@ def test_a_card_of_adapters_loads_them_into_their_base(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make", [partial(unconditional_card, pipeline="DDPMPipeline"), partial(text_to_image_card, base_model="some/model")]
+    "make",
+    [
+        partial(unconditional_card, pipeline="DDPMPipeline"),
+        partial(unconditional_card, pipeline="DDPMPipeline", num_classes=2),
+        partial(text_to_image_card, base_model="some/model"),
+    ],
 )
 def test_a_card_names_the_repository_once_it_has_one(make, tmp_path):
     make(title="t", facts=FACTS).save(tmp_path / "README.md")
     name_repository(tmp_path / "README.md", "someone/mine")
     card = (tmp_path / "README.md").read_text()
-    assert 'from_pretrained("someone/mine")' in card and "THIS_FOLDER" not in card
+    assert 'from_pretrained("someone/mine"' in card and "THIS_FOLDER" not in card
 
 
 NASTY = '<script>alert(1)</script> | *b* `k` [d](http://e) \\ &amp; __init__ $x$ ~~f~~\n# g "h"'

@@ -3,10 +3,26 @@
 import pytest
 from launch import tiny
 
+GUIDABLE = {"class_conditional": True, "class_dropout_prob": 0.1}
 SPOKEN = {
     "ends inside the warm-up: 4 steps, --lr_warmup_steps 500": {"lr_scheduler": "cosine", "lr_warmup_steps": 500},
     "plain epsilon-prediction": {"noise_coupling": "assignment"},
     "about 5.2 times what the training costs (1,000 calls": {"ddpm_num_inference_steps": 500},  # 2 images x 500 / (3 x 64)
+    # 2 images x 500 x (1 + 0.2) / (3 x 64)
+    "about 6.2 times what the training costs (1,200 calls": {
+        **GUIDABLE,
+        "ddpm_num_inference_steps": 500,
+        "guidance_scale": 2,
+        "guidance_interval": [0.4, 0.6],
+    },
+    # (2 images x 2 + 2 evaluations x 10 x (2 + 40) x (1 + 2)) / (3 x 64)
+    "about 13.1 times what the training costs (2,524 calls": {
+        **GUIDABLE,
+        "eval_steps": 2,
+        "eval_samples": 10,
+        "eval_inference_steps": [2, 40],
+        "eval_guidance_scales": [1, 3],
+    },
     "accelerate is launched with mixed precision bf16": {},
 }
 
