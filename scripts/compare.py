@@ -66,6 +66,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="runs at a time, one thread each if several (default: CPU cores, 1 with a GPU)",
     )
+    parser.add_argument(
+        "--guidance_scale",
+        type=number(float, least=0, most=100),
+        metavar="W",
+        default=1.0,
+        help="compare samples of this guidance, one of the runs' --eval_guidance_scales (default 1: none); a table shows the others",
+    )
     parser.add_argument("--open", action="store_true", help="open the report in a browser, where there is a screen")
     parser.add_argument("--script", type=text_path, metavar="FILE", default=HERE / "train_unconditional.py", help="the training script")
     args = parser.parse_args(own)
@@ -102,8 +109,10 @@ def report_runs(args: argparse.Namespace) -> None:
 
     arms = arms_of(args.runs, args.names)
     if all_measured(args.runs):
-        comparison = compare(arms, baseline=args.baseline)
+        comparison = compare(arms, baseline=args.baseline, guidance_scale=args.guidance_scale)
         show(page.write_report(comparison, args.output_dir), page.summary(comparison), args.open)
+    elif args.guidance_scale != 1:
+        raise UserError("--guidance_scale chooses among distances, and none of these runs was measured; leave it out")
     else:
         report = overview.look_over(arms, baseline=args.baseline)
         show(overview.write_report(report, args.output_dir), overview.summary(report), args.open)
@@ -116,7 +125,14 @@ def train_and_compare(args: argparse.Namespace, extra: Sequence[str]) -> None:
     from immiscible.reports.plan import plan, short
 
     jobs, lines = plan(
-        task=args.task, methods=args.methods, seeds=args.seeds, script=args.script, output_dir=args.output_dir, shared=extra, root=HERE
+        task=args.task,
+        methods=args.methods,
+        seeds=args.seeds,
+        script=args.script,
+        output_dir=args.output_dir,
+        shared=extra,
+        root=HERE,
+        guidance_scale=args.guidance_scale,
     )
     if args.baseline and args.baseline not in {job.arm for job in jobs}:
         raise UserError(f"--baseline {args.baseline} is not one of the arms: {', '.join(dict.fromkeys(job.arm for job in jobs))}")
@@ -138,6 +154,7 @@ def train_and_compare(args: argparse.Namespace, extra: Sequence[str]) -> None:
             baseline=args.baseline,
             commands={job.folder: f"{threads}python {shlex.join([str(short(Path(job.words[0]))), *job.words[1:]])}" for job in jobs},
             problems={job.folder: job.problem for job in jobs if job.problem},
+            guidance_scale=args.guidance_scale,
         )
         show(write_report(comparison, args.output_dir), summary(comparison), args.open)
     failed = [job.folder.name for job in jobs if job.problem]

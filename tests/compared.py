@@ -39,8 +39,25 @@ def near(interval, value, tolerance=1e-9):
     return interval.low == interval.high == pytest.approx(value, rel=tolerance)
 
 
-def write_run(folder, curves, *, seed=0, finished=True, dimension=None, line=None, seconds_per_step=0.05, metric=None, text=False, **flags):
-    """A folder as a training script leaves it; ``curves`` by number of inference steps."""
+def write_run(
+    folder,
+    curves,
+    *,
+    guided=None,
+    steps=None,
+    seed=0,
+    finished=True,
+    dimension=None,
+    line=None,
+    seconds_per_step=0.05,
+    metric=None,
+    text=False,
+    **flags,
+):
+    """A folder as a training script leaves it; ``curves`` by number of inference steps, ``guided`` ones by guidance scale, too.
+
+    ``steps`` are a curve's whose steps all have, where ``curves`` are none.
+    """
     (folder / "samples").mkdir(parents=True)
     data = {"pretrained_model_name_or_path": "sd", "train_data_dir": "photos"} if text else {"bundled_data": "digits"}
     values = {**data, "resolution": 8, "prediction_type": "v_prediction", "max_train_steps": 500, **flags}
@@ -49,8 +66,11 @@ def write_run(folder, curves, *, seed=0, finished=True, dimension=None, line=Non
     common = {"feature": "FD-digits", "samples": 1500, "reference_images": 1797, "data": "abc", "weights": "ema"}
     common |= {"validation_loss": {"0-499": 0.2, "500-999": 0.1}, **({"num_features": dimension} if dimension else {}), **(line or {})}
     with (folder / "evaluation.jsonl").open("w") as file:
-        for number, (step, _) in enumerate(next(iter(curves.values()))):
+        for number, (step, _) in enumerate(steps or next(iter(curves.values()))):
             distances = {str(steps): curve[number][1] for steps, curve in curves.items()}
+            if guided:
+                by_scale = {f"{scale:g}": {str(steps): curve[number][1] for steps, curve in of.items()} for scale, of in guided.items()}
+                common["frechet_distance_guided"] = by_scale
             seconds = step * seconds_per_step
             file.write(json.dumps({"step": int(step), "train_seconds": seconds, **common, "frechet_distance": distances}) + "\n")
     metrics = {"step_seconds": seconds_per_step, "coupling_seconds": 0.005, "distance_reduction_percent": 9.5}

@@ -18,6 +18,9 @@ from immiscible.flags import MOST, Parser, Range, _kind, check_ranges, flag, par
 CONFIGS = (UnconditionalConfig, TextToImageConfig)
 
 
+GUIDABLE = ("--class_conditional", "--class_dropout_prob", "0.1")
+
+
 def parse_text(*words) -> TextToImageConfig:
     needed = ("--pretrained_model_name_or_path", "model", "--train_data_dir", "photos")
     argv = [str(word) for word in (*needed, *words)]
@@ -98,6 +101,7 @@ def test_every_number_has_two_ends_and_its_default_between_them(config, name):
         (["--eval_inference_steps", "5", "0"], "--eval_inference_steps must be at least 1, not 0"),
         (["--use_lora", "--adam_epsilon", "0"], "--adam_epsilon must be at least 1.2e-38 with --use_lora, whose first gradients are 0"),
         (["--use_lora", "--adam_epsilon", "1e-50"], "--adam_epsilon must be at least 1.2e-38 with --use_lora"),
+        (["--eval_guidance_scales", "3", "0.5"], "--eval_guidance_scales must be at least 1 for prompts, not 0.5"),
     ],
 )
 def test_one_line_names_the_flag_as_it_is_called(words, line):
@@ -116,10 +120,27 @@ def test_one_line_names_the_flag_as_it_is_called(words, line):
         (["--noise_process", "flow", "--prediction_type", "flow_prediction", "--sampling_scheduler", "ddim"], "--sampling_scheduler ddim"),
         (["--class_conditional", "--adam_epsilon", "0"], "--adam_epsilon must be at least 1.2e-38 with --class_conditional"),
         (["--logging_dir", "checkpoint-1"], "--logging_dir checkpoint-1"),
+        (["--class_dropout_prob", "0.1"], "--class_dropout_prob 0.1 needs --class_conditional"),
+        (["--class_conditional", "--guidance_scale", "1.5"], "--guidance_scale 1.5 guides samples by those of no class: train with"),
+        (["--class_conditional", "--eval_guidance_scales", "1", "0"], "--eval_guidance_scales 0 guides samples by those of no class"),
+        ([*GUIDABLE, "--guidance_interval", "0.2", "0.8"], "--guidance_interval is for guided samples: give --guidance_scale or"),
+        (
+            [*GUIDABLE, "--guidance_scale", "2", "--guidance_interval", "0.2"],
+            "must be two numbers, the lower one first, such as 0.2 0.8, not 0.2",
+        ),
+        ([*GUIDABLE, "--guidance_scale", "2", "--guidance_interval", "0.8", "0.2"], "such as 0.2 0.8, not 0.8 0.2"),
     ],
 )
 def test_what_would_train_nothing_is_refused(words, named):
     assert named in refused(UnconditionalConfig, *words)
+
+
+def test_guidance_of_a_run_and_of_its_evaluations():
+    config = parse("--bundled_data", "digits", *GUIDABLE, "--eval_guidance_scales", "1", "1.5", "--guidance_interval", "0.25", "0.75")
+    assert (config.eval_guidance_scales, config.interval) == ([1.0, 1.5], (0.25, 0.75)) and parse(*GUIDABLE).interval == (0.0, 1.0)
+    assert parse_text("--eval_guidance_scales", "1", "7.5").interval == (0.0, 1.0)
+    config = parse(*GUIDABLE, "--guidance_scale", "3", "--eval_batch_size", "2", "--ddpm_num_inference_steps", "10")
+    assert config.grid_calls == 40
 
 
 def test_what_people_mean_is_taken():
@@ -245,7 +266,8 @@ def test_paths_of_sample(name, value):
 
 
 @pytest.mark.parametrize(
-    "words", [["--jobs", "1e3"], ["--jobs", "9" * 30], ["--seeds", "1", "-1"], ["--seeds", "9" * 30], ["--output_dir="]]
+    "words",
+    [["--guidance_scale", "-1"], ["--jobs", "1e3"], ["--jobs", "9" * 30], ["--seeds", "1", "-1"], ["--seeds", "9" * 30], ["--output_dir="]],
 )
 def test_flags_of_compare(words):
     with pytest.raises(UserError, match=words[0].rstrip("=")):

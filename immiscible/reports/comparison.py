@@ -33,9 +33,11 @@ class Comparison(Report):
 
     Attributes:
         inference_steps: those that every run measured.
+        guidance_scale: of the samples that were measured; 1 is no guidance.
     """
 
     inference_steps: list[int] = field(default_factory=list)
+    guidance_scale: float = 1.0
 
     @property
     def feature(self) -> str:
@@ -109,6 +111,7 @@ def compare(
     commands: Mapping[Path, str] | None = None,
     problems: Mapping[Path, str] | None = None,
     notes: Sequence[str] = (),
+    guidance_scale: float = 1.0,
 ) -> Comparison:
     """Reads the arms' runs and checks that they can be compared.
 
@@ -118,6 +121,7 @@ def compare(
         commands: the command of a folder's run; by default it is made from its ``config.yaml``.
         problems: what went wrong with a folder's run, which may then be missing or unreadable.
         notes: further lines for the reader.
+        guidance_scale: at which the samples are compared.
 
     Raises:
         UserError: what `check_measured` and `read_measured` raise; runs of different data or measured differently; no run at all; an
@@ -126,14 +130,14 @@ def compare(
     commands, problems = commands or {}, problems or {}
     baseline = chosen_baseline(arms, baseline)
     check_measured([folder for folders in arms.values() for folder in folders if folder not in problems])
-    comparison = Comparison({name: Arm(name) for name in arms}, baseline, list(notes))
+    comparison = Comparison({name: Arm(name) for name in arms}, baseline, list(notes), guidance_scale=guidance_scale)
     for name, folders in arms.items():
         for folder in folders:
-            _read_into(comparison.arms[name], folder, commands.get(folder), problems.get(folder))
+            _read_into(comparison.arms[name], folder, commands.get(folder), problems.get(folder), guidance_scale)
     runs = comparison.runs
     if not runs:
         raise UserError("no run has been measured yet, so there is nothing to compare", exit_code=1)
-    _check_measured_alike(runs)
+    _check_measured_alike(runs, guidance_scale)
     comparison.inference_steps = sorted(set.intersection(*(run.inference_steps for run in runs)))
     if not comparison.inference_steps:
         raise UserError("the runs have no number of inference steps in common; give all the same --eval_inference_steps")
@@ -148,9 +152,9 @@ def compare(
     return comparison
 
 
-def _read_into(arm: Arm, folder: Path, command: str | None, problem: str | None) -> None:
+def _read_into(arm: Arm, folder: Path, command: str | None, problem: str | None, guidance_scale: float) -> None:
     try:
-        run = read_measured(folder)
+        run = read_measured(folder, guidance_scale)
     except UserError as error:
         if problem is None:
             raise
@@ -168,7 +172,7 @@ def _read_into(arm: Arm, folder: Path, command: str | None, problem: str | None)
         arm.problems.append(f"{folder.name}: {problem or 'not finished'} ({reached}; drawn, not counted)")
 
 
-def _check_measured_alike(runs: Sequence[Run]) -> None:
+def _check_measured_alike(runs: Sequence[Run], guidance_scale: float) -> None:
     what = {
         "data": "different data",
         "feature": "different features",
@@ -184,7 +188,7 @@ def _check_measured_alike(runs: Sequence[Run]) -> None:
             if found:
                 raise UserError(f"{first.folder} and {run.folder} cannot be compared: {text} ({key} {wanted} and {found.pop()})")
     for run in runs:
-        one, other = (told(each.config) or "nothing" for each in (first, run))
+        one, other = (told(each.config, guidance_scale) or "nothing" for each in (first, run))
         if one != other:
             raise UserError(f"{first.folder} and {run.folder} cannot be compared: their samples were told {one} and {other}")
 

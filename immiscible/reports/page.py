@@ -20,7 +20,7 @@ from immiscible.reports.figures import arm_figure, crowded, curve_figure, infere
 from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, RULE, UNCLEAR
 from immiscible.reports.samples import samples_of
 from immiscible.reports.sentences import headline, reading_guide, setting, title
-from immiscible.reports.tables import arm_table, cost_table, curve_table, seed_table, summary_table, validation_table
+from immiscible.reports.tables import arm_table, cost_table, curve_table, guidance_table, seed_table, summary_table, validation_table
 from immiscible.training.markdown import fenced, inline, line
 
 MARKS = {word: word[2:].replace(" ", "-") for word in (GAIN, HARM, UNCLEAR, NO_EFFECT)}  # the class of a verdict's cell
@@ -45,6 +45,7 @@ def html_report(comparison: Comparison) -> str:
         feature=comparison.feature,
         rule=RULE,
         summaries=[summary_table(comparison, count) for count in steps],
+        guidance=guidance_table(comparison),
         costs=cost_table(comparison),
         validation=validation_table(comparison),
         arms=arm_table(comparison),
@@ -94,7 +95,7 @@ def warnings(report: Report) -> list[str]:
 def markdown_report(comparison: Comparison) -> str:
     """The report's words and numbers in Markdown, names escaped; the curves are tables."""
     steps = comparison.inference_steps
-    validation = validation_table(comparison)
+    validation, guidance = validation_table(comparison), guidance_table(comparison)
     parts = [
         f"# {inline(title(comparison))}",
         "\n".join(map(line, headline(comparison))),
@@ -104,6 +105,7 @@ def markdown_report(comparison: Comparison) -> str:
         *(summary_table(comparison, count).markdown() for count in steps),
         f"## {inline(comparison.feature)} while training",
         *(curve_table(comparison, count).markdown() for count in steps),
+        *(["## Quality against guidance", guidance.markdown()] if guidance else []),
         "## What it costs and what it does",
         cost_table(comparison).markdown(),
         *([validation.markdown()] if validation else []),

@@ -23,7 +23,15 @@ class _MethodFlags(MethodArguments):
 
 
 def plan(
-    *, task: Sequence[str], methods: Sequence[str], seeds: Sequence[int], script: Path, output_dir: Path, shared: Sequence[str], root: Path
+    *,
+    task: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    script: Path,
+    output_dir: Path,
+    shared: Sequence[str],
+    root: Path,
+    guidance_scale: float = 1.0,
 ) -> tuple[list[Job], list[str]]:
     """The grid, all methods of the first seed first, so that what slows the machine down for a while slows all arms.
 
@@ -35,6 +43,7 @@ def plan(
         output_dir: gets a folder for each run.
         shared: further words of every command; an arm goes without those flags of the method that it does not use.
         root: where ``configs`` is.
+        guidance_scale: at which the runs will be compared.
 
     Returns:
         the runs, and a line for each flag that some arms go without.
@@ -50,6 +59,9 @@ def plan(
         for name, files in arms.items():
             if flag_value("eval_steps", files, shared) is None:
                 raise UserError("nothing would be measured: set eval_steps in the task's file, or put `-- --eval_steps N` at the end")
+            if guidance_scale != 1 and flag_value("eval_guidance_scales", files, shared) is None:
+                given = f"--guidance_scale {guidance_scale:g}"
+                raise UserError(f"{given} would not be measured: put `-- --eval_guidance_scales 1 {guidance_scale:g}` at the end")
             folder = output_dir / f"{name}-seed{seed}"
             command = [str(script), "--config", *map(str, files), "--seed", str(seed), "--output_dir", str(folder)]
             command += ["--resume_from_checkpoint", "latest", *words[name]]

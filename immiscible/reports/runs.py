@@ -16,6 +16,7 @@ import yaml
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.files import read_lines
+from immiscible.flags import defaults_of
 from immiscible.method import MethodArguments
 from immiscible.reports.ratios import BASELINE, Curve
 from immiscible.training.arguments import RunArguments, TextRunArguments
@@ -36,8 +37,9 @@ class Run:
     Attributes:
         folder: where it is.
         config: its flags.
-        evaluations: the lines of ``evaluation.jsonl``, one per step, in order; distances by number of inference steps. Empty for a run
-            that was not measured, which has neither curves nor a `last_step`.
+        evaluations: the lines of ``evaluation.jsonl``, one per step, in order; distances by number of inference steps: those at the
+            guidance scale that was asked for as ``frechet_distance``, those at each scale as ``by_guidance``. Empty for a run that was not
+            measured, which has neither curves nor a `last_step`.
         metrics: the lines of ``metrics.jsonl``.
         finished: whether ``summary.json`` says that the last step was taken.
         identity: what its newest complete checkpoint says of it (`immiscible.training.folder.run_identity`); empty without one.
@@ -74,15 +76,22 @@ class Run:
         return set.intersection(*(set(line["frechet_distance"]) for line in self.evaluations))
 
     @property
+    def guidance_scales(self) -> set[float]:
+        """The guidance scales at which every evaluation measured; 1 is no guidance."""
+        return set.intersection(*(set(line["by_guidance"]) for line in self.evaluations))
+
+    @property
     def last_step(self) -> int:
         """The last step that was evaluated."""
         return int(self.evaluations[-1]["step"])
 
     def curve(self, inference_steps: int, time: str = "step") -> Curve:
         """The Frechet distance against ``step`` or ``train_seconds``; values beyond `DIVERGED` or NaN count as infinitely bad."""
-        values = [line["frechet_distance"][inference_steps] for line in self.evaluations]
-        finite = [value if abs(value) < DIVERGED else math.inf for value in values]  # not NaN either
-        return [(float(line[time]), value) for line, value in zip(self.evaluations, finite, strict=True)]
+        return [(float(line[time]), _finite(line["frechet_distance"][inference_steps])) for line in self.evaluations]
+
+    def final(self, guidance_scale: float, inference_steps: int) -> float:
+        """The last distance at any guidance scale, as `curve` gives it at the one that was asked for."""
+        return _finite(self.evaluations[-1]["by_guidance"][guidance_scale][inference_steps])
 
     def mean(self, metric: str) -> float | None:
         """The mean of a metric over ``metrics.jsonl``; the median for seconds, which a slow first step must not move."""
@@ -147,8 +156,12 @@ def _unmeasured(folders: Sequence[Path]) -> UserError:
     )
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, guidance_scale: float = 1.0) -> Run:
     """Reads a run's folder; where it was not measured, its evaluations are empty.
+
+    Args:
+        folder: where it is.
+        guidance_scale: at which the distances are wanted.
 
     Raises:
         UserError: the folder is no run (exit code 2), or holds broken files (1).
@@ -165,23 +178,30 @@ def read_run(folder: Path) -> Run:
     with _reading(folder / "summary.json") as path:
         done = int(yaml.safe_load(path.read_text())["step"]) if path.exists() else None
     with _reading(folder / "evaluation.jsonl") as path:
-        evaluations = {line["step"]: line for line in map(_measured, read_lines(path))}
+        evaluations = {line["step"]: line for line in (_measured(line, guidance_scale) for line in read_lines(path))}
     finished = done is not None and done >= asked
     return Run(folder, config, [evaluations[step] for step in sorted(evaluations)], metrics, finished, _identity(folder))
 
 
-def read_measured(folder: Path) -> Run:
-    """Reads the folder of a run that was measured.
+def read_measured(folder: Path, guidance_scale: float = 1.0) -> Run:
+    """Reads the folder of a run that was measured, as `read_run` does.
 
     Raises:
         UserError: what `read_run` raises; it holds no evaluations that can be compared (exit code 1).
     """
-    run = read_run(folder)
+    run = read_run(folder, guidance_scale)
     if not run.evaluations:
         raise _unmeasured([folder])
+    if guidance_scale not in run.guidance_scales:
+        known = ", ".join(f"{scale:g}" for scale in sorted(run.guidance_scales)) or "none"
+        raise UserError(f"{folder} was not measured at guidance scale {guidance_scale:g}; --guidance_scale takes one that was: {known}")
     if not run.inference_steps:
         raise UserError(f"{folder / 'evaluation.jsonl'}: no number of inference steps was measured at every step", exit_code=1)
     return run
+
+
+def _finite(distance: float) -> float:
+    return distance if abs(distance) < DIVERGED else math.inf  # NaN is not below it either
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -200,14 +220,21 @@ def _reading(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be read ({first_line})", exit_code=1) from None
 
 
-def _measured(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of ``evaluation.jsonl`` whose numbers are numbers; a distance that is ``null`` was not finite."""
+def _measured(line: Mapping[str, Any], guidance_scale: float) -> dict[str, Any]:
+    """A line of ``evaluation.jsonl`` whose numbers are numbers; see `Run.evaluations`."""
     needed = ("step", "train_seconds", "feature", "samples", "reference_images", "data", "frechet_distance")
     if missing := sorted(set(needed) - line.keys()):
         raise ValueError(f"lines without {', '.join(missing)}")
     counts = {name: int(line[name]) for name in ("step", "samples", "reference_images")}
-    distances = {int(steps): math.nan if value is None else float(value) for steps, value in line["frechet_distance"].items()}
-    return {**line, **counts, "train_seconds": float(line["train_seconds"]), "frechet_distance": distances}
+    by_guidance = {1.0: line["frechet_distance"], **{float(scale): of for scale, of in line.get("frechet_distance_guided", {}).items()}}
+    distances = {scale: found for scale, of_scale in by_guidance.items() if (found := _distances(of_scale))}
+    chosen = distances.get(guidance_scale, {})
+    return {**line, **counts, "train_seconds": float(line["train_seconds"]), "frechet_distance": chosen, "by_guidance": distances}
+
+
+def _distances(by_steps: Mapping[str, Any]) -> dict[int, float]:
+    """Distances by number of inference steps; one that is ``null`` was not finite."""
+    return {int(steps): math.nan if value is None else float(value) for steps, value in by_steps.items()}
 
 
 def differing_flags(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -267,5 +294,4 @@ def _identity(folder: Path) -> Mapping[str, Any]:
 
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of the script whose flags these are."""
-    blank = TextToImageConfig() if "pretrained_model_name_or_path" in config else UnconditionalConfig()
-    return {item.name: getattr(blank, item.name) for item in fields(blank)}
+    return defaults_of(TextToImageConfig if "pretrained_model_name_or_path" in config else UnconditionalConfig)

@@ -16,6 +16,7 @@ from immiscible.errors import UserError
 from immiscible.reports.arms import Report
 from immiscible.reports.runs import Run
 from immiscible.reports.sentences import numbers
+from immiscible.sampling.pipelines import guided
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -126,7 +127,8 @@ def _grid_words(config: Mapping[str, Any]) -> str:
     """What a run's grids are of, where that is not the data as such."""
     if prompts := list(dict.fromkeys(_grid_prompts(config))):
         return f"Guidance {config.get('guidance_scale')}; row by row: {'; '.join(prompts)}."
-    return "In the order of classes." if config.get("class_conditional") else ""
+    guidance = guided(config, config.get("guidance_scale", 1))
+    return f"In the order of classes{guidance and f', {guidance}'}." if config.get("class_conditional") else ""
 
 
 def _read(path: Path) -> Image.Image:

@@ -112,13 +112,15 @@ def _basis(seeds: int) -> str:
 def title(comparison: Comparison, most: int = 3) -> str:
     """What is compared with what; more than ``most`` arms are counted, not named."""
     arms = [arm for arm in comparison.arms if arm != comparison.baseline]
-    return f"{', '.join(arms) if len(arms) <= most else f'{len(arms)} arms'} against {comparison.baseline}"
+    guidance = f" at guidance scale {comparison.guidance_scale:g}" if comparison.guidance_scale != 1 else ""
+    return f"{', '.join(arms) if len(arms) <= most else f'{len(arms)} arms'} against {comparison.baseline}{guidance}"
 
 
 def setting(comparison: Comparison) -> str:
     """What all arms share, in one line."""
     run, line = comparison.runs[0], comparison.runs[0].evaluations[0]
-    condition = f" ({told(run.config)})" if told(run.config) else ""
+    words = told(run.config, comparison.guidance_scale)
+    condition = f" ({words})" if words else ""
     parts = [
         trained_on(comparison),
         f"{comparison.feature} of {line['samples']} samples{condition} against {line['reference_images']} reference images",

@@ -66,6 +66,27 @@ def summary_table(comparison: Comparison, inference_steps: int) -> Table:
     )
 
 
+def guidance_table(comparison: Comparison) -> Table | None:
+    """The last distance at every guidance scale and number of inference steps that all runs measured; None where there is one scale."""
+    runs = comparison.runs
+    scales = sorted(set.intersection(*(run.guidance_scales for run in runs)))
+    if len(scales) < 2:
+        return None
+    of_scale = {scale: set.intersection(*(set(run.evaluations[-1]["by_guidance"][scale]) for run in runs)) for scale in scales}
+    measured = [(scale, steps) for scale in scales for steps in sorted(of_scale[scale])]
+    places = 2 if min(abs(run.final(*where)) for run in runs for where in measured) >= 1 else 4
+    rows = []
+    for name, arm in comparison.arms.items():
+        finals = [{seed: run.final(*where) for seed, run in arm.runs.items()} for where in measured]
+        rows.append([name, *(spread({seed: Interval(value, value) for seed, value in of_arm.items()}, places) for of_arm in finals)])
+    return Table(
+        f"Final {comparison.feature} by guidance scale w (1 is no guidance) and number of inference steps. Median over seeds, least to "
+        "greatest in brackets",
+        ["arm", *(f"w {scale:g}, {steps} steps" for scale, steps in measured)],
+        rows,
+    )
+
+
 def cost_table(comparison: Comparison) -> Table:
     """What a step costs in each arm, and what its coupling did to the pairs and to the noise."""
     metrics = {

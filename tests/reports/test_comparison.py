@@ -11,6 +11,7 @@ from immiscible.reports.overview import look_over, loss_curves, totals_table
 from immiscible.reports.page import html_report, markdown_report, write_report
 from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, NOTHING, Interval
 from immiscible.reports.sentences import headline
+from immiscible.reports.tables import guidance_table
 
 
 def test_comparison_of_three_seeds(arms):
@@ -133,6 +134,51 @@ def test_samples_that_were_told_different_things_are_not_compared(tmp_path, one,
     arms = {name: [write_run(tmp_path / name, {5: decay()}, **changes)] for name, changes in (("one", one), ("other", other))}
     with pytest.raises(UserError, match=f"one and .*other cannot be compared: .*{wanted}"):
         compare(arms)
+
+
+def guided_arms(tmp_path, **changes):
+    """Two arms of two seeds: the other is twice as fast without guidance, and half as fast with it."""
+    arms = {"baseline": [], "other": []}
+    for name, speed in (("baseline", 1.0), ("other", 2.0)):
+        for seed in range(2):
+            guided = {1.5: {5: decay(speed=1 / speed)}, 3.0: {5: decay(scale=2)}}
+            more = {"class_conditional": True, "class_dropout_prob": 0.1, **changes}
+            arms[name].append(write_run(tmp_path / f"{name}-{seed}", {5: decay(speed=speed)}, guided=guided, seed=seed, **more))
+    return arms
+
+
+def test_a_comparison_is_of_one_guidance_scale_and_shows_them_all(tmp_path):
+    arms = guided_arms(tmp_path)
+    assert compare(arms).verdict("other", 5) == GAIN and compare(arms, guidance_scale=1.5).verdict("other", 5) == HARM
+    assert compare(arms, guidance_scale=3).verdict("other", 5) == NO_EFFECT
+    comparison = compare(arms, guidance_scale=1.5)
+    for page in (html_report(comparison), markdown_report(comparison)):
+        assert "other against baseline at guidance scale 1.5" in page and "(every class equally often, guidance 1.5)" in page
+        assert "Quality against guidance" in page and "w 3, 5 steps" in page
+    table = guidance_table(comparison)
+    assert table.columns == ["arm", "w 1, 5 steps", "w 1.5, 5 steps", "w 3, 5 steps"]
+    last = 50 * math.exp(-5)
+    assert [float(cell) for cell in table.rows[1][1:]] == pytest.approx([50 * math.exp(-10), 50 * math.exp(-2.5), 2 * last], rel=0.05)
+    assert guidance_table(compare({"a": [write_run(tmp_path / "a", {5: decay()})]})) is None
+
+
+def test_a_scale_that_was_not_measured_names_those_that_were(tmp_path):
+    arms = guided_arms(tmp_path)
+    with pytest.raises(UserError, match=r"baseline-0 was not measured at guidance scale 2; --guidance_scale takes one that was: 1, 1.5, 3"):
+        compare(arms, guidance_scale=2)
+    guided_alone = write_run(tmp_path / "alone", {}, guided={3.0: {5: decay()}}, steps=decay(), class_conditional=True)
+    with pytest.raises(UserError, match=r"alone was not measured at guidance scale 1; .*: 3$"):
+        compare({"a": [guided_alone]})
+    assert compare({"a": [guided_alone]}, guidance_scale=3).inference_steps == [5]
+
+
+def test_samples_guided_at_other_noise_levels_are_not_compared(tmp_path):
+    arms = guided_arms(tmp_path) | {"late": guided_arms(tmp_path / "late", guidance_interval=[0.0, 0.5])["other"]}
+    assert compare(arms).inference_steps == [5]
+    with pytest.raises(
+        UserError, match="told every class equally often, guidance 3 and every class equally often, guidance 3 at noise levels"
+    ):
+        compare(arms, guidance_scale=3)
 
 
 def test_too_few_samples_warn_with_the_number_needed(tmp_path, caplog):

@@ -335,6 +335,10 @@ def test_the_report_is_opened_where_there_is_a_screen(script, grid, monkeypatch)
         (["--task", "task.yaml", "--methods", "plain.yaml", "plain.yaml"], "plain is there twice"),
         (["--task", "task.yaml", "--methods", "plain.yaml", "--baseline", "x"], "--baseline x is not one of the arms: plain"),
         (["--task", "plain.yaml", "--methods", "plain.yaml"], "nothing would be measured: set eval_steps"),
+        (
+            ["--task", "task.yaml", "--methods", "plain.yaml", "--guidance_scale", "1.5"],
+            "--guidance_scale 1.5 would not be measured: put `-- --eval_guidance_scales 1 1.5` at the end",
+        ),
         (["--task", "task.yaml", "--methods", "plain.yaml", "--jobs", "0"], "--jobs must be at least 1, not 0"),
         (["--task", "task.yaml", "--methods", "plain.yaml", "--seeds", "1", "1"], "--seeds must be different numbers"),
         (["--task", "task.yaml", "--methods", "plain.yaml", "--", "--seed=3"], "--seed=3 after `--` is set by this script"),
@@ -435,6 +439,8 @@ def test_runs_of_which_none_was_measured_are_reported_by_losses_times_and_sample
         assert re.search(rf"\| {'a ' if names else 'plain'} +\| 2 +\| 100 ", shown)
         for name in ("again/report.html", "again/report.md"):
             assert "--eval_steps N" in Path(name).read_text()
+    with pytest.raises(UserError, match="--guidance_scale chooses among distances, and none of these runs was measured"):
+        script.main(["--runs", *map(str, folders), "--guidance_scale", "2"])
     with pytest.raises(UserError, match="the baseline 'c' is not one of the arms: plain, fast"):
         script.main(["--runs", *map(str, folders), "--baseline", "c", "--output_dir", "again"])
 
