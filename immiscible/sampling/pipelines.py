@@ -118,8 +118,7 @@ def sample_images(
 ) -> numpy.ndarray:
     """Samples with one generator per image, so that image i is the same for every batch size and device.
 
-    A class-conditional network is told the classes that `sample_labels` gives, in turn, so that each is sampled equally often, by our
-    `ClassConditionalPipeline`, whatever pipeline holds it.
+    A class-conditional network is told the classes of `sample_labels` by our `ClassConditionalPipeline`, whatever pipeline holds it.
 
     Args:
         pipeline: from `build_pipeline` or loaded by diffusers.
@@ -165,9 +164,8 @@ def sample_images(
 
 
 def sample_labels(unet: UNet2DModel, count: int, *, first: int = 0) -> Tensor | None:
-    """The classes of samples ``first`` to ``first + count - 1``: int64 [count], sample i is of class i modulo the number of classes.
-
-    None for an unconditional network. The null class is none of them.
+    """The classes of samples ``first`` to ``first + count - 1``: int64 [count], sample i is of class i modulo the number of classes,
+    so that each is sampled equally often. None for an unconditional network. The null class is none of them.
     """
     num_classes = classes_told(unet)
     return None if num_classes is None else torch.arange(first, first + count) % num_classes
