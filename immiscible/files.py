@@ -23,6 +23,11 @@ LOCK = ".immiscible-lock"  # in a folder that one process at a time may write; i
 SPARE = 2**20  # bytes; a disk with less is full
 
 
+def cache_folder() -> Path:
+    """Where what can be made or fetched again is kept from one run to the next: ``immiscible`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "immiscible"
+
+
 def replace(new: Path, target: Path) -> None:
     """Renames ``new`` to ``target``, whose old content is discarded only when the new stands complete beside it."""
     flush(new)

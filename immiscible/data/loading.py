@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -21,12 +21,12 @@ from immiscible.data.bundled import BUNDLED
 from immiscible.data.folders import image_folder
 from immiscible.data.listing import check_one_kind, list_folder
 from immiscible.data.shards import load_shards
-from immiscible.data.sources import ImageSource, Subset
+from immiscible.data.sources import ImageSource, Subset, split_source
 from immiscible.data.stream_order import StreamDataset, StreamOrder
 from immiscible.data.streaming import Stream, load_stream
 from immiscible.data.tables import TableImages, hub_images, parquet_images
 from immiscible.data.transforms import ImageTransform
-from immiscible.errors import UserError, first_line
+from immiscible.errors import UserError, first_line, short
 from immiscible.flags import given
 from immiscible.randomness import seeded_generator
 
@@ -84,6 +84,39 @@ def captioned_source(arguments: TextDataArguments, labels_for: str | None) -> Im
             f"(ClassLabel); --coupling_condition centered and penalty take texts"
         )
     return classed
+
+
+def with_held_out(
+    load: Callable[[Any, str | None], Any], arguments: ImageArguments, labels_for: str | None, *, share: float | None, folder: str | None
+) -> tuple[Any, ImageSource | None]:
+    """The images to train on, and those held out: a share of them, or what a folder holds, or None.
+
+    Args:
+        load: `training_source` or `captioned_source`.
+        arguments: the flags that it takes.
+        labels_for: see there.
+        share: ``--validation_split``.
+        folder: ``--eval_data_dir``.
+
+    Raises:
+        UserError: as ``load``; a share that leaves nothing; or a folder with other classes.
+    """
+    source = load(arguments, labels_for)
+    if share is not None:
+        return split_source(source, share)
+    if folder is None:
+        return source, None
+    elsewhere: dict[str, Any] = dict.fromkeys(["dataset_name", "dataset_config_name", "max_train_samples", "train_subset_fraction"])
+    if arguments.bundled_data:
+        elsewhere["bundled_data"] = None
+    try:
+        held_out = load(replace(arguments, train_data_dir=folder, **elsewhere), labels_for)
+    except UserError as error:
+        raise UserError(str(error).replace("--train_data_dir", "--eval_data_dir"), error.exit_code) from None
+    if labels_for and held_out.class_names != source.class_names:
+        known, found = (", ".join(map(short, names or ())) for names in (source.class_names, held_out.class_names))
+        raise UserError(f"--eval_data_dir {folder} has the classes {found}; it must have those of the training images, {known}")
+    return source, held_out
 
 
 def prompt_classes(source: ImageSource | Stream, caption_column: str) -> Sequence[str] | None:

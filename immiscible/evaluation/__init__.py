@@ -1,4 +1,4 @@
-"""How good a run is, while it trains: Frechet distances of its samples, its loss per noise level on images held out, and leakage.
+"""How good a run is, while it trains: its samples' distances, whether they are copies, the loss per noise level on others, and leakage.
 
 The measured number depends on the feature network, so every network names the number that it gives, and that name goes into every
 table. What is drawn here is drawn from fixed seeds that are not the run's: every evaluation of every run samples from the same noises

@@ -29,12 +29,23 @@ class EvaluationArguments:
     eval_samples: int = flag(1500, "samples per number of inference steps, from the same noises in every run", least=1, most=10**7)
     eval_features: str | None = flag(
         None,
-        "what the Frechet distance compares: digits (a classifier of the bundled digits; FD-digits) or pixels (8x8 pooled; "
-        "FD-pixels-8x8); by default digits for the bundled digits and pixels for other data. Neither is FID",
+        "what the Frechet distance compares: digits (a classifier of the bundled digits; FD-digits), pixels (8x8 pooled; FD-pixels-8x8) or "
+        "efficientnet (EfficientNet-lite0, which has seen ImageNet; FD-EfficientNet; 1,280 features); by default digits for the bundled "
+        "digits and pixels for other data. None is FID",
         choices=Names("immiscible.evaluation.features", "FEATURES"),
     )
+    eval_feature_directions: int | None = flag(
+        None, "measure along so many directions in which the data's features vary most, e.g. 64: for fewer samples than features", least=1
+    )
     validation_split: float | None = flag(
-        None, "share of the images to hold out for a loss per noise level, at --eval_steps", above=0, below=1
+        None,
+        "share of the images to hold out, at --eval_steps: for a loss per noise level, the samples' distance from them, and whether the "
+        "samples are nearer to the images trained on",
+        above=0,
+        below=1,
+    )
+    eval_data_dir: str | None = flag(
+        None, "a folder of images to hold out instead, as --train_data_dir; as many as there are to train on show copies best"
     )
 
     def check(self) -> None:
@@ -43,5 +54,8 @@ class EvaluationArguments:
         Raises:
             UserError: one needs another.
         """
-        if self.validation_split is not None and self.eval_steps is None:
-            raise UserError("--validation_split holds images out for evaluation: give --eval_steps too")
+        for name in ("validation_split", "eval_data_dir"):
+            if getattr(self, name) is not None and self.eval_steps is None:
+                raise UserError(f"--{name} holds images out for evaluation: give --eval_steps too")
+        if self.validation_split is not None and self.eval_data_dir is not None:
+            raise UserError("--validation_split and --eval_data_dir both say which images are held out; give one of them")

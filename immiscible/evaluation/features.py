@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 from tqdm import tqdm
 
 from immiscible.data.bundled import load_digits
-from immiscible.errors import UserError, first_line
-from immiscible.files import PARTIAL, replace
+from immiscible.errors import UserError
+from immiscible.evaluation.efficientnet import EfficientNetFeatures
+from immiscible.evaluation.kept import read_kept, write_kept
+from immiscible.files import cache_folder
 from immiscible.randomness import preserved_randomness, seeded_generator
 
 logger = logging.getLogger(__name__)
@@ -84,13 +81,13 @@ class DigitsFeatures:
     num_features = 64
 
     def __init__(self, cache_dir: Path | None = None) -> None:
-        path = (cache_dir or _cache_folder()) / "digits-classifier-1.safetensors"
+        path = (cache_dir or cache_folder()) / "digits-classifier-1.safetensors"
         with preserved_randomness():
             self._network = _digits_network()
-            if not self._read(path):
+            if not read_kept(path, self._use):
                 logger.info("training the digits classifier that %s needs, once; it is kept in %s", self.name, path)
                 self._use(_train_digits_classifier())
-                self._write(path)
+                write_kept(path, self._tensors, "the digits classifier")
 
     def __call__(self, images: Tensor) -> Tensor:
         """float64 [N, 64] of uint8 [N, 1, 8, 8].
@@ -110,45 +107,48 @@ class DigitsFeatures:
         self._network.eval().requires_grad_(False)
         self._scale, self.accuracy = float(tensors["scale"]), float(tensors["accuracy"])
 
-    def _read(self, path: Path) -> bool:
-        """Whether there is a classifier at ``path``, and it is what was written."""
-        if not path.exists():
-            return False
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                if (file.metadata() or {}).get("sha256") != _digest(tensors):
-                    raise ValueError("its contents do not match their hash")
-            self._use(tensors)
-        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-            logger.warning("%s is broken (%s) and is made anew", path, first_line(error))
-            return False
-        return True
 
-    def _write(self, path: Path) -> None:
-        """One key of metadata, for safetensors writes several in any order. Two processes write equal files; the later one stands."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(save(self._tensors, metadata={"sha256": _digest(self._tensors)}))
-                replace(Path(partial), path)
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(partial)
-        except OSError as error:
-            logger.warning("cannot keep the digits classifier in %s (%s): it will be trained again", path.parent, error.strerror)
+class PrincipalDirections:
+    """Another network's features along the directions in which those of reference images vary most: fewer images fill their covariance.
+
+    Args:
+        features: the other network.
+        reference: its features of the reference images, float64 [N, F].
+        directions: how many, at most F.
+
+    Raises:
+        UserError: there are not so many.
+    """
+
+    def __init__(self, features: FeatureNetwork, reference: Tensor, directions: int) -> None:
+        most = min(features.num_features, len(reference) - 1)
+        if directions > most:
+            raise UserError(
+                f"--eval_feature_directions {directions}: {features.name} has {features.num_features} features, and {len(reference)} "
+                f"reference images vary in {len(reference) - 1} directions; give at most {most}"
+            )
+        self.name, self.num_features = f"{features.name}-PCA{directions}", directions
+        self._features = features
+        self._directions = torch.linalg.eigh(reference.T.cov()).eigenvectors[:, -directions:]  # [F, directions]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """float64 [N, directions] of uint8 [N, C, H, W]."""
+        return self.along(self._features(images))
+
+    def along(self, features: Tensor) -> Tensor:
+        """float64 [N, directions] of the other network's features [N, F]."""
+        return features @ self._directions
 
 
-# By what --eval_features calls them; each takes the channels and the side in pixels of the images.
-FEATURES: dict[str, Callable[[int, int], FeatureNetwork]] = {
-    "digits": lambda channels, resolution: DigitsFeatures(),
-    "pixels": PixelFeatures,
+# By what --eval_features calls them; each takes the channels and the side in pixels of the images, and where it may compute.
+FEATURES: dict[str, Callable[[int, int, torch.device], FeatureNetwork]] = {
+    "digits": lambda channels, resolution, device: DigitsFeatures(),
+    "pixels": lambda channels, resolution, device: PixelFeatures(channels, resolution),
+    "efficientnet": lambda channels, resolution, device: EfficientNetFeatures(device),
 }
 
 
-def build_features(name: str, *, channels: int, resolution: int) -> FeatureNetwork:
+def build_features(name: str, *, channels: int, resolution: int, device: torch.device) -> FeatureNetwork:
     """The entry of `FEATURES` for images of these channels and this side in pixels.
 
     Raises:
@@ -156,15 +156,16 @@ def build_features(name: str, *, channels: int, resolution: int) -> FeatureNetwo
     """
     if name not in FEATURES:
         raise UserError(f"--eval_features {name!r} is unknown; known: {', '.join(FEATURES)}")
-    return FEATURES[name](channels, resolution)
+    return FEATURES[name](channels, resolution, device)
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "immiscible"
+def features_of(features: FeatureNetwork, batches: Iterable[Tensor], *, keep: bool = False) -> Tensor:
+    """float64 [N, F] of batches of images, uint8 [B, C, H, W]; [0, F] of none.
 
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    return hashlib.sha256(save(tensors)).hexdigest()
+    With ``keep`` a network that has a method ``kept``, as slow ones have, is asked by that: for images that other runs measure too.
+    """
+    ask = getattr(features, "kept", features) if keep else features
+    return torch.cat([torch.zeros(0, features.num_features, dtype=torch.float64), *map(ask, batches)])
 
 
 def _digits_network() -> nn.Sequential:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from immiscible.errors import UserError, first_line
-from immiscible.evaluation.features import FeatureNetwork
+from immiscible.evaluation.copies import NearestNeighborRatio
+from immiscible.evaluation.features import FeatureNetwork, PrincipalDirections, features_of
 from immiscible.evaluation.validation import BATCH_SIZE, EVALUATION_SEED
 from immiscible.networks.weights import evaluation_weights
 from immiscible.randomness import preserved_randomness
@@ -27,63 +28,49 @@ logger = logging.getLogger(__name__)
 
 
 class FrechetDistance:
-    """The squared Frechet distance between the Gaussians that fit the features of reference images and of other images.
+    """The squared Frechet distance between the Gaussians that fit reference features and other features.
 
     ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` (Heusel et al. 2017, eq. 6), by torchmetrics, in float64. It falls with the number
-    of images on either side: compare only distances of equal numbers. The reference's features are computed here and only here.
+    of images on either side: compare only distances of equal numbers.
 
     Args:
-        features: the feature network.
-        reference: batches of reference images, uint8 [B, C, H, W].
-
-    Attributes:
-        reference_images: how many there were.
+        name: of the distance, for errors.
+        reference: features of reference images, float64 [N, F].
 
     Raises:
         UserError: torchmetrics cannot be imported, or there are fewer than 2 images.
     """
 
-    def __init__(self, features: FeatureNetwork, reference: Iterable[Tensor]) -> None:
-        self.features = features
+    def __init__(self, name: str, reference: Tensor) -> None:
+        self.name = name
         # Not summed over processes: one of them may measure while the others wait elsewhere.
-        self._metric = _torchmetrics_fid()(_Extractor(features), reset_real_features=False, sync_on_compute=False)
-        self.reference_images = self._update(reference, real=True)
-        if self.reference_images < 2:
-            raise UserError(f"{features.name} needs at least 2 reference images, not {self.reference_images}")
+        self._metric = _torchmetrics_fid()(_Given(reference.shape[1]), reset_real_features=False, sync_on_compute=False)
+        if len(reference) < 2:
+            raise UserError(f"{name} needs at least 2 reference images, not {len(reference)}")
+        self._metric.update(reference, real=True)
 
-    def __call__(self, images: Iterable[Tensor]) -> float:
-        """The distance of these images, given as batches uint8 [B, C, H, W], from the reference; exactly 0 where rounding goes below.
+    def __call__(self, features: Tensor) -> float:
+        """The distance of these features, float64 [M, F], from the reference; exactly 0 where rounding goes below.
 
         Raises:
             UserError: there are fewer than 2 images.
         """
+        if len(features) < 2:
+            raise UserError(f"{self.name} needs at least 2 images, not {len(features)}")
         self._metric.reset()
-        count = self._update(images, real=False)
-        if count < 2:
-            raise UserError(f"{self.features.name} needs at least 2 images, not {count}")
+        self._metric.update(features, real=False)
         return max(0.0, float(self._metric.compute()))
 
-    def _update(self, batches: Iterable[Tensor], *, real: bool) -> int:
-        count = 0
-        for batch in batches:
-            self._metric.update(batch, real=real)
-            count += len(batch)
-        return count
 
+class _Given(nn.Module):
+    """What torchmetrics takes for a feature network, where features are what it is given."""
 
-class _Extractor(nn.Module):
-    """A feature network in the shape that torchmetrics wants; torchmetrics calls ``train()`` on it, which a network must not follow."""
-
-    def __init__(self, features: FeatureNetwork) -> None:
+    def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.features = features
-        self.num_features = features.num_features
+        self.num_features = num_features
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.features(images)
-
-    def train(self, mode: bool = True) -> _Extractor:
-        return self
+    def forward(self, features: Tensor) -> Tensor:
+        return features
 
 
 def _torchmetrics_fid() -> Callable[..., Any]:
@@ -97,19 +84,30 @@ def _torchmetrics_fid() -> Callable[..., Any]:
         ) from error
 
 
-class EvaluationResult(TypedDict):
-    """One evaluation, ready for JSON.
-
-    ``feature`` is the distance's name, ``samples`` and ``reference_images`` the numbers of images that it compares, and
-    ``frechet_distance`` its value for each number of inference steps, as text, without guidance: ``{"5": 12.3, "20": 4.5}``.
-    ``frechet_distance_guided`` holds the same for each other guidance scale, as text: ``{"1.5": {"5": 10.2, "20": 4.1}}``.
-    """
-
+class _Measured(TypedDict):
     feature: str
+    num_features: int
     samples: int
     reference_images: int
     frechet_distance: dict[str, float]
     frechet_distance_guided: dict[str, dict[str, float]]
+
+
+class EvaluationResult(_Measured, total=False):
+    """One evaluation, ready for JSON.
+
+    ``feature`` is the distance's name and ``num_features`` its dimension, ``samples`` and ``reference_images`` are the numbers of images
+    that it compares, and ``frechet_distance`` is its value for each number of inference steps, as text: ``{"5": 12.3, "20": 4.5}``,
+    without guidance; ``frechet_distance_guided`` holds the same for each other guidance scale: ``{"1.5": {"5": 10.2, "20": 4.1}}``.
+    Where images are held out, ``frechet_distance_held_out`` is the distance of the same samples from ``held_out_images`` of them, and
+    ``nearest_neighbor_ratio`` what `NearestNeighborRatio` says of them, each with its ``_guided``, too.
+    """
+
+    held_out_images: int
+    frechet_distance_held_out: dict[str, float]
+    nearest_neighbor_ratio: dict[str, float]
+    frechet_distance_held_out_guided: dict[str, dict[str, float]]
+    nearest_neighbor_ratio_guided: dict[str, dict[str, float]]
 
 
 class Evaluation:
@@ -121,6 +119,8 @@ class Evaluation:
     Args:
         features: from `build_features`, or any `FeatureNetwork`.
         reference: batches of reference images, uint8 [B, C, H, W], usually `fixed_images` through `to_uint8`; read once, here.
+        held_out: batches of images like those that were not trained on, likewise; none to measure against the reference alone.
+        directions: measure along so many `PrincipalDirections` of the reference; None for the features as they are.
         samples: images to sample per number of inference steps; at least 2, and more than the features are many.
         inference_steps: the numbers of inference steps, each at least 1.
         batch_size: images sampled together.
@@ -143,6 +143,8 @@ class Evaluation:
         prompts: Sequence[str] = (),
         guidance_scales: Iterable[float] = (1.0,),
         guidance_interval: tuple[float, float] = WHOLE,
+        held_out: Iterable[Tensor] = (),
+        directions: int | None = None,
     ) -> None:
         self.prompts, self.guidance_scales, self.guidance_interval = prompts, sorted(set(guidance_scales)), guidance_interval
         self.samples, self.inference_steps, self.batch_size = samples, sorted(set(inference_steps)), batch_size
@@ -151,16 +153,32 @@ class Evaluation:
         if not self.inference_steps or self.inference_steps[0] < 1:
             raise UserError("--eval_inference_steps needs numbers of at least 1")
         with preserved_randomness():
-            self.distance = FrechetDistance(features, reference)
-        for count, what in ((samples, "--eval_samples"), (self.distance.reference_images, "the number of reference images")):
-            if count <= features.num_features:
+            known = features_of(features, reference, keep=True)
+            unseen = features_of(features, held_out, keep=True)
+            if directions is not None:
+                features = along = PrincipalDirections(features, known, directions)
+                known, unseen = along.along(known), along.along(unseen)
+            self.features, self.reference_images = features, len(known)
+            self._measures: dict[str, Callable[[Tensor], float]] = {"frechet_distance": FrechetDistance(features.name, known)}
+            self.held_out_images = len(unseen)
+            if self.held_out_images:
+                self._measures["frechet_distance_held_out"] = FrechetDistance(f"{features.name} of held-out images", unseen)
+                self._measures["nearest_neighbor_ratio"] = NearestNeighborRatio(known, unseen)
+        self._tell_too_few()
+
+    def _tell_too_few(self) -> None:
+        counts = {"--eval_samples": self.samples, "the number of reference images": self.reference_images}
+        if self.held_out_images:
+            counts["the number of held-out images"] = self.held_out_images
+        for what, count in counts.items():
+            if count <= self.features.num_features:
                 logger.warning(
                     "%s is %d: too few for the %d features of %s, whose covariance needs at least %d (and says more with ten times that)",
                     what,
                     count,
-                    features.num_features,
-                    features.name,
-                    features.num_features + 1,
+                    self.features.num_features,
+                    self.features.name,
+                    self.features.num_features + 1,
                 )
 
     def __call__(self, pipeline: DiffusionPipeline, ema: EMAModel | None = None) -> EvaluationResult:
@@ -179,17 +197,30 @@ class Evaluation:
             evaluation_weights(pipeline.unet, ema),
             tqdm(total=total, desc="evaluating", unit="sample", delay=2, leave=False, disable=None) as bar,
         ):
-            distances = {
-                scale: {str(steps): self.distance(self._sample(pipeline, steps, scale, bar)) for steps in self.inference_steps}
+            measured = {
+                scale: {str(steps): self._measure(self._sample(pipeline, steps, scale, bar)) for steps in self.inference_steps}
                 for scale in self.guidance_scales
             }
-        return {
-            "feature": self.distance.features.name,
+
+        def told(name: str) -> dict[str, Any]:
+            """A measure without guidance, and at each other scale."""
+            values = {scale: {steps: found[name] for steps, found in of_scale.items()} for scale, of_scale in measured.items()}
+            return {name: values.pop(1.0, {}), f"{name}_guided": {f"{scale:g}": of_scale for scale, of_scale in values.items()}}
+
+        result: Any = {
+            "feature": self.features.name,
+            "num_features": self.features.num_features,
             "samples": self.samples,
-            "reference_images": self.distance.reference_images,
-            "frechet_distance": distances.pop(1.0, {}),
-            "frechet_distance_guided": {f"{scale:g}": of_scale for scale, of_scale in distances.items()},
+            "reference_images": self.reference_images,
+            **({"held_out_images": self.held_out_images} if self.held_out_images else {}),
+            **{key: values for name in self._measures for key, values in told(name).items()},
         }
+        return result
+
+    def _measure(self, images: Iterable[Tensor]) -> dict[str, float]:
+        """What is asked of one set of samples, by name; their features are computed once."""
+        found = features_of(self.features, images)
+        return {name: measure(found) for name, measure in self._measures.items()}
 
     def _sample(self, pipeline: DiffusionPipeline, steps: int, guidance_scale: float, bar: tqdm) -> Iterator[Tensor]:
         for first in range(0, self.samples, self.batch_size):

@@ -187,6 +187,10 @@ def _check_measured_alike(runs: Sequence[Run], guidance_scale: float) -> None:
             found = {line.get(key) for line in run.evaluations} - {wanted}
             if found:
                 raise UserError(f"{first.folder} and {run.folder} cannot be compared: {text} ({key} {wanted} and {found.pop()})")
+    held_out = {line["held_out"]: run for run in runs for line in run.evaluations if line.get("held_out")}
+    if len(held_out) > 1:
+        folders = " and ".join(str(run.folder) for run in held_out.values())
+        raise UserError(f"{folders} cannot be compared: different held-out images ({' and '.join(held_out)})")
     for run in runs:
         one, other = (told(each.config, guidance_scale) or "nothing" for each in (first, run))
         if one != other:

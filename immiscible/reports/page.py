@@ -20,7 +20,16 @@ from immiscible.reports.figures import arm_figure, crowded, curve_figure, infere
 from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, RULE, UNCLEAR
 from immiscible.reports.samples import samples_of
 from immiscible.reports.sentences import headline, reading_guide, setting, title
-from immiscible.reports.tables import arm_table, cost_table, curve_table, guidance_table, seed_table, summary_table, validation_table
+from immiscible.reports.tables import (
+    arm_table,
+    cost_table,
+    curve_table,
+    guidance_table,
+    held_out_table,
+    seed_table,
+    summary_table,
+    validation_table,
+)
 from immiscible.training.markdown import fenced, inline, line
 
 MARKS = {word: word[2:].replace(" ", "-") for word in (GAIN, HARM, UNCLEAR, NO_EFFECT)}  # the class of a verdict's cell
@@ -47,7 +56,7 @@ def html_report(comparison: Comparison) -> str:
         summaries=[summary_table(comparison, count) for count in steps],
         guidance=guidance_table(comparison),
         costs=cost_table(comparison),
-        validation=validation_table(comparison),
+        held_out=[table for table in (held_out_table(comparison), validation_table(comparison)) if table],
         arms=arm_table(comparison),
         seeds=[seed_table(comparison, count) for count in steps],
         guide=reading_guide(comparison),
@@ -95,7 +104,8 @@ def warnings(report: Report) -> list[str]:
 def markdown_report(comparison: Comparison) -> str:
     """The report's words and numbers in Markdown, names escaped; the curves are tables."""
     steps = comparison.inference_steps
-    validation, guidance = validation_table(comparison), guidance_table(comparison)
+    guidance = guidance_table(comparison)
+    held_out = [table.markdown() for table in (held_out_table(comparison), validation_table(comparison)) if table]
     parts = [
         f"# {inline(title(comparison))}",
         "\n".join(map(line, headline(comparison))),
@@ -108,7 +118,7 @@ def markdown_report(comparison: Comparison) -> str:
         *(["## Quality against guidance", guidance.markdown()] if guidance else []),
         "## What it costs and what it does",
         cost_table(comparison).markdown(),
-        *([validation.markdown()] if validation else []),
+        *held_out,
         "## The arms",
         arm_table(comparison).markdown(),
         "## Every seed",

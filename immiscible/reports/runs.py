@@ -27,6 +27,8 @@ NOT_THE_METHOD = {item.name for group in (RunArguments, TextRunArguments) for it
 NOT_THE_METHOD -= {"sampling_scheduler", "timestep_spacing"}
 NOT_THE_METHOD |= {"seed", "cache_dir", "cache_latents", "latent_cache_dir", "dataloader_num_workers", "local_rank"}
 
+# What lines of evaluation.jsonl have where images were held out, by number of inference steps as ``frechet_distance``.
+HELD_OUT = ("frechet_distance_held_out", "nearest_neighbor_ratio")
 DIVERGED = 1e30  # a distance that no image could have; figures have no room for what is far above
 
 
@@ -226,15 +228,19 @@ def _measured(line: Mapping[str, Any], guidance_scale: float) -> dict[str, Any]:
     if missing := sorted(set(needed) - line.keys()):
         raise ValueError(f"lines without {', '.join(missing)}")
     counts = {name: int(line[name]) for name in ("step", "samples", "reference_images")}
-    by_guidance = {1.0: line["frechet_distance"], **{float(scale): of for scale, of in line.get("frechet_distance_guided", {}).items()}}
-    distances = {scale: found for scale, of_scale in by_guidance.items() if (found := _distances(of_scale))}
-    chosen = distances.get(guidance_scale, {})
-    return {**line, **counts, "train_seconds": float(line["train_seconds"]), "frechet_distance": chosen, "by_guidance": distances}
+    by_guidance = _by_guidance(line, "frechet_distance")
+    chosen = {name: _by_guidance(line, name).get(guidance_scale, {}) for name in ("frechet_distance", *HELD_OUT) if name in line}
+    return {**line, **counts, "train_seconds": float(line["train_seconds"]), **chosen, "by_guidance": by_guidance}
 
 
-def _distances(by_steps: Mapping[str, Any]) -> dict[int, float]:
-    """Distances by number of inference steps; one that is ``null`` was not finite."""
-    return {int(steps): math.nan if value is None else float(value) for steps, value in by_steps.items()}
+def _by_guidance(line: Mapping[str, Any], name: str) -> dict[float, dict[int, float]]:
+    """A measure by guidance scale and number of inference steps; one that is ``null`` was not finite."""
+    by_scale = {1.0: line[name], **{float(scale): of for scale, of in line.get(f"{name}_guided", {}).items()}}
+    return {
+        scale: {int(steps): math.nan if value is None else float(value) for steps, value in of_scale.items()}
+        for scale, of_scale in by_scale.items()
+        if of_scale
+    }
 
 
 def differing_flags(configs: Sequence[Mapping[str, Any]]) -> list[str]:

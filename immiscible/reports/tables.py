@@ -10,7 +10,7 @@ from statistics import median
 from immiscible.reports.arms import Report
 from immiscible.reports.comparison import Comparison
 from immiscible.reports.ratios import NOTHING, SECONDS, UNKNOWN, Curve, Interval, middle
-from immiscible.reports.runs import differing_flags
+from immiscible.reports.runs import HELD_OUT, differing_flags
 from immiscible.training.markdown import inline, table_cell
 
 
@@ -134,6 +134,26 @@ def validation_table(comparison: Comparison) -> Table | None:
         "Held-out loss per range of timesteps (low is little noise) at the last step: images not trained on, fixed independent noises, "
         "unweighted; medians over seeds",
         ["arm", *levels],
+        rows,
+    )
+
+
+def held_out_table(comparison: Comparison) -> Table | None:
+    """Each arm's last distances from the training images and from those held out, and the ratio for copies; None if no run has them."""
+    last = {name: [run.evaluations[-1] for run in arm.runs.values()] for name, arm in comparison.arms.items()}
+    if not any(name in line for lines in last.values() for line in lines for name in HELD_OUT):
+        return None
+    rows = []
+    for name, lines in last.items():
+        for steps in comparison.inference_steps:
+            of_seeds = [[line[measure][steps] for line in lines if steps in line.get(measure, {})] for measure in HELD_OUT]
+            distances = [run.curve(steps)[-1][1] for run in comparison.arms[name].runs.values()]
+            rows.append([name, str(steps), *(f"{median(values):.4g}" if values else NOTHING for values in (distances, *of_seeds))])
+    return Table(
+        f"Whether samples are copies, at the last step: their {comparison.feature} from the images trained on and from others held out, "
+        "and how far they are from the nearest image trained on over how far from the nearest of as many held out (1: no nearer; 0: each "
+        "is a copy); medians over seeds",
+        ["arm", "inference steps", "from images trained on", "from images held out", "nearest-neighbor ratio"],
         rows,
     )
 

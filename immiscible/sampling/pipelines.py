@@ -159,7 +159,10 @@ def sample_images(
             batches.append(pipeline(**wanted, generator=generators, num_inference_steps=steps, output_type="np").images)
     images = numpy.concatenate(batches)
     if not numpy.isfinite(images).all():
-        raise UserError("samples hold NaN values: the network has diverged; train with a lower --learning_rate, or an --image_scale nearer 1", exit_code=1)
+        raise UserError(
+            "samples hold NaN values: the network has diverged; train with a lower --learning_rate, or an --image_scale nearer 1",
+            exit_code=1,
+        )
     return (images * 255).round().astype(numpy.uint8)
 
 

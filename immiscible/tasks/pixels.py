@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy
 
 from immiscible.configs import UnconditionalConfig
-from immiscible.data.loading import training_source
-from immiscible.data.sources import ImageSource, split_source
+from immiscible.data.loading import training_source, with_held_out
+from immiscible.data.sources import ImageSource
 from immiscible.data.streaming import Stream
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.encoders import Encoder, PixelEncoder
@@ -153,8 +153,7 @@ def pixels_task(config: UnconditionalConfig, accelerator: Accelerator, seed: int
 
 def images_of_flags(config: UnconditionalConfig) -> tuple[ImageSource | Stream, ImageSource | None]:
     """The images to train on, and those held out."""
-    source: Any = training_source(config, config.labels_for)
-    return split_source(source, config.validation_split) if config.validation_split else (source, None)
+    return with_held_out(training_source, config, config.labels_for, share=config.validation_split, folder=config.eval_data_dir)
 
 
 def network_settings(config: UnconditionalConfig, source: ImageSource | Stream, *, channels: int, downsampling: int = 1) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from immiscible.configs import TextToImageConfig
-from immiscible.data.loading import captioned_source, prompt_classes, with_prompt_classes
-from immiscible.data.sources import ImageSource, split_source
+from immiscible.data.loading import captioned_source, prompt_classes, with_held_out, with_prompt_classes
+from immiscible.data.sources import ImageSource
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.cache import open_cache
 from immiscible.encoding.clusters import caption_clusters
@@ -166,8 +166,8 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
         UserError: what does not fit together.
     """
     config.mixed_precision = accelerator.mixed_precision
-    loaded: Any = captioned_source(config, config.labels_for)
-    source, held_out = split_source(loaded, config.validation_split) if config.validation_split else (loaded, None)
+    share, folder = config.validation_split, config.eval_data_dir
+    source, held_out = with_held_out(captioned_source, config, config.labels_for, share=share, folder=folder)
     reseed_globally(seed, "network")
     parts = load_stable_diffusion(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
     _check_dream(config, parts)

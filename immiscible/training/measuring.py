@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from immiscible.data.batches import Images
 from immiscible.data.transforms import ImageTransform
 from immiscible.encoding.encoders import Encoded
 from immiscible.evaluation.features import build_features
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
     from immiscible.training.arguments import RunConfig
 
 logger = logging.getLogger(__name__)
+
+LOSS_IMAGES = 1000  # held out, at most: each takes as many calls of the network as there are ranges of noise levels
+MEASURED = {  # what a line of evaluation.jsonl may have, and what the log calls it
+    "frechet_distance": "{}",
+    "frechet_distance_held_out": "{} of the images held out",
+    "nearest_neighbor_ratio": "distance from the nearest training image over that from the nearest image held out",
+}
 
 
 class RunEvaluation:
@@ -44,7 +53,9 @@ class RunEvaluation:
         """Reads the reference images; drops lines of steps after ``start_step``, which a killed run left behind."""
         config, data = self._config, self._task.data
         transform: ImageTransform = data.transform
-        features = build_features(config.eval_features or self._task.features, channels=transform.channels, resolution=transform.resolution)
+        device = self._task.objective.process.signal.device
+        size = {"channels": transform.channels, "resolution": transform.resolution}
+        features = build_features(config.eval_features or self._task.features, **size, device=device)
         source: Any = data.source  # no stream: those are not evaluated
         images = fixed_images(source, transform, skip_bad_images=config.skip_bad_images)
         prompts = self._task.prompts(config.eval_samples)
@@ -57,18 +68,23 @@ class RunEvaluation:
             prompts=prompts,
             guidance_scales=config.eval_guidance_scales,
             guidance_interval=config.interval,
+            held_out=(to_uint8(batch.x0) for batch in self._held_out_images()),
+            directions=config.eval_feature_directions,
         )
-        self._held_out: list[Encoded] = []
-        if data.held_out is not None:
-            options = {"with_labels": config.labels_for is not None, "with_captions": data.with_captions}
-            batches = fixed_images(data.held_out, transform, skip_bad_images=config.skip_bad_images, **options)
-            device = self._task.objective.process.signal.device
-            self._held_out = [self._task.encode_held_out(batch, Draws(0, 0, number, device)) for number, batch in enumerate(batches)]
+        options = {"with_labels": config.labels_for is not None, "with_captions": data.with_captions, "limit": LOSS_IMAGES}
+        batches = enumerate(self._held_out_images(**options))
+        self._held_out: list[Encoded] = [self._task.encode_held_out(batch, Draws(0, 0, number, device)) for number, batch in batches]
         self._steps = {line["step"] for line in drop_later_lines(self._path, start_step)}
 
     def has_measured(self, step: int) -> bool:
         """Whether the weights at ``step`` have their line."""
         return step in self._steps
+
+    def _held_out_images(self, **options: Any) -> Iterator[Images]:
+        """Those of `fixed_images`; none where none are held out."""
+        data = self._task.data
+        if data.held_out is not None:
+            yield from fixed_images(data.held_out, data.transform, skip_bad_images=self._config.skip_bad_images, **options)
 
     def __call__(self, ema: EMAModel | None, step: int, train_seconds: float) -> None:
         """Measures the weights at ``step`` and appends a line."""
@@ -79,8 +95,8 @@ class RunEvaluation:
             "data": task.data.source.fingerprint,
             **self._evaluation(task.pipeline(), ema),
         }
-        line["num_features"] = self._evaluation.distance.features.num_features
         if self._held_out:
+            line["held_out"] = task.data.held_out.fingerprint  # type: ignore[union-attr]
             x0 = torch.cat([batch.x0 for batch in self._held_out])
             condition = {name: torch.cat([batch.condition[name] for batch in self._held_out]) for name in self._held_out[0].condition}
             process, prediction_type = task.objective.process, task.objective.prediction_type
@@ -88,6 +104,8 @@ class RunEvaluation:
             options: dict[str, Any] = {"condition": condition, "ema": ema, "batch_size": together}
             line["validation_loss"] = validation_loss(task.network, x0, process, prediction_type, **options)
         append_line(self._path, {**line, "weights": "raw" if ema is None else "ema", "told": told(asdict(self._config))})
-        by_guidance = {"": line["frechet_distance"], **{f" with guidance {w}": of for w, of in line["frechet_distance_guided"].items()}}
-        distances = [f"{value:.3f} at {steps} steps{how}" for how, of in by_guidance.items() for steps, value in of.items()]
-        logger.info("step %d: %s %s", step, line["feature"], ", ".join(distances))
+        for name, what in MEASURED.items():
+            by_guidance = {"": line.get(name, {}), **{f" with guidance {w}": of for w, of in line.get(f"{name}_guided", {}).items()}}
+            found = [f"{value:.3f} at {steps} steps{how}" for how, of in by_guidance.items() for steps, value in of.items()]
+            if found:
+                logger.info("step %d: %s %s", step, what.format(line["feature"]), ", ".join(found))

@@ -1,4 +1,4 @@
-"""Images opened, and a source split in two."""
+"""Images opened, and images held out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from launch import tiny
 from PIL import Image
 
+from immiscible.data.arguments import DataArguments
 from immiscible.data.bundled import load_digits
-from immiscible.data.loading import load_images
+from immiscible.data.loading import load_images, training_source, with_held_out
 from immiscible.data.sources import split_source
 from immiscible.errors import UserError
 
@@ -58,3 +59,34 @@ def test_split_is_a_fixed_partition():
 def test_a_split_with_an_empty_side_is_refused(fraction):
     with pytest.raises(UserError, match=r"--validation_split .* of 1797 images leaves none on one side"):
         split_source(load_digits(), fraction)
+
+
+def colors(folder, **classes):
+    """A folder of 8x8 images, so many of each class."""
+    for name, count in classes.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / name / f"{number}.png")
+    return str(folder)
+
+
+def test_held_out_images_of_another_folder(tmp_path):
+    train, other = colors(tmp_path / "train", cat=6, dog=6), colors(tmp_path / "other", cat=2, dog=1)
+    arguments = DataArguments(train_data_dir=train, max_train_samples=5)
+    source, held_out = with_held_out(training_source, arguments, "--class_conditional", share=None, folder=other)
+    assert (len(source), len(held_out)) == (5, 3) and [held_out.label(row) for row in range(3)] == [0, 0, 1]
+    source, held_out = with_held_out(training_source, DataArguments(bundled_data="digits"), None, share=None, folder=other)
+    assert (len(source), len(held_out)) == (1797, 3)
+    _, held_out = with_held_out(training_source, DataArguments(bundled_data="digits"), None, share=0.5, folder=None)
+    assert len(held_out) == round(1797 / 2)
+    assert with_held_out(training_source, arguments, None, share=None, folder=None)[1] is None
+
+
+def test_held_out_images_that_do_not_fit_are_one_line(tmp_path):
+    train, other = colors(tmp_path / "train", cat=2, dog=2), colors(tmp_path / "other", ant=1, dog=1)
+    arguments = DataArguments(train_data_dir=train)
+    with pytest.raises(UserError, match=r"--eval_data_dir .*other has the classes ant, dog; it must have those of .* images, cat, dog"):
+        with_held_out(training_source, arguments, "--class_conditional", share=None, folder=other)
+    assert len(with_held_out(training_source, arguments, None, share=None, folder=other)[1]) == 2  # where no class counts
+    with pytest.raises(UserError, match=r"--eval_data_dir .*nowhere: no such folder"):
+        with_held_out(training_source, arguments, None, share=None, folder=str(tmp_path / "nowhere"))

@@ -9,6 +9,7 @@ from safetensors.torch import save
 
 from immiscible.errors import UserError
 from immiscible.evaluation import features as features_module
+from immiscible.evaluation import kept
 from immiscible.evaluation.features import FEATURES, DigitsFeatures, PixelFeatures, build_features
 from immiscible.evaluation.frechet import FrechetDistance
 from immiscible.evaluation.validation import to_uint8
@@ -56,7 +57,7 @@ def test_a_broken_cache_is_made_anew(cache, digits_features, tmp_path, monkeypat
         "one bit": content[:-1] + bytes([content[-1] ^ 1]),
         "foreign": b"not safetensors at all",
         "empty": b"",
-        "other shapes": save({"scale": torch.ones(1)}, metadata={"sha256": features_module._digest({"scale": torch.ones(1)})}),
+        "other shapes": save({"scale": torch.ones(1)}, metadata={"sha256": kept._digest({"scale": torch.ones(1)})}),
     }[damage]
     (tmp_path / whole.name).write_bytes(broken)
     monkeypatch.setattr(features_module, "_train_digits_classifier", lambda: digits_features._tensors)
@@ -80,11 +81,11 @@ def test_without_a_place_for_the_cache_it_still_works(digits_features, tmp_path,
 
 
 def test_distances_of_digits_have_the_expected_sizes(digits_features):
-    distance = FrechetDistance(digits_features, DIGITS.split(500))
+    distance = FrechetDistance(digits_features.name, digits_features(DIGITS))
     half = DIGITS[torch.randperm(1797, generator=torch.Generator().manual_seed(0))[:898]]
-    assert distance([DIGITS]) < 1e-6
-    assert 1e-3 < distance([half]) < 1
-    assert distance([noise_images(1500)]) > 20
+    assert distance(digits_features(DIGITS)) < 1e-6
+    assert 1e-3 < distance(digits_features(half)) < 1
+    assert distance(digits_features(noise_images(1500))) > 20
 
 
 def test_pixel_features_average_at_most_8x8():
@@ -105,10 +106,11 @@ def test_features_for_other_images_are_refused(digits_features):
 
 
 def test_features_are_built_by_name(cache, digits_features, monkeypatch):
-    monkeypatch.setattr(features_module, "_cache_folder", lambda: cache)
-    assert list(FEATURES) == ["digits", "pixels"]
-    assert build_features("digits", channels=1, resolution=8).name == "FD-digits"
-    pixels = build_features("pixels", channels=3, resolution=32)
+    monkeypatch.setattr(features_module, "cache_folder", lambda: cache)
+    assert list(FEATURES) == ["digits", "pixels", "efficientnet"]
+    device = torch.device("cpu")
+    assert build_features("digits", channels=1, resolution=8, device=device).name == "FD-digits"
+    pixels = build_features("pixels", channels=3, resolution=32, device=device)
     assert (pixels.name, pixels.num_features) == ("FD-pixels-8x8", 192)
-    with pytest.raises(UserError, match="known: digits, pixels"):
-        build_features("inception", channels=3, resolution=32)
+    with pytest.raises(UserError, match="known: digits, pixels, efficientnet"):
+        build_features("inception", channels=3, resolution=32, device=device)

@@ -13,10 +13,10 @@ from class_networks import CLASSES, Painter, config_of, pipeline_of
 from class_networks import tiny_unet as class_unet
 from diffusers.training_utils import EMAModel
 from measured import DIGITS, random_state
-from torch import nn
 
 from immiscible.errors import UserError
 from immiscible.evaluation import frechet
+from immiscible.evaluation.copies import NearestNeighborRatio
 from immiscible.evaluation.features import PixelFeatures
 from immiscible.evaluation.frechet import Evaluation, FrechetDistance
 from immiscible.evaluation.validation import EVALUATION_SEED, validation_loss
@@ -28,7 +28,7 @@ from immiscible.schedulers import build_scheduler
 
 
 class Passed:
-    """Features that are what is given for images: [N, F, 1, 1]."""
+    """Features that are the images' values, counted."""
 
     name = "FD-passed"
 
@@ -66,40 +66,51 @@ def test_frechet_distance_equals_a_float64_reference(case, count_a, count_b, num
 
     def draw(count, shift):
         mixing = torch.randn(rank, num_features, generator=generator, dtype=torch.float64)
-        return (torch.randn(count, rank, generator=generator, dtype=torch.float64) @ mixing + shift)[:, :, None, None]
+        return torch.randn(count, rank, generator=generator, dtype=torch.float64) @ mixing + shift
 
     a, b = draw(count_a, 3.0), draw(count_b, 3.5)
-    distance = FrechetDistance(Passed(num_features), a.split(64))
-    assert distance(b.split(33)) == pytest.approx(reference_distance(a, b), rel=1e-6)
-    scale = float(a.flatten(1).var(0).sum())
-    for same in ([a], a.split(1), [a.flip(0)]):
+    distance = FrechetDistance("FD-passed", a)
+    assert distance(b) == pytest.approx(reference_distance(a, b), rel=1e-6)
+    scale = float(a.var(0).sum())
+    for same in (a, a.flip(0)):
         assert distance(same) == pytest.approx(0, abs=1e-6 * scale)
         assert distance(same) >= 0
 
 
-def test_reference_features_are_computed_once():
-    features = Passed(3)
-    distance = FrechetDistance(features, torch.randn(100, 3, 1, 1).split(10))
-    assert features.seen == distance.reference_images == 100
-    first, second = torch.randn(50, 3, 1, 1), 4 * torch.randn(50, 3, 1, 1)
-    values = [distance([first]), distance([second]), distance([first])]
-    assert features.seen == 250
-    assert values[0] == values[2] < values[1]  # nothing of one call is left in the next
+def test_nothing_of_one_call_is_left_in_the_next():
+    distance = FrechetDistance("FD-passed", torch.randn(100, 3, dtype=torch.float64))
+    first, second = (scale * torch.randn(50, 3, dtype=torch.float64) for scale in (1, 4))
+    values = [distance(first), distance(second), distance(first)]
+    assert values[0] == values[2] < values[1]
 
 
-def test_a_module_as_features_keeps_its_mode():
-    module = nn.Flatten().eval()
-    module.name, module.num_features = "FD-flat", 4
-    distance = FrechetDistance(module, [torch.randn(9, 4, 1, 1, dtype=torch.float64)])
-    distance._metric.train()
-    assert not module.training
+def test_features_are_computed_once_for_each_image():
+    features, unet = Passed(64), tiny_unet()
+    evaluation, pipeline = evaluation_of(unet, features=features, held_out=DIGITS[:100].split(30))
+    assert features.seen == 1797 + 100
+    evaluation(pipeline)
+    assert features.seen == 1797 + 100 + 2 * 20  # at two numbers of inference steps, each with three measures
+
+
+def test_only_images_that_other_runs_measure_too_are_kept():
+    class Slow(Passed):
+        asked = 0
+
+        def kept(self, images):
+            self.asked += len(images)
+            return self(images)
+
+    features, unet = Slow(64), tiny_unet()
+    evaluation, pipeline = evaluation_of(unet, features=features, held_out=[DIGITS[:100]])
+    evaluation(pipeline)
+    assert features.asked == 1797 + 100 and features.seen == 1797 + 100 + 2 * 20
 
 
 def test_too_few_images_are_refused():
     with pytest.raises(UserError, match="at least 2 reference images, not 1"):
-        FrechetDistance(Passed(2), [torch.zeros(1, 2, 1, 1)])
+        FrechetDistance("FD-passed", torch.zeros(1, 2))
     with pytest.raises(UserError, match="at least 2 images, not 0"):
-        FrechetDistance(Passed(2), [torch.randn(5, 2, 1, 1)])([])
+        FrechetDistance("FD-passed", torch.randn(5, 2))(torch.zeros(0, 2))
 
 
 def test_a_broken_torchmetrics_is_one_clear_line(monkeypatch):
@@ -108,7 +119,7 @@ def test_a_broken_torchmetrics_is_one_clear_line(monkeypatch):
 
     monkeypatch.setattr(frechet, "import_module", fail)
     with pytest.raises(UserError, match=r"needs torchmetrics, which cannot be imported .*torchvision.*pip install"):
-        FrechetDistance(Passed(2), [])
+        FrechetDistance("FD-passed", torch.zeros(0, 2))
 
 
 def tiny_unet():
@@ -116,8 +127,9 @@ def tiny_unet():
     return build_unet(unet_config(config_name_or_path=None, preset="unet-tiny", resolution=8, channels=1, dropout=0.3))
 
 
-def evaluation_of(unet, samples=20, **options):
-    evaluation = Evaluation(PixelFeatures(1, 8), DIGITS.split(600), samples=samples, inference_steps=[3, 2, 3], **options)
+def evaluation_of(unet, samples=20, features=None, **options):
+    features = features or PixelFeatures(1, 8)
+    evaluation = Evaluation(features, DIGITS.split(600), samples=samples, inference_steps=[3, 2, 3], **options)
     pipeline = build_pipeline(unet, build_scheduler("ddpm", prediction_type="v_prediction"), sampler="ddim", spacing="trailing")
     return evaluation, pipeline
 
@@ -131,8 +143,7 @@ def test_evaluation_is_the_distance_of_the_samples(caplog):
     assert result["feature"] == "FD-pixels-8x8" and result["samples"] == 20 and result["reference_images"] == 1797
     assert list(result["frechet_distance"]) == ["2", "3"]
     unet.eval()
-    images = sample_images(pipeline, 20, steps=3, seed=EVALUATION_SEED, batch_size=20, device=torch.device("cpu"))
-    expected = reference_distance(PixelFeatures(1, 8)(DIGITS), PixelFeatures(1, 8)(torch.from_numpy(images).permute(0, 3, 1, 2)))
+    expected = reference_distance(PixelFeatures(1, 8)(DIGITS), PixelFeatures(1, 8)(sampled(pipeline, 20, 3)))
     assert result["frechet_distance"]["3"] == pytest.approx(expected, rel=1e-2)  # a rounding at 1/2 may go either way
     random.seed(5), torch.manual_seed(5)
     assert evaluation(pipeline) == result  # the same noises, whatever the global state
@@ -148,6 +159,43 @@ def test_guided_samples_are_measured_beside_those_without_guidance():
     assert guided["1"] == result["frechet_distance"]["1"] and guided["2"] != result["frechet_distance"]["2"]  # at levels 0.999 and 0.499
     alone = Evaluation(PixelFeatures(1, 8), [DIGITS], guidance_scales=[3], **options)(pipeline)
     assert alone["frechet_distance"] == {} and alone["frechet_distance_guided"] == {"3": guided}
+
+
+def sampled(pipeline, count, steps):
+    images = sample_images(pipeline, count, steps=steps, seed=EVALUATION_SEED, batch_size=count, device=torch.device("cpu"))
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def test_samples_are_measured_against_images_held_out_too():
+    unet, features = tiny_unet().eval(), PixelFeatures(1, 8)
+    known, unseen = DIGITS[:1200], DIGITS[1200:]
+    _, pipeline = evaluation_of(unet)
+    options = {"samples": 30, "inference_steps": [2], "batch_size": 30}
+    result = Evaluation(features, [known], **options, held_out=unseen.split(100))(pipeline)
+    samples = features(sampled(pipeline, 30, 2))
+    assert result["held_out_images"] == 597 and result["num_features"] == 64
+    for name, reference in (("frechet_distance", known), ("frechet_distance_held_out", unseen)):
+        assert result[name]["2"] == pytest.approx(reference_distance(features(reference), samples), rel=1e-6)
+    ratio = NearestNeighborRatio(features(known), features(unseen))(samples)
+    assert result["nearest_neighbor_ratio"] == {"2": ratio} and 0.8 < ratio < 1.25  # noise is as far from either
+    alone = Evaluation(features, [known], **options)(pipeline)
+    assert alone["frechet_distance"] == result["frechet_distance"]
+    assert not {"held_out_images", "frechet_distance_held_out", "nearest_neighbor_ratio"} & alone.keys()
+
+
+def test_distances_along_principal_directions():
+    unet, features = tiny_unet().eval(), PixelFeatures(1, 8)
+    _, pipeline = evaluation_of(unet)
+    options = {"samples": 30, "inference_steps": [2], "batch_size": 30}
+    few = Evaluation(features, [DIGITS], **options, directions=5)(pipeline)
+    assert few["feature"] == "FD-pixels-8x8-PCA5" and few["num_features"] == 5
+    known, samples = features(DIGITS), features(sampled(pipeline, 30, 2))
+    axes = torch.linalg.svd(known - known.mean(0), full_matrices=False).Vh[:5].T  # largest first
+    assert few["frechet_distance"]["2"] == pytest.approx(reference_distance(known @ axes, samples @ axes), rel=1e-6)
+    with pytest.raises(UserError, match=r"--eval_feature_directions 65: FD-pixels-8x8 has 64 features.* give at most 64"):
+        Evaluation(features, [DIGITS], **options, directions=65)
+    with pytest.raises(UserError, match="9 reference images vary in 8 directions; give at most 8"):
+        Evaluation(features, [DIGITS[:9]], **options, directions=9)
 
 
 def test_evaluation_uses_the_averaged_weights():

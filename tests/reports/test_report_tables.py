@@ -1,11 +1,14 @@
+import json
+
 import pytest
 from compared import INF, decay, exactly, words, write_run
 
+from immiscible.errors import UserError
 from immiscible.reports.comparison import compare
 from immiscible.reports.page import html_report, markdown_report, summary
-from immiscible.reports.ratios import GAIN, HARM, Interval
+from immiscible.reports.ratios import GAIN, HARM, NOTHING, Interval
 from immiscible.reports.sentences import headline
-from immiscible.reports.tables import cost_table, seed_table, spread, summary_table
+from immiscible.reports.tables import cost_table, held_out_table, seed_table, spread, summary_table
 
 
 def test_every_baseline_reaches_its_goal(arms):
@@ -94,3 +97,30 @@ def test_tables_read_in_a_terminal(arms):
     assert coupled["verdict"] == GAIN and coupled["sooner in steps"].startswith("2.00x") and coupled["seeds"] == "3"
     baseline = dict(zip(table.columns, table.rows[0], strict=True))
     assert baseline["sooner in steps"] == "1.00x" and baseline["final FD-digits"] == "0.3369 (0.3032 to 0.3874)"
+
+
+def test_what_is_measured_against_images_held_out(arms, tmp_path):
+    assert held_out_table(compare(arms)) is None
+    for number, folder in enumerate(folder for folders in (arms["baseline"], arms["coupled"]) for folder in folders):
+        lines = [json.loads(line) for line in (folder / "evaluation.jsonl").open()]
+        for line in lines:
+            distances = {steps: 2 * value for steps, value in line["frechet_distance"].items()}
+            ratios = {"5": 0.9 + number / 100, "20": None}
+            line |= {"held_out": "others", "frechet_distance_held_out": distances, "nearest_neighbor_ratio": ratios}
+        (folder / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = held_out_table(compare(arms))
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [(row["arm"], row["inference steps"]) for row in rows] == [(arm, steps) for arm in arms for steps in ("5", "20")]
+    first = rows[0]
+    assert first["nearest-neighbor ratio"] == "0.91" and rows[2]["nearest-neighbor ratio"] == "0.94"  # medians over seeds at the last step
+    assert float(first["from images held out"]) == pytest.approx(2 * float(first["from images trained on"]), rel=1e-3)
+    assert rows[1]["nearest-neighbor ratio"] == "nan"  # not finite where it was measured
+    assert all(rows[-1][name] == NOTHING for name in ("from images held out", "nearest-neighbor ratio"))  # not measured
+    for report in (words(html_report(compare(arms))), markdown_report(compare(arms))):
+        assert "Whether samples are copies" in report and "0.94" in report
+
+
+def test_runs_measured_against_different_images_are_not_compared(tmp_path):
+    arms = {name: [write_run(tmp_path / name, {5: decay()}, line={"held_out": name})] for name in ("one", "other")}
+    with pytest.raises(UserError, match=r"one and .*other cannot be compared: different held-out images \(one and other\)"):
+        compare(arms)

@@ -221,12 +221,13 @@ def test_samples_have_the_runs_resolution_however_old_the_checkpoint_is(script, 
     model = edited(tmp_path / "model", "unet", _diffusers_version="0.2.2")
     measured = {"validation_prompts": ["a cat"], "eval_steps": 1, "eval_samples": 2, "eval_inference_steps": 1}
     measured["eval_guidance_scales"] = [1, 7.5]
+    measured["eval_data_dir"] = data_folder(8)
     folder = trained(script, tmp_path / "run", pretrained_model_name_or_path=model, max_train_steps=1, **measured)
     with Image.open(folder / "samples" / "step-0000001.png") as grid:
         assert grid.size == (64, 64)  # a sample of 32 pixels, enlarged
     assert json.loads((folder / "unet" / "config.json").read_text())["sample_size"] == 4
     [line] = [json.loads(text) for text in (folder / "evaluation.jsonl").read_text().splitlines()]
-    assert line["told"] == "the captions of column text, without guidance"
+    assert line["told"] == "the captions of column text, without guidance" and line["held_out_images"] == 8
     assert line["frechet_distance"].keys() == line["frechet_distance_guided"]["7.5"].keys() == {"1"}
     assert line["frechet_distance"] != line["frechet_distance_guided"]["7.5"]
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from launch import tiny
+from pictures import colored
 
 from immiscible.data.bundled import load_digits
 from immiscible.data.sources import Subset
@@ -155,3 +156,16 @@ def test_held_out_images_give_a_loss_per_noise_level(script, tmp_path):
     (line,) = [json.loads(text) for text in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
     assert next(iter(line["validation_loss"])) == "0-99" and len(line["validation_loss"]) == 10
     assert line["reference_images"] == 1797 - 90 and line["feature"] == "FD-pixels-8x8"
+    assert line["held_out_images"] == 90 and line["frechet_distance_held_out"]["1"] > 0 and 0.5 < line["nearest_neighbor_ratio"]["1"] < 2
+
+
+def test_images_of_another_folder_are_measured_against(script, tmp_path):
+    colored(tmp_path / "bright", count=12)
+    flags = {"eval_steps": 4, "eval_samples": 6, "eval_inference_steps": [1], "eval_feature_directions": 3, "eval_features": "pixels"}
+    result = script(tiny(tmp_path / "run", **flags, eval_data_dir=tmp_path / "bright"))
+    assert result.code == 0, result.stderr
+    (line,) = [json.loads(text) for text in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert line["feature"] == "FD-pixels-8x8-PCA3" and line["num_features"] == 3 and len(line["validation_loss"]) == 10
+    assert line["held_out_images"] == 12 and line["reference_images"] == 1797 and "12 images" in line["held_out"]
+    assert line["frechet_distance_held_out"]["1"] != line["frechet_distance"]["1"] and line["nearest_neighbor_ratio"]["1"] > 0
+    assert "distance from the nearest training image over that from the nearest image held out" in result.stderr
