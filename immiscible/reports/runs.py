@@ -239,7 +239,7 @@ def _by_guidance(line: Mapping[str, Any], name: str) -> dict[float, dict[int, fl
     return {
         scale: {int(steps): math.nan if value is None else float(value) for steps, value in of_scale.items()}
         for scale, of_scale in by_scale.items()
-        if of_scale
+        if of_scale != {}
     }
 
 

@@ -201,6 +201,7 @@ def test_a_bad_image_on_one_of_two_ranks_ends_both(script, tmp_path):
     assert "03.png" in results[0].error and "Traceback" not in results[1].stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_window_goes_on_where_it_was_cut(script, tmp_path, ranks):
     """A window of 3 batches over steps of 2: most checkpoints lie within one. Killed ranks continue to the same bits."""

@@ -85,6 +85,7 @@ def test_without_a_device_nothing_is_written(monkeypatch, tmp_path, capsys):
     assert "solve" in told and "look_ahead" not in told
 
 
+@pytest.mark.slow
 def test_each_outcome(imagined, capsys):
     with pytest.raises(
         UserError, match=r"5 of 9 parts failed on Imagined GPU \(80 GB\): failing, broken, empty, crashing, stopping"

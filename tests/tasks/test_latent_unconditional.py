@@ -225,6 +225,7 @@ def test_training_from_a_cache_does_not_encode(cached, tmp_path, monkeypatch):
         train(from_cache(cached, tmp_path / "plain", cache_latents=None, latent_cache_dir=None))
 
 
+@pytest.mark.slow
 def test_losses_from_a_cache_are_those_of_the_uncached_run(script, cached, tmp_path):
     """Also with a cache of all images for a run on some of them, and with held-out images, which are encoded."""
     more = {"max_train_samples": 10, "validation_split": 0.2, "eval_steps": 4, "eval_samples": 4, "eval_inference_steps": 2}

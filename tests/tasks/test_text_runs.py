@@ -154,13 +154,8 @@ def final_hashes(folder: Path, step: int) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"use_ema": True, "offload_ema": True}, id="full", marks=pytest.mark.slow),
-        pytest.param({"use_lora": True}, id="adapters"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"use_ema": True, "offload_ema": True}, {"use_lora": True}], ids=["full", "adapters"])
 def test_killed_and_resumed_is_never_killed(script, tmp_path, changes):
     common = {
         **changes,

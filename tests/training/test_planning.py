@@ -130,7 +130,7 @@ def test_any_number_of_processes_pairs_alike(script, tmp_path, processes):
         assert more["loss"] == pytest.approx(one["loss"], rel=1e-5) and more["assignment_kept"] == one["assignment_kept"]
 
 
-@pytest.mark.parametrize("loss", ["kept", "damaged", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("lost", "another's"))])
+@pytest.mark.parametrize("loss", ["kept", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("damaged", "lost", "another's"))])
 def test_killed_and_resumed_is_never_killed(script, tmp_path, loss):
     words = {**WITHIN, "gradient_accumulation_steps": 3, "max_train_steps": 7, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
     if loss == "damaged":  # one epoch: it is surely that in which the run goes on

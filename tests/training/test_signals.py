@@ -15,7 +15,8 @@ from launch import ENVIRONMENT, ROOT, SCRIPT, tiny
 GRIDS = {"max_train_samples": 64, "save_images_epochs": 1, "checkpointing_steps": 1000, "max_train_steps": 8, "use_ema": True}
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_stop_during_a_grid_saves_and_the_grid_comes_when_resumed(script, tmp_path, processes):
     slow = {**GRIDS, "ddpm_num_inference_steps": 200, "train_batch_size": 16 // processes}
     words = tiny(tmp_path / "stopped", **slow, resume_from_checkpoint="latest")
@@ -33,7 +34,7 @@ def test_a_stop_during_a_grid_saves_and_the_grid_comes_when_resumed(script, tmp_
         assert grid.read_bytes() == (tmp_path / "stopped" / "samples" / grid.name).read_bytes()
 
 
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_stop_during_an_evaluation(script, tmp_path, step):
     """At the last step, too; the measurement is made up for, and so is all that ends a run."""
     slow = {"eval_steps": 3 if step == 3 else 2, "eval_samples": 64, "eval_inference_steps": 200, "checkpointing_steps": 1000}
