@@ -181,7 +181,7 @@ def on_one(script, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_equal_global_batches_have_equal_losses(script, on_one, tmp_path, ranks):
     finish(script.start_ranks(tiny(tmp_path / "run", **COMMON, train_batch_size=16 // ranks), ranks))
     for one, several in zip(metrics(on_one), metrics(tmp_path / "run"), strict=True):
@@ -202,7 +202,7 @@ def test_a_bad_image_on_one_of_two_ranks_ends_both(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_window_goes_on_where_it_was_cut(script, tmp_path, ranks):
     """A window of 3 batches over steps of 2: most checkpoints lie within one. Killed ranks continue to the same bits."""
     words = {**COMMON, "coupling_window": 3, "gradient_accumulation_steps": 2, "train_batch_size": 8, "use_ema": True}
@@ -239,7 +239,7 @@ def test_a_window_brings_pairs_nearer_than_single_batches(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_reservoir_goes_on_where_it_was_cut(script, tmp_path, ranks):
     words = {"noise_coupling": "reservoir", "coupling_reservoir": 16, "train_batch_size": 2, "use_ema": True, "max_train_steps": 9}
     words |= {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}

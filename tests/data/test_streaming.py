@@ -424,7 +424,7 @@ def test_flags_that_a_stream_cannot_serve(words, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_in_the_middle_of_an_epoch(script, tmp_path, processes):
     members = numbered(30)
     names = list(members)

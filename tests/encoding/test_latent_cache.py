@@ -306,7 +306,7 @@ def shard_members(sd: dict[str, Path]) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("lora", [False, True])
 def test_killed_and_resumed_is_never_killed(script, tiny_sd, tmp_path, lora):
     changes = {"use_lora": lora, "checkpointing_steps": 2, "proportion_empty_prompts": 0.3, "noise_coupling": "assignment"}
     changes |= {"resume_from_checkpoint": "latest", "max_train_steps": 14}

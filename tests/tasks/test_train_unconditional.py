@@ -385,7 +385,7 @@ def test_two_processes_train_what_one_trains(script, plain, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", [pytest.param([0, 1], marks=pytest.mark.slow), [1]])
+@pytest.mark.parametrize("which", [[0, 1], [1]])
 def test_a_signal_stops_both_processes(script, tmp_path, which):
     common = {"max_train_steps": 60, "checkpointing_steps": 1000, "use_ema": True, "train_batch_size": 8}
     runs = script.start_ranks(tiny(tmp_path / "run", **common))
