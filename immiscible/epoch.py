@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy
@@ -124,9 +125,9 @@ class EpochPlan:
         """What it consists of, by name."""
         return {name: getattr(self, name) for name in ("numbers", "kept", "bids", "relaxations")}
 
-    @property
+    @cached_property
     def solution(self) -> Assignment:
-        """All problems as one, for statistics."""
+        """All problems as one, for the statistics of every step; of a plan that is whole."""
         kept = float(self.kept.min()) if len(self.kept) else 1.0
         return Assignment(self.numbers, 0.0, kept, int(self.bids.sum()), int(self.relaxations.sum()))
 
@@ -160,7 +161,10 @@ def plan_epoch(
     """
     rule = coupling or AssignmentCoupling()
     check_rule(rule)
-    count = len(images) if isinstance(images, Tensor) else int(count or 0)
+    if isinstance(images, Tensor):
+        count = len(images)
+    elif count is None:
+        raise UserError("plan_epoch needs `count`, the number of images, where `images` is a function")
     if labels is not None and (labels.dtype != torch.int64 or labels.shape != (count,)):
         raise UserError(f"labels must be classes, int64 [{count}], not {labels.dtype} {list(labels.shape)}")
     problems = epoch_problems(count, seed=seed, epoch=epoch, labels=None if labels is None else labels.cpu())

@@ -119,6 +119,11 @@ def test_what_cannot_be_planned(images, options, line):
         immiscible.plan_epoch(images, seed=0, epoch=0, **options)
 
 
+def test_a_function_of_images_needs_their_number(images):
+    with pytest.raises(UserError, match="`count`"):
+        immiscible.plan_epoch(lambda rows: images[rows], seed=0, epoch=0)
+
+
 def test_a_broken_image_is_named(images):
     broken = images.clone()
     broken[17] = float("nan")

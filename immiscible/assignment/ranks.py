@@ -37,10 +37,7 @@ class Ranks:
 
     def largest(self, *values: int) -> list[int]:
         """The largest of every rank's first value, of every rank's second one, and so on: one reduction."""
-        reduced = torch.tensor(values, dtype=torch.int64, device="cpu")
-        if self._group is not None:
-            torch.distributed.all_reduce(reduced, torch.distributed.ReduceOp.MAX, group=self._group)
-        return reduced.tolist()
+        return self.merged(torch.tensor(values, dtype=torch.int64, device="cpu")).tolist()
 
     def merged(self, tensor: Tensor) -> Tensor:
         """The largest of every rank's numbers, place by place: a tensor on the CPU, of one shape and dtype on all ranks."""

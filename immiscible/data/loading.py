@@ -288,6 +288,7 @@ def training_images(
 
 def build_loader(dataset: Dataset[Any], order: Iterable[list[Any]], num_workers: int, device: torch.device) -> DataLoader[Batch]:
     """A loader of `Batch`, on the CPU (pinned if ``device`` is a GPU), in ``order``, that draws nothing from the global generators."""
+    signal_handling._SIGCHLD_handler_set = True  # keeps torch's own away, which raises in the middle of a step; its iterator notices, too
     return DataLoader(
         dataset,
         batch_sampler=order,
@@ -316,11 +317,10 @@ def _end_at_the_parents_sigterm() -> None:
     os._exit(0)
 
 
-def _whole(loader: DataLoader[Batch]) -> Iterator[Batch]:
+def _whole(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches; the end of a loader process, of which torch says so by a `RuntimeError`, is a failure that the run can save before."""
-    signal_handling._SIGCHLD_handler_set = True  # keeps torch's own away, which raises in the middle of a step; its iterator notices, too
     try:
-        yield from loader
+        yield from batches
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -355,12 +355,12 @@ def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Imag
             logger.warning("transparent: %d of %d images read", transparent, seen)
 
 
-def unlabelled_images(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Images]:
-    """As `images_of`, the pixels alone and without a word: of images that will be met again.
+def unlabelled_images(batches: Iterator[Batch], skip_bad_images: bool) -> Iterator[Images]:
+    """As `images_of` of a loader's iterator, the pixels alone and without a word: of images that will be met again.
 
     Raises:
         UserError: as `images_of`.
     """
-    for batch in _whole(loader):
+    for batch in _whole(batches):
         check_batch(batch, skip_bad_images)
         yield Images(batch["pixel_values"])

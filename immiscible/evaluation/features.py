@@ -16,8 +16,8 @@ from tqdm import tqdm
 from immiscible.data.bundled import load_digits
 from immiscible.errors import UserError
 from immiscible.evaluation.efficientnet import EfficientNetFeatures
-from immiscible.evaluation.kept import read_kept, write_kept
 from immiscible.files import cache_folder
+from immiscible.kept import read_kept, write_kept
 from immiscible.randomness import preserved_randomness, seeded_generator
 
 logger = logging.getLogger(__name__)

@@ -149,12 +149,7 @@ def sample_images(
     for start in range(first, first + count, batch_size):
         numbers = range(start, min(start + batch_size, first + count))
         generators = [seeded_generator(seed, "sample", number) for number in numbers]
-        wanted: dict[str, Any] = {"batch_size": len(numbers)}
-        if prompts:
-            wanted = {"prompt": [prompts[number % len(prompts)] for number in numbers], "guidance_scale": guidance_scale}
-            wanted |= {"height": side, "width": side}
-        elif (labels := sample_labels(pipeline.unet, len(numbers), first=start)) is not None:
-            wanted = {"class_labels": labels, "guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
+        wanted = _told(pipeline, numbers, prompts, guidance_scale, guidance_interval, side)
         with told_generators(pipeline, generators), autocast:
             batches.append(pipeline(**wanted, generator=generators, num_inference_steps=steps, output_type="np").images)
     images = numpy.concatenate(batches)
@@ -164,6 +159,18 @@ def sample_images(
             exit_code=1,
         )
     return (images * 255).round().astype(numpy.uint8)
+
+
+def _told(
+    pipeline: DiffusionPipeline, numbers: range, prompts: Sequence[str], scale: float, interval: tuple[float, float], side: int | None
+) -> dict[str, Any]:
+    """What the pipeline is told of the images with these numbers."""
+    if prompts:
+        return {"prompt": [prompts[number % len(prompts)] for number in numbers], "guidance_scale": scale, "height": side, "width": side}
+    labels = sample_labels(pipeline.unet, len(numbers), first=numbers[0])
+    if labels is None:
+        return {"batch_size": len(numbers)}
+    return {"class_labels": labels, "guidance_scale": scale, "guidance_interval": interval}
 
 
 def sample_labels(unet: UNet2DModel, count: int, *, first: int = 0) -> Tensor | None:

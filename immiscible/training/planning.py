@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from immiscible.data.stream_order import StreamOrder
 from immiscible.data.streaming import Stream
 from immiscible.epoch import EpochCoupling, EpochPlan, PlannedRows, check_rule, epoch_problems, solve_problem
 from immiscible.errors import UserError
-from immiscible.files import PARTIAL, replace
+from immiscible.kept import read_kept, write_kept
 from immiscible.randomness import PoolDraws
 from immiscible.training.stop import StopRequest
 from immiscible.training.task import Task
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from immiscible.training.arguments import RunConfig
-
-logger = logging.getLogger(__name__)
 
 PLAN_FILE = "coupling_plan.safetensors"
 LOADED_TOGETHER = 64  # images of a loader's batch
@@ -113,9 +111,10 @@ class EpochPlans:
         stopping: Callable[[], bool],
     ) -> None:
         self._rule, self._layout, self._load, self._ranks = rule, layout, load, ranks or Ranks()
-        self._folder, self._stopping = folder, stopping
-        self._labels = labels
-        self._fingerprint = hashlib.sha256(json.dumps([identity, layout.count, str(rule)], sort_keys=True).encode()).hexdigest()
+        self._path = folder / PLAN_FILE if folder and self._ranks.rank == 0 else None
+        self._stopping, self._labels = stopping, labels
+        told = json.dumps([identity, layout.count, str(rule)], sort_keys=True)
+        self._fingerprint = torch.tensor(list(hashlib.sha256(told.encode()).digest()), dtype=torch.uint8, device="cpu")
         self._current: tuple[int, EpochPlan] | None = None
         self._making: _Making | None = None
         self.seconds = 0.0  # of the last plan that was made here
@@ -149,12 +148,7 @@ class EpochPlans:
 
     def _next(self, epoch: int) -> EpochPlan:
         """The plan of an epoch, from the file or from what has been made, and the next one begun."""
-        problems = self._problems(epoch)
-        plan = None
-        if self._making is None:
-            held = _read(self._path(), self._fingerprint, epoch, self._layout.count, problems) if self._ranks.rank == 0 else None
-            if self._ranks.largest(held is not None)[0]:
-                plan = self._exchanged(held or EpochPlan.unsolved(self._layout.count, problems))
+        plan = self._kept(epoch) if self._making is None else None
         if plan is None:
             making = self._making or self._begin(epoch)
             failure = making.wait(self._stopping)
@@ -162,7 +156,8 @@ class EpochPlans:
                 raise failure or AnotherRankFailed("another process stopped")
             self.seconds = making.seconds
             plan = self._exchanged(making.plan)
-            self._keep(epoch, plan)
+            if self._path is not None:
+                write_kept(self._path, {**plan.tensors, **self._marks(epoch)}, "the plan of an epoch")
         if epoch < self._layout.last_epoch:
             if self._making is None:
                 self._begin(epoch + 1)
@@ -191,15 +186,23 @@ class EpochPlans:
 
     def _exchanged(self, plan: EpochPlan) -> EpochPlan:
         """What all ranks have found, of whom each has -1 where another has solved."""
-        return EpochPlan(**{name: self._ranks.merged(tensor) for name, tensor in plan.tensors.items()}, together=plan.together)
+        merged: dict[str, Any] = {name: self._ranks.merged(tensor) for name, tensor in plan.tensors.items()}
+        return replace(plan, **merged)
 
-    def _path(self) -> Path | None:
-        return None if self._folder is None else self._folder / PLAN_FILE
+    def _kept(self, epoch: int) -> EpochPlan | None:
+        """The plan of an epoch in the file; None if there is none, or that of another epoch or run."""
+        found: dict[str, Any] = {}
+        marks = self._marks(epoch)
+        there = self._path is not None and read_kept(self._path, found.update)
+        is_this = there and all(name in found and torch.equal(found.pop(name), mark) for name, mark in marks.items())
+        if not self._ranks.largest(is_this)[0]:  # rank 0 alone reads
+            return None
+        blank = EpochPlan.unsolved(self._layout.count, self._problems(epoch))
+        return self._exchanged(replace(blank, **found) if is_this else blank)
 
-    def _keep(self, epoch: int, plan: EpochPlan) -> None:
-        path = self._path()
-        if path is not None and self._ranks.rank == 0:
-            _write(path, self._fingerprint, epoch, plan)
+    def _marks(self, epoch: int) -> dict[str, Tensor]:
+        """By which the file is known to be of this run and epoch."""
+        return {"run": self._fingerprint, "epoch": torch.tensor(epoch, device="cpu")}
 
 
 class _Making:
@@ -223,7 +226,8 @@ class _Making:
         load: Callable[[Iterator[list[Key]]], Iterator[Tensor]],
         layout: EpochLayout,
     ) -> None:
-        self._epochs, self._rule, self._share, self._layout = range(first, last + 1), rule, share, layout
+        self._epochs, self._rule, self._layout = range(first, last + 1), rule, layout
+        self._share = lru_cache(maxsize=2)(share)  # asked for by the loader, which may be an epoch ahead, and for the solutions
         self._go, self._ready, self._cancelled = threading.Semaphore(1), threading.Event(), False
         self._epoch, self._solved, self.seconds = first, 0, 0.0
         self._failure: UserError | None = None
@@ -335,9 +339,8 @@ def epoch_plans(
 
     def load(keys: Iterator[list[Key]]) -> Iterator[Tensor]:
         loader = build_loader(dataset, keys, config.dataloader_num_workers, accelerator.device)
-        return (
-            task.encode.expected(batch).float().cpu() * objective.image_scale for batch in unlabelled_images(loader, config.skip_bad_images)
-        )
+        images = unlabelled_images(iter(loader), config.skip_bad_images)  # its processes are forked here, on the thread that asks
+        return (task.encode.expected(batch).float().cpu() * objective.image_scale for batch in images)
 
     coupling.ranks = Ranks(accelerator.process_index, accelerator.num_processes) if accelerator.num_processes > 1 else None
     rule, labels = check_rule(coupling.coupling), data.groups
@@ -378,40 +381,3 @@ def classes_of(source: ImageSource) -> Tensor:
         except (OSError, ValueError, KeyError):
             continue
     return labels
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
-
-
-def _write(path: Path, fingerprint: str, epoch: int, plan: EpochPlan) -> None:
-    from safetensors.torch import save_file
-
-    told = {"run": fingerprint, "epoch": str(epoch), "sha256": _digest(plan.tensors)}
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    save_file(plan.tensors, partial, metadata=told)
-    replace(partial, path)
-
-
-def _read(path: Path | None, fingerprint: str, epoch: int, count: int, problems: Sequence[Tensor]) -> EpochPlan | None:
-    """The plan of an epoch in a file; None, with a line where a user should know why, if there is none or it is another's."""
-    from safetensors import SafetensorError, safe_open
-
-    if path is None or not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            told = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        logger.warning("%s is damaged (%s); epoch %d is planned again", path, error, epoch)
-        return None
-    if told.get("run") != fingerprint or told.get("epoch") != str(epoch):
-        return None
-    blank = EpochPlan.unsolved(count, problems)
-    if told.get("sha256") != _digest(tensors) or {name: tensor.shape for name, tensor in tensors.items()} != {
-        name: tensor.shape for name, tensor in blank.tensors.items()
-    }:
-        logger.warning("%s is damaged; epoch %d is planned again", path, epoch)
-        return None
-    return EpochPlan(**tensors, together=blank.together)

@@ -9,9 +9,10 @@ import torch
 from measured import random_state
 from safetensors.torch import save
 
+from immiscible import kept
 from immiscible.data.bundled import PhotoCrops
 from immiscible.errors import UserError
-from immiscible.evaluation import efficientnet, kept
+from immiscible.evaluation import efficientnet
 from immiscible.evaluation.efficientnet import EfficientNetFeatures, load_network
 
 CATS = range(281, 286)  # of ImageNet's classes

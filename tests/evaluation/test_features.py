@@ -7,9 +7,9 @@ import torch
 from measured import DIGITS, random_state
 from safetensors.torch import save
 
+from immiscible import kept
 from immiscible.errors import UserError
 from immiscible.evaluation import features as features_module
-from immiscible.evaluation import kept
 from immiscible.evaluation.features import FEATURES, DigitsFeatures, PixelFeatures, build_features
 from immiscible.evaluation.frechet import FrechetDistance
 from immiscible.evaluation.validation import to_uint8
