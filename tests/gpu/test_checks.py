@@ -12,10 +12,10 @@ import test_couplings as couplings
 import test_engine as engine
 import test_gpu_training as training
 import torch
+from gpu_runs import RunsOnGPU, gpu_memory
 from kills import lines
 from launch import tiny
 from pretended import OnGPU, pretended_gpu
-from runs import RunsOnGPU, gpu_memory
 
 import immiscible.assignment.conditions as conditions
 import immiscible.assignment.costs as costs

@@ -15,10 +15,10 @@ import pytest
 import torch
 from conftest import REAL
 from deterministic import repeatable
+from gpu_runs import RunsOnGPU, gpu_memory
 from kills import final_hashes, lines, metrics
 from launch import Result, tiny
 from pairs import images_and_noises
-from runs import RunsOnGPU, gpu_memory
 from safetensors.torch import load_file
 from tiny_text import FINETUNE, tiny_text
 
