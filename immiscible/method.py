@@ -139,13 +139,14 @@ class MethodArguments:
     loss_weighting: str = flag(
         "none",
         "what an error at each level costs: none is the plain MSE, change_aware SpeeD's, snr the diffusers script's for "
-        "--prediction_type sample",
+        "--prediction_type sample, velocity v-prediction's for any other type",
         choices=Names("immiscible.weighting", "LOSS_WEIGHTINGS"),
     )
     change_aware_lambda: float = flag(0.6, "lambda of SpeeD's weighting; 0.5 is flat", least=0.5, most=1)
     snr_gamma: float | None = flag(None, "gamma of min_snr; 5 if not given", above=0, most=1e6)
     p2_k: float = flag(1.0, "k of p2", least=0, most=1000)
     p2_gamma: float = flag(1.0, "gamma of p2", least=0, most=10)
+    velocity_cap: float = flag(10.0, "the most that a level costs under velocity", least=1, most=1e6)
     noise_offset: float = flag(
         0.0, "add this times a normal number per image and channel to the noise, after the coupling", least=0, most=10
     )

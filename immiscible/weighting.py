@@ -193,6 +193,19 @@ def p2(process: NoiseProcess, prediction_type: str, *, p2_k: float = 1.0, p2_gam
     return from_epsilon((p2_k + process.snr) ** -p2_gamma, process, prediction_type)
 
 
+def velocity(process: NoiseProcess, prediction_type: str, *, velocity_cap: float = 10.0) -> Tensor:
+    """``min(1 / alpha_bar, cap)`` on the noise's error: one on the velocity's, with an end to how much more the noisiest levels cost.
+
+    Without the cap it is 1 under v_prediction. Under epsilon it gives the noisiest levels the weight that the plain loss takes from them.
+
+    Raises:
+        UserError: the cap is below 1.
+    """
+    if not 1 <= velocity_cap < math.inf:
+        raise UserError(f"`velocity_cap` {velocity_cap:g} is out of range: it must be at least 1")
+    return from_epsilon((1 / process.alpha_bar).clamp(max=velocity_cap), process, prediction_type)
+
+
 LOSS_WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
     "none": none,
     "change_aware": change_aware,
@@ -200,6 +213,7 @@ LOSS_WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
     "min_snr": min_snr,
     "snr": snr,
     "p2": p2,
+    "velocity": velocity,
 }
 
 

@@ -1,23 +1,38 @@
 #!/usr/bin/env bash
-# Trains every run behind docs/RESULTS.md and keeps its small data: about 90 runs, an hour on two CPU cores.
-#   make results        (or: bash scripts/results.sh [FOLDER])
+# Trains every run behind docs/RESULTS.md and keeps its small data.
+#   make results        (or: bash scripts/results.sh [--only NAME]... [FOLDER], with NAME a grid below or its beginning, such as digits)
 # A second call continues where the first stopped. `--collect` only copies the data and writes the tables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ "${1:-}" = --collect ] && collect=yes && shift
-out=${1:-runs/results}
+collect='' only='' out=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --collect) collect=yes ;;
+    --only) only="$only $2"; shift ;;
+    *) out=$1 ;;
+  esac
+  shift
+done
+out=${out:-runs/results}
 python=${PYTHON:-python}
 common=(--eval_steps 50 --eval_samples 500 --logger none --save_images_epochs 0)
 crops=(--bundled_data photo_crops --resolution 32 --train_batch_size 64 --max_train_steps 400 --eval_steps 100 --eval_samples 300
        --eval_batch_size 50 --logger none --save_images_epochs 0)
 flow=(--noise_process flow --prediction_type flow_prediction --eval_inference_steps 2 5 20)
+quiet=(--logger none --save_images_epochs 0)
+held=(--logger none --save_images_epochs 0 --validation_split 0.3 --eval_samples 1000)
+all=(--eval_inference_steps 2 5 20 100)
 
-grid() { # name, seeds, methods, flags of every run
-  local name=$1 seeds=$2 methods=$3
-  shift 3
-  if [ -z "${collect:-}" ]; then
+grid() { # name, task, seeds, methods, flags of every run
+  local name=$1 task=$2 seeds=$3 methods=$4
+  shift 4
+  local wanted=${only:+no} one
+  for one in $only; do [[ $name == "$one"* ]] && wanted=yes; done
+  [ "$wanted" = no ] && return
+  if [ -z "$collect" ]; then
+    if [[ $task == emoji* ]] && [ ! -d runs/emoji16/train ]; then "$python" scripts/make_emoji.py runs/emoji16 --side 16; fi
     # shellcheck disable=SC2086
-    "$python" scripts/compare.py --task digits --methods $methods --seeds $seeds --jobs 2 --output_dir "$out/$name" -- "$@"
+    "$python" scripts/compare.py --task $task --methods $methods --seeds $seeds --jobs 2 --output_dir "$out/$name" -- "$@"
   fi
   for run in "$out/$name"/*-seed*; do
     mkdir -p "docs/results/$name"
@@ -26,15 +41,31 @@ grid() { # name, seeds, methods, flags of every run
   sed '/^## /,$!d' "$out/$name/report.md" > "docs/results/$name/report.md"
 }
 
-grid digits_v "0 1 2" "baseline immiscible speed immiscible_speed scaled scaled+immiscible speed_sampling immiscible+speed_sampling scaled+immiscible+speed_sampling" "${common[@]}"
-grid digits_fresh "3 4 5" "baseline immiscible immiscible_speed_sampling" "${common[@]}"
-grid digits_window "0 1 2" "baseline window window+speed_sampling scaled+window+speed_sampling" "${common[@]}"
-grid digits_window_fresh "3 4 5" "baseline window window+speed_sampling" "${common[@]}"
-grid digits_epsilon "0 1 2" "baseline immiscible speed" "${common[@]}" --prediction_type epsilon
-grid digits_sample "0 1 2" "baseline immiscible" "${common[@]}" --prediction_type sample
-grid digits_flow "0 1 2" "baseline immiscible" "${common[@]}" "${flow[@]}"
-grid digits_v_snr "0 1 2" "snr immiscible+snr" "${common[@]}"
-grid crops_v "0 1 2" "baseline immiscible immiscible_speed_sampling" "${crops[@]}"
-grid crops_epsilon "0 1 2" "baseline immiscible" "${crops[@]}" --prediction_type epsilon
-grid crops_sample "0 1 2" "baseline immiscible" "${crops[@]}" --prediction_type sample
-grid crops_flow "0 1 2" "baseline immiscible" "${crops[@]}" "${flow[@]}"
+# An hour on two cores: digits and photo crops, unconditional.
+grid digits_v "digits" "0 1 2" "baseline immiscible speed immiscible_speed scaled scaled+immiscible speed_sampling immiscible+speed_sampling scaled+immiscible+speed_sampling" "${common[@]}"
+grid digits_fresh "digits" "3 4 5" "baseline immiscible immiscible_speed_sampling" "${common[@]}"
+grid digits_window "digits" "0 1 2" "baseline window window+speed_sampling scaled+window+speed_sampling" "${common[@]}"
+grid digits_window_fresh "digits" "3 4 5" "baseline window window+speed_sampling" "${common[@]}"
+grid digits_epsilon "digits" "0 1 2" "baseline immiscible speed" "${common[@]}" --prediction_type epsilon
+grid digits_sample "digits" "0 1 2" "baseline immiscible" "${common[@]}" --prediction_type sample
+grid digits_flow "digits" "0 1 2" "baseline immiscible" "${common[@]}" "${flow[@]}"
+grid digits_v_snr "digits" "0 1 2" "snr immiscible+snr" "${common[@]}"
+grid crops_v "digits" "0 1 2" "baseline immiscible immiscible_speed_sampling" "${crops[@]}"
+grid crops_epsilon "digits" "0 1 2" "baseline immiscible" "${crops[@]}" --prediction_type epsilon
+grid crops_sample "digits" "0 1 2" "baseline immiscible" "${crops[@]}" --prediction_type sample
+grid crops_flow "digits" "0 1 2" "baseline immiscible" "${crops[@]}" "${flow[@]}"
+
+# Couplings over epochs and classes, with guidance. Samples are also held against images held out.
+grid digits_epoch "digits" "0 1 2 3 4" "baseline immiscible window epoch immiscible_knn reservoir flipped" "${held[@]}" "${all[@]}" --eval_steps 200
+grid digits_classes "digits classes" "0 1 2" "baseline immiscible immiscible_within window window+immiscible_within epoch epoch_within immiscible_knn reservoir flipped" "${held[@]}" "${all[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5 2 3
+grid digits_classes_fresh "digits classes" "3 4 5 6 7" "baseline immiscible epoch epoch_within" "${held[@]}" "${all[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5 2 3
+grid digits_epsilon_weighted "digits" "0 1 2" "epsilon epsilon+immiscible epsilon+velocity epsilon+velocity+immiscible epsilon+velocity+epoch epsilon+min_snr epsilon+min_snr+immiscible" "${held[@]}" "${all[@]}" --eval_steps 200
+grid crops_epoch "digits" "0 1 2" "baseline immiscible window epoch" "${crops[@]}" --eval_inference_steps 2 5 20
+grid emoji "emoji" "0 1 2" "baseline immiscible window epoch immiscible_knn reservoir flipped" "${quiet[@]}" "${all[@]}" --eval_steps 1500
+grid emoji_classes "emoji classes" "0 1 2" "baseline immiscible immiscible_within window epoch epoch_within immiscible_knn reservoir flipped" "${quiet[@]}" "${all[@]}" --eval_steps 3000 --eval_guidance_scales 1 1.5 3
+grid emoji_classes_fresh "emoji classes" "3 4 5 6 7" "baseline immiscible epoch epoch_within" "${quiet[@]}" "${all[@]}" --eval_steps 3000 --eval_guidance_scales 1 1.5 3
+
+# The stack: chosen on three seeds, confirmed on others, with curves.
+grid digits_stack "digits classes" "0 1 2" "epsilon baseline epoch_within epoch_within+speed_sampling epoch_within+scaled epoch_within+logit_normal epoch_within+min_snr epoch_within+sample epoch_within+sample+speed_sampling epoch_within+flow" "${held[@]}" --max_train_steps 600 --eval_steps 60
+grid digits_stack_fresh "digits classes" "10 11 12 13 14" "baseline epsilon epoch_within epoch_within+speed_sampling epoch_within+sample immiscible" "${held[@]}" --max_train_steps 2400 --eval_steps 80
+grid emoji_stack "emoji classes" "10 11 12" "baseline epsilon epoch_within epoch_within+speed_sampling epoch_within+sample" "${quiet[@]}" --max_train_steps 6000 --eval_steps 300

@@ -15,7 +15,7 @@ from PIL import Image
 METHODS = {
     "noise_coupling": ["independent", "assignment", "nearest", "flipped_assignment"],
     "timestep_sampling": ["uniform", "asymmetric", "asymmetric_released", "logit_normal"],
-    "loss_weighting": ["none", "change_aware", "change_aware_released", "min_snr", "snr", "p2"],
+    "loss_weighting": ["none", "change_aware", "change_aware_released", "min_snr", "snr", "p2", "velocity"],
 }
 
 

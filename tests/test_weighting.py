@@ -25,7 +25,7 @@ def test_weights_are_finite_vectors(name, which, prediction_type):
 
 
 def test_the_table_holds_what_it_says():
-    assert list(LOSS_WEIGHTINGS) == ["none", "change_aware", "change_aware_released", "min_snr", "snr", "p2"]
+    assert list(LOSS_WEIGHTINGS) == ["none", "change_aware", "change_aware_released", "min_snr", "snr", "p2", "velocity"]
 
 
 @pytest.mark.parametrize("which, prediction_type", CASES)
@@ -116,6 +116,17 @@ def test_p2():
     assert loss_weights("p2", LINEAR, "epsilon", p2_k=0.0).vector.isfinite().all()
 
 
+def test_velocity():
+    """What v-prediction's plain loss weighs by, up to the cap."""
+    uncapped = loss_weights("velocity", LINEAR, "v_prediction", velocity_cap=1e6).vector
+    torch.testing.assert_close(uncapped, torch.ones(1000, dtype=torch.float64))
+    weights = loss_weights("velocity", LINEAR, "epsilon").vector
+    below = LINEAR.alpha_bar > 0.1
+    torch.testing.assert_close(weights[below], 1 / LINEAR.alpha_bar[below])
+    assert 0 < int((~below).sum()) < 1000 and bool((weights[~below] == 10).all())
+    assert float(loss_weights("velocity", NO_SIGNAL, "epsilon").vector[-1]) == 10
+
+
 @pytest.mark.parametrize("name", [name for name in LOSS_WEIGHTINGS if name != "none"])
 @pytest.mark.parametrize("kind, prediction_type", [(kind, name) for kind, names in PREDICTION_TYPES.items() for name in names])
 def test_an_error_costs_the_same_whatever_is_predicted(name, kind, prediction_type):
@@ -164,6 +175,7 @@ def test_from_epsilon_on_flow_by_the_slope_of_the_noise():
         ("p2", LINEAR, {"p2_k": -1.0}, "`p2_k`"),
         ("p2", LINEAR, {"p2_gamma": -1.0}, "`p2_gamma`"),
         ("p2", NO_SIGNAL, {"p2_k": 0.0}, "`p2_k`"),
+        ("velocity", LINEAR, {"velocity_cap": 0.5}, "`velocity_cap`"),
     ],
 )
 def test_wrong_options_are_refused(name, process, options, named):
