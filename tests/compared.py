@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+from itertools import count, pairwise
 
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.reports.ratios import Interval
 
 INF = math.inf
+DAYS = count(20000)
 
 
 def decay(stop=500, every=100, speed=1.0, scale=1.0):
@@ -39,6 +41,20 @@ def near(interval, value, tolerance=1e-9):
     return interval.low == interval.high == pytest.approx(value, rel=tolerance)
 
 
+def clocked(steps, *, session="alone", cpu_seconds_per_step=None):
+    """What lines of a log at these steps say of time: of a run that had two days to itself, or of a session (start, end).
+
+    A session of None is an older run's, which did not say.
+    """
+    start, end = (86400 * next(DAYS), 86400 * next(DAYS)) if session == "alone" else session or (0, 0)
+    ends = [start + (end - start) * (number + 1) / len(steps) for number in range(len(steps))]
+    lines = [{"began": began, "ended": ended} if session else {} for began, ended in pairwise([start, *ends])]
+    for step, line in zip(steps, lines, strict=True):
+        if cpu_seconds_per_step:
+            line |= {"step_cpu_seconds": cpu_seconds_per_step, "train_cpu_seconds": step * cpu_seconds_per_step}
+    return lines
+
+
 def write_run(
     folder,
     curves,
@@ -50,13 +66,15 @@ def write_run(
     dimension=None,
     line=None,
     seconds_per_step=0.05,
+    cpu_seconds_per_step=None,
+    session="alone",
     metric=None,
     text=False,
     **flags,
 ):
     """A folder as a training script leaves it; ``curves`` by number of inference steps, ``guided`` ones by guidance scale, too.
 
-    ``steps`` are a curve's whose steps all have, where ``curves`` are none.
+    ``steps`` are a curve's whose steps all have, where ``curves`` are none. ``session`` is as in `clocked`.
     """
     (folder / "samples").mkdir(parents=True)
     data = {"pretrained_model_name_or_path": "sd", "train_data_dir": "photos"} if text else {"bundled_data": "digits"}
@@ -71,11 +89,16 @@ def write_run(
             if guided:
                 by_scale = {f"{scale:g}": {str(steps): curve[number][1] for steps, curve in of.items()} for scale, of in guided.items()}
                 common["frechet_distance_guided"] = by_scale
-            seconds = step * seconds_per_step
-            file.write(json.dumps({"step": int(step), "train_seconds": seconds, **common, "frechet_distance": distances}) + "\n")
+            times = {"train_seconds": step * seconds_per_step}
+            times |= {"train_cpu_seconds": step * cpu_seconds_per_step} if cpu_seconds_per_step else {}
+            file.write(json.dumps({"step": int(step), **times, **common, "frechet_distance": distances}) + "\n")
     metrics = {"step_seconds": seconds_per_step, "coupling_seconds": 0.005, "distance_reduction_percent": 9.5}
     metrics |= {"noise_variance_drift": 0.01, "noise_norm_drift": -0.02, "paired_images": 256, "loss": 0.1, **(metric or {})}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, **metrics}) + "\n" for step in (10, 20)))
+    times = clocked((10, 20), session=session, cpu_seconds_per_step=cpu_seconds_per_step)
+    lines = [
+        {"step": step, "train_seconds": step * seconds_per_step, **time, **metrics} for step, time in zip((10, 20), times, strict=True)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
         (folder / "summary.json").write_text(json.dumps({"step": 500}))
         Image.new("RGB", (64, 64), "navy").save(folder / "samples" / "step-0000500.png")

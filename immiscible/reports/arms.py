@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from immiscible.errors import UserError
+from immiscible.reports.clock import Clock, clock
 from immiscible.reports.runs import Run
 
 
@@ -61,6 +63,11 @@ class Report:
     def runs(self) -> list[Run]:
         """All runs, those of each arm that count before its others."""
         return [run for arm in self.arms.values() for run in (*arm.runs.values(), *arm.unfinished)]
+
+    @cached_property
+    def clock(self) -> Clock:
+        """By which its seconds are told; to be asked for when all runs are read."""
+        return clock(self.runs)
 
     @property
     def unequal_steps(self) -> bool:

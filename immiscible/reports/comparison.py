@@ -1,8 +1,8 @@
 """Several runs -> one comparison: how many steps and seconds an arm saves. `page` writes it as an HTML and a Markdown file.
 
 An *arm* is one method trained with several seeds, its *runs* (`immiscible.reports.arms`). A run's *curve* is a Frechet distance, at one
-number of inference steps, against optimizer steps or against seconds of training. What counts as an acceleration is defined by
-`Comparison.ratios`.
+number of inference steps, against optimizer steps or against seconds of training (`immiscible.reports.clock`). What counts as an
+acceleration is defined by `Comparison.ratios`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Comparison(Report):
         return threshold if threshold is None or own is None else max(threshold, own.curve(inference_steps)[-1][1])
 
     def times(self, arm: str, inference_steps: int, time: str = "step") -> dict[int, Interval]:
-        """For each seed the time to its `goal`, which every finished seed of the baseline reaches."""
+        """For each seed the time to its `goal`, which every finished seed of the baseline reaches; none where ``time`` is empty."""
+        if not time:
+            return {}
         goals = {seed: self.goal(seed, inference_steps) for seed in self.arms[arm].runs}
         return {
             seed: crossing(self.arms[arm].runs[seed].curve(inference_steps, time), goal) for seed, goal in goals.items() if goal is not None
@@ -82,10 +84,10 @@ class Comparison(Report):
         """The acceleration ratio of each seed: the baseline's time to the `threshold` over the arm's, by `seed_ratio`.
 
         An arm's seed is compared with the baseline's run of the same seed, which shares its initial weights, batches and noises. A seed
-        that the baseline lacks is compared with the median of its ratios to all seeds of the baseline.
+        that the baseline lacks is compared with the median of its ratios to all seeds of the baseline. None where ``time`` is empty.
         """
         threshold = self.threshold(inference_steps)
-        if threshold is None:
+        if threshold is None or not time:
             return {}
         baseline = {seed: run.curve(inference_steps, time) for seed, run in self.arms[self.baseline].runs.items()}
         return {

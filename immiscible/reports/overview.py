@@ -13,7 +13,7 @@ from pathlib import Path
 from immiscible.reports.arms import Arm, Report, chosen_baseline, notes_on_images
 from immiscible.reports.figures import crowded, loss_figure
 from immiscible.reports.page import commands, markdown_page, template, warnings, write_pages
-from immiscible.reports.ratios import SECONDS, Curve, Interval
+from immiscible.reports.ratios import Curve, Interval
 from immiscible.reports.runs import command_of, measured_again, read_run, script_of
 from immiscible.reports.samples import samples_of
 from immiscible.reports.sentences import trained_on
@@ -59,6 +59,7 @@ def sentences(report: Report) -> list[str]:
     return [
         "No run was measured while it trained, so nothing here says which arm is better.",
         f"For distances train each run again with --eval_steps, as {measured_again(report.runs[0].folder)}.",
+        report.clock.why,
     ]
 
 
@@ -70,19 +71,15 @@ def title(report: Report, most: int = 4) -> str:
 
 def totals_table(report: Report) -> Table:
     """How far each arm went, how long it took, and its last loss."""
-    columns: dict[str, list[list[float]]] = {
-        "steps trained": [],
-        "images seen": [],
-        "seconds trained": [],
-        "ms per step": [],
-        "last loss": [],
-    }
+    clock = report.clock
+    trained, per_step = f"{clock.unit} trained", f"{clock.prefix}ms per step"
+    columns: dict[str, list[list[float]]] = {"steps trained": [], "images seen": [], trained: [], per_step: [], "last loss": []}
     for arm in report.arms.values():
         runs = arm.runs.values()
         columns["steps trained"].append([step for run in runs for step in run.logged("step")[-1:]])
         columns["images seen"].append([step * run.images_a_step for run in runs for step in run.logged("step")[-1:]])
-        columns["seconds trained"].append([seconds for run in runs for seconds in run.logged("train_seconds")[-1:]])
-        columns["ms per step"].append([1000 * seconds for run in runs if (seconds := run.mean("step_seconds")) is not None])
+        columns[trained].append([seconds for run in runs for seconds in run.logged(clock.total)[-1:]])
+        columns[per_step].append([1000 * seconds for run in runs if (seconds := run.mean(clock.step)) is not None])
         columns["last loss"].append([loss for run in runs for loss in run.logged("loss")[-1:]])
     digits = {name: 0 if name in ("steps trained", "images seen") else _digits(values) for name, values in columns.items()}
     rows = []
@@ -90,8 +87,8 @@ def totals_table(report: Report) -> Table:
         known = {column: {seed: Interval(value, value) for seed, value in enumerate(values[number])} for column, values in columns.items()}
         rows.append([name, str(len(arm.runs)), *(spread(values, digits[column]) for column, values in known.items())])
     return Table(
-        f"Median over seeds, least to greatest in brackets; {SECONDS}, without sampling and saving; the last loss is the mean since the "
-        "line before it in metrics.jsonl",
+        "Median over seeds, least to greatest in brackets; times are without sampling and saving; the last loss is the mean since the line "
+        "before it in metrics.jsonl",
         ["arm", "seeds", *columns],
         rows,
     )

@@ -53,6 +53,7 @@ def html_report(comparison: Comparison) -> str:
         baseline=comparison.baseline,
         feature=comparison.feature,
         rule=RULE,
+        seconds=comparison.clock.why,
         summaries=[summary_table(comparison, count) for count in steps],
         guidance=guidance_table(comparison),
         costs=cost_table(comparison),
@@ -112,6 +113,7 @@ def markdown_report(comparison: Comparison) -> str:
         line(setting(comparison)),
         *(f"> {line(text)}" for text in warnings(comparison)),
         "## How many steps and seconds it saves",
+        line(comparison.clock.why),
         *(summary_table(comparison, count).markdown() for count in steps),
         f"## {inline(comparison.feature)} while training",
         *(curve_table(comparison, count).markdown() for count in steps),
@@ -143,7 +145,7 @@ def markdown_page(parts: Sequence[str]) -> str:
 def summary(comparison: Comparison) -> str:
     """What a terminal shows: the sentences and the tables of ratios."""
     tables = [summary_table(comparison, count).markdown() for count in comparison.inference_steps]
-    return "\n".join([*headline(comparison), "", *tables])
+    return "\n".join([*headline(comparison), comparison.clock.why, "", *tables])
 
 
 def write_report(comparison: Comparison, folder: Path) -> Path:

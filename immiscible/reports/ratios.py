@@ -13,7 +13,6 @@ Curve = Sequence[tuple[float, float]]  # (time, distance), times rising; time is
 LEAST_DISTANCE = 1e-12  # a Frechet distance of identical sets may come out as zero or a little below; its logarithm must exist
 GAIN, HARM, NO_EFFECT, UNCLEAR = "▲ gain", "▼ harm", "● no effect", "● no clear effect"
 BASELINE, UNKNOWN, NOTHING = "baseline", "not known", "–"
-SECONDS = "seconds of this machine, as busy as it was"
 RULE = (
     "Gain means that every seed's ratio of steps is above 1, harm that every one is below 1, no effect that all are exactly 1; all else "
     "is no clear effect."

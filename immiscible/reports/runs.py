@@ -44,6 +44,7 @@ class Run:
             measured, which has neither curves nor a `last_step`.
         metrics: the lines of ``metrics.jsonl``.
         finished: whether ``summary.json`` says that the last step was taken.
+        ended: when ``summary.json`` was written, in seconds since 1970; None where it does not say.
         identity: what its newest complete checkpoint says of it (`immiscible.training.folder.run_identity`); empty without one.
     """
 
@@ -52,6 +53,7 @@ class Run:
     evaluations: Sequence[Mapping[str, Any]]
     metrics: Sequence[Mapping[str, float]]
     finished: bool
+    ended: float | None
     identity: Mapping[str, Any]
 
     @property
@@ -88,7 +90,7 @@ class Run:
         return int(self.evaluations[-1]["step"])
 
     def curve(self, inference_steps: int, time: str = "step") -> Curve:
-        """The Frechet distance against ``step`` or ``train_seconds``; values beyond `DIVERGED` or NaN count as infinitely bad."""
+        """The Frechet distance against ``step`` or a time of training; values beyond `DIVERGED` or NaN count as infinitely bad."""
         return [(float(line[time]), _finite(line["frechet_distance"][inference_steps])) for line in self.evaluations]
 
     def final(self, guidance_scale: float, inference_steps: int) -> float:
@@ -102,11 +104,11 @@ class Run:
 
     def logged(self, metric: str) -> list[float]:
         """The values of a metric in ``metrics.jsonl``, of those lines that have one."""
-        return [value for line in self.metrics if _is_number(value := line.get(metric))]
+        return [value for line in self.metrics if is_number(value := line.get(metric))]
 
     def losses(self, together: int = 1) -> Curve:
         """The training loss against steps: means over so many lines of ``metrics.jsonl`` at a time, each at the step of its last line."""
-        points = [(line["step"], line["loss"]) for line in self.metrics if all(_is_number(line.get(name)) for name in ("step", "loss"))]
+        points = [(line["step"], line["loss"]) for line in self.metrics if all(is_number(line.get(name)) for name in ("step", "loss"))]
         groups = [points[first : first + together] for first in range(0, len(points), together)]
         return [(float(group[-1][0]), fmean(loss for _, loss in group)) for group in groups]
 
@@ -178,11 +180,12 @@ def read_run(folder: Path, guidance_scale: float = 1.0) -> Run:
     with _reading(folder / "metrics.jsonl") as path:
         metrics = [dict(line) for line in read_lines(path)]
     with _reading(folder / "summary.json") as path:
-        done = int(yaml.safe_load(path.read_text())["step"]) if path.exists() else None
+        summary = yaml.safe_load(path.read_text()) if path.exists() else {"step": -1}
+        finished, ended = int(summary["step"]) >= asked, summary.get("ended")
     with _reading(folder / "evaluation.jsonl") as path:
         evaluations = {line["step"]: line for line in (_measured(line, guidance_scale) for line in read_lines(path))}
-    finished = done is not None and done >= asked
-    return Run(folder, config, [evaluations[step] for step in sorted(evaluations)], metrics, finished, _identity(folder))
+    in_order = [evaluations[step] for step in sorted(evaluations)]
+    return Run(folder, config, in_order, metrics, finished, ended if is_number(ended) else None, _identity(folder))
 
 
 def read_measured(folder: Path, guidance_scale: float = 1.0) -> Run:
@@ -206,7 +209,8 @@ def _finite(distance: float) -> float:
     return distance if abs(distance) < DIVERGED else math.inf  # NaN is not below it either
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from immiscible.reports.arms import Report
+from immiscible.reports.clock import SECONDS_RULE
 from immiscible.reports.comparison import Comparison
-from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, RULE, SECONDS, UNCLEAR, UNKNOWN, Interval, middle
+from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, RULE, UNCLEAR, UNKNOWN, Interval, middle
 from immiscible.reports.runs import differing_flags
 from immiscible.sampling.pipelines import told
 
@@ -36,7 +37,7 @@ def _where(comparison: Comparison, arm: str, *verdicts: str) -> list[int]:
 
 
 def _factor(comparison: Comparison, arm: str, inference_steps: int, time: str = "step") -> Interval:
-    return middle(comparison.ratios(arm, inference_steps, time).values())
+    return middle(comparison.ratios(arm, inference_steps, time).values() or [Interval(0.0, math.inf)])
 
 
 def _best(comparison: Comparison) -> list[str]:
@@ -63,7 +64,7 @@ def _best(comparison: Comparison) -> list[str]:
     together = f" over {numbers(comparison.inference_steps)} inference steps together" if better else ""
     gains = " and ".join(f"{_gain(comparison, best, steps)} at {steps} inference steps" for steps in gaining[best])
     return [
-        f"Best arm{together}: {best} reached {quality} {gains} ({_basis(len(comparison.arms[best].runs))}; {SECONDS}).",
+        f"Best arm{together}: {best} reached {quality} {gains} ({_basis(len(comparison.arms[best].runs))}).",
         *(
             f"Best at {steps} inference steps alone: {name}, {_gain(comparison, name, steps)} ({_basis(len(comparison.arms[name].runs))})."
             for steps, name in better.items()
@@ -72,9 +73,10 @@ def _best(comparison: Comparison) -> list[str]:
 
 
 def _gain(comparison: Comparison, arm: str, steps: int) -> str:
-    by_step, by_second = (_factor(comparison, arm, steps, time) for time in ("step", "train_seconds"))
+    clock = comparison.clock
+    by_step, by_second = (_factor(comparison, arm, steps, time) for time in ("step", clock.total))
     sooner, seconds = (factor.show(2).replace("> ", "over ") for factor in (by_step, by_second))
-    time = "" if seconds == UNKNOWN else f" ({seconds} in seconds{', which is later' if by_second.high < 1 else ''})"
+    time = "" if seconds == UNKNOWN else f" ({seconds} in {clock.unit}{', which is later' if by_second.high < 1 else ''})"
     return f"{sooner} times sooner in training steps{time}"
 
 
@@ -167,9 +169,8 @@ def reading_guide(comparison: Comparison) -> list[str]:
         "'Sooner in steps' is the baseline's steps to the goal over the arm's, seed by seed: 2x means in half as many, below 1x means in "
         "more. '< n' means that the arm never got there and its ratio is below n; '> n' that it was there before its first evaluation. "
         "In brackets are the least and the greatest of the seeds: 'up to n' where the least is unknown, 'n and more' where the greatest "
-        "is. 'Sooner in seconds' is the same in seconds of training.",
+        f"is. 'Sooner in {comparison.clock.unit}' is the same in time of training.",
         RULE + chance + " No confidence interval is given: so few seeds do not carry one.",
-        "Seconds are those of this machine as busy as it was: runs that train side by side slow one another, and an arm may look cheaper "
-        "or dearer than it is. They leave evaluation out.",
+        SECONDS_RULE,
         "The baseline compares with itself: its ratio is 1 by definition. Equal seeds share initial weights, batches and noises.",
     ]

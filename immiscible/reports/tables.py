@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from statistics import median
 
 from immiscible.reports.arms import Report
+from immiscible.reports.clock import WALL
 from immiscible.reports.comparison import Comparison
-from immiscible.reports.ratios import NOTHING, SECONDS, UNKNOWN, Curve, Interval, middle
+from immiscible.reports.ratios import NOTHING, UNKNOWN, Curve, Interval, middle
 from immiscible.reports.runs import HELD_OUT, differing_flags
 from immiscible.training.markdown import inline, table_cell
 
@@ -33,16 +34,16 @@ class Table:
 
 def summary_table(comparison: Comparison, inference_steps: int) -> Table:
     """One row per arm: the verdict, the ratios, and what they were computed from, for one number of inference steps."""
-    rows, digits = [], _seconds_digits(comparison)
+    rows, digits, clock = [], _seconds_digits(comparison), comparison.clock
     least = min(abs(run.curve(inference_steps)[-1][1]) for run in comparison.runs)
     places = 2 if least >= 1 else 4  # of distances below 1 two digits after the point say too little
     for name, arm in comparison.arms.items():
         finals = [run.curve(inference_steps)[-1][1] for run in arm.runs.values()]
-        by_time = [comparison.ratios(name, inference_steps, time) for time in ("step", "train_seconds")]
+        by_time = [comparison.ratios(name, inference_steps, time) for time in ("step", clock.total)]
         reached = [
             (comparison.times(name, inference_steps), 0),
             *([(comparison.images(name, inference_steps), 0)] if comparison.unequal_steps else []),
-            (comparison.times(name, inference_steps, "train_seconds"), digits),
+            (comparison.times(name, inference_steps, clock.total), digits),
         ]
         rows.append(
             [
@@ -54,13 +55,13 @@ def summary_table(comparison: Comparison, inference_steps: int) -> Table:
                 str(len(arm.runs)) + (f" of {len(arm.runs) + len(arm.problems)}" if arm.problems else ""),
             ]
         )
-    columns = ["arm", "verdict", "sooner in steps", "sooner in seconds", f"final {comparison.feature}", "steps to it"]
-    columns += [*(["images to it"] if comparison.unequal_steps else []), "seconds to it", "seeds"]
+    columns = ["arm", "verdict", "sooner in steps", f"sooner in {clock.unit}", f"final {comparison.feature}", "steps to it"]
+    columns += [*(["images to it"] if comparison.unequal_steps else []), f"{clock.unit} to it", "seeds"]
     threshold = comparison.threshold(inference_steps)
     goal = NOTHING if threshold is None else f"{threshold:.3g}, its mean over seeds"
     return Table(
         f"At {inference_steps} inference steps: how soon each arm reaches the baseline's final {comparison.feature} of {goal} (lower is "
-        f"better). Median over seeds, least to greatest in brackets; {SECONDS}",
+        "better). Median over seeds, least to greatest in brackets",
         columns,
         rows,
     )
@@ -89,9 +90,10 @@ def guidance_table(comparison: Comparison) -> Table | None:
 
 def cost_table(comparison: Comparison) -> Table:
     """What a step costs in each arm, and what its coupling did to the pairs and to the noise."""
+    clock = comparison.clock
     metrics = {
-        "step_seconds": ("ms per step", 1000, "", 1),
-        "coupling_seconds": ("of it coupling, ms", 1000, "", 2),
+        clock.step: (f"{clock.prefix}ms per step", 1000, "", 1),
+        **({"coupling_seconds": ("of it coupling, ms", 1000, "", 2)} if clock is WALL else {}),  # wall time
         "distance_reduction_percent": ("pair distance reduced by, %", 1, "+", 2),
         "noise_variance_drift": ("noise variance drift", 1, "+", 4),
         "noise_norm_drift": ("noise norm drift", 1, "+", 4),
@@ -101,20 +103,20 @@ def cost_table(comparison: Comparison) -> Table:
     for name, arm in comparison.arms.items():
         of_runs = {metric: [value for run in arm.runs.values() if (value := run.mean(metric)) is not None] for metric in metrics}
         means[name] = {metric: median(values) if values else None for metric, values in of_runs.items()}
-    reference = means[comparison.baseline]["step_seconds"]
+    reference = means[comparison.baseline][clock.step]
     rows = []
     for name, of_arm in means.items():
         cells = [
             NOTHING if (value := of_arm[metric]) is None else f"{round(value * scale, digits) + 0.0:{sign}.{digits}f}"  # no -0.0000
             for metric, (_, scale, sign, digits) in metrics.items()
         ]
-        seconds = of_arm["step_seconds"]
+        seconds = of_arm[clock.step]
         cells.insert(1, NOTHING if not seconds or not reference else f"{100 * (seconds / reference - 1):+.1f} %")
         rows.append([name, *cells])
     columns = ["arm", *(column for column, *_ in metrics.values())]
     columns.insert(2, "against baseline")
     return Table(
-        f"What a step costs ({SECONDS}), and what the coupling did (medians over seeds; drift is 0 for noise that stays standard normal)",
+        "What a step costs, and what the coupling did (medians over seeds; drift is 0 for noise that stays standard normal)",
         columns,
         rows,
     )
@@ -160,30 +162,31 @@ def held_out_table(comparison: Comparison) -> Table | None:
 
 def seed_table(comparison: Comparison, inference_steps: int) -> Table:
     """Every seed of every arm with its own goal, so that each ratio can be computed again by hand."""
-    rows, digits = [], _seconds_digits(comparison)
+    rows, digits, clock = [], _seconds_digits(comparison), comparison.clock
     for name, arm in comparison.arms.items():
-        ratios = [comparison.ratios(name, inference_steps, time) for time in ("step", "train_seconds")]
-        reached = [comparison.times(name, inference_steps, time) for time in ("step", "train_seconds")]
+        ratios = [comparison.ratios(name, inference_steps, time) for time in ("step", clock.total)]
+        reached = [comparison.times(name, inference_steps, time) for time in ("step", clock.total)]
         for seed, run in arm.runs.items():
             goal = comparison.goal(seed, inference_steps)
             times = [values[seed].show(places) if seed in values else NOTHING for values, places in zip(reached, (1, digits), strict=True)]
             shown = [values[seed].show(3) if seed in values else NOTHING for values in ratios]
-            final, trained = run.curve(inference_steps)[-1][1], f"{run.evaluations[-1]['train_seconds']:.{digits}f}"
+            final = run.curve(inference_steps)[-1][1]
+            trained = f"{run.evaluations[-1][clock.total]:.{digits}f}" if clock.total else NOTHING
             goal_shown = NOTHING if goal is None else f"{goal:.4g}"
             rows.append([name, str(seed), f"{final:.4g}", goal_shown, *times, *shown, str(run.last_step), trained])
     return Table(
-        f"Every seed at {inference_steps} inference steps ({SECONDS})",
+        f"Every seed at {inference_steps} inference steps",
         [
             "arm",
             "seed",
             "final",
             "goal",
             "steps to goal",
-            "seconds to goal",
+            f"{clock.unit} to goal",
             "sooner in steps, x",
-            "sooner in seconds, x",
+            f"sooner in {clock.unit}, x",
             "steps trained",
-            "seconds trained",
+            f"{clock.unit} trained",
         ],
         rows,
     )
@@ -191,7 +194,7 @@ def seed_table(comparison: Comparison, inference_steps: int) -> Table:
 
 def _seconds_digits(comparison: Comparison) -> int:
     """Digits after the point with which seconds of training keep about four that count."""
-    longest = max(run.evaluations[-1]["train_seconds"] for run in comparison.runs)
+    longest = max(run.evaluations[-1][comparison.clock.total or "train_seconds"] for run in comparison.runs)
     return 2 if longest < 100 else 1 if longest < 1000 else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STEP = {"train_seconds": "step_seconds", "train_cpu_seconds": "step_cpu_seconds"}  # what is spent in all, and in a step
+
 
 class RunLog:
-    """``metrics.jsonl`` always, and the tracker if there is one; a line holds means since the line before.
+    """``metrics.jsonl`` always, and the tracker if there is one; a line holds means since the line before, and when these steps ``began``
+    and ``ended``, in seconds since 1970, with what was measured and sampled before them.
 
     Args:
         folder: the run's folder.
@@ -32,7 +36,8 @@ class RunLog:
         config: sent to the tracker.
         start_step: lines of later steps, which a killed run left behind, are dropped.
 
-    ``train_seconds`` is the time spent in steps since the run began, without evaluation, sampling and saving.
+    ``times`` is what was spent in steps since the run began, without evaluation, sampling and saving: ``train_seconds``, and
+    ``train_cpu_seconds`` where every step said what it took.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, config: RunConfig, start_step: int) -> None:
@@ -40,12 +45,13 @@ class RunLog:
         self._accelerator = accelerator
         self._sums: dict[str, float] = {}
         self._count = 0
-        self.train_seconds = 0.0
+        self.times = dict.fromkeys(STEP, 0.0)
+        self._began = time.time()
         on_main_process(accelerator, lambda: self._begin(folder, config, start_step))
 
     def _begin(self, folder: Path, config: RunConfig, start_step: int) -> None:
         for line in drop_later_lines(self._path, start_step)[-1:]:
-            self.train_seconds = line["train_seconds"]
+            self.times = {name: line[name] for name in STEP if name in line}
         save_config(config, folder / "config.yaml")
         if config.tracker != "none":
             values = {name: value for name, value in asdict(config).items() if name != "hub_token"}
@@ -54,12 +60,12 @@ class RunLog:
 
     def add(self, step: int, metrics: dict[str, float], *, write: bool, leak: ClassLeak | None = None) -> dict[str, float]:
         """Collects a step's metrics; with ``write`` their means become a line, with what ``leak`` has found. Returns the means so far."""
-        self.train_seconds += metrics["step_seconds"]
+        self.times = {name: spent + metrics[STEP[name]] for name, spent in self.times.items() if STEP[name] in metrics}
         self._count += 1
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in metrics.items()}
         means = {name: value / self._count for name, value in self._sums.items()}
         before = means["pair_distance_drawn"]
-        means |= {"distance_reduction_percent": 100 * (before - means["pair_distance"]) / before, "train_seconds": self.train_seconds}
+        means |= {"distance_reduction_percent": 100 * (before - means["pair_distance"]) / before, **self.times}
         if write:
             self._sums, self._count = {}, 0
             if means.get("assignment_relaxations"):
@@ -70,7 +76,9 @@ class RunLog:
         return means
 
     def _write(self, step: int, means: dict[str, float]) -> None:
-        append_line(self._path, {"step": step, **{name: float(f"{value:.8g}") for name, value in means.items()}})
+        began, self._began = self._began, time.time()
+        when = {"began": round(began, 3), "ended": round(self._began, 3)}
+        append_line(self._path, {"step": step, **when, **{name: float(f"{value:.8g}") for name, value in means.items()}})
         self._accelerator.log(means, step=step)
 
     def add_images(self, name: str, images: numpy.ndarray, step: int) -> None:

@@ -38,7 +38,8 @@ class StepStats:
     Args:
         step: optimizer steps taken so far; a checkpoint written now bears this number.
         metrics: ``loss``, ``learning_rate``, ``grad_norm`` (before clipping), ``step_seconds`` (this rank's,
-            loading included), ``wait_seconds`` (of it, for batches and pairs) and the pairs' statistics.
+            loading included), ``wait_seconds`` (of it, for batches and pairs), on a CPU ``step_cpu_seconds`` (of this process with all its
+            threads, without loader processes) and the pairs' statistics.
         coupling_state: what the coupling must remember for a run that continues here, for a checkpoint; empty for most.
     """
 
@@ -122,7 +123,7 @@ def _steps(
 ) -> Iterator[StepStats]:
     """See `train`; ``update(fetched, step, rate)`` takes an optimizer step."""
     for step in steps:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         fetched = _fetch(micro_batches, accelerator.gradient_accumulation_steps, stop)
         waited = time.perf_counter() - start
         if stop.agreed(accelerator):
@@ -130,6 +131,8 @@ def _steps(
         reseed_globally(seed, "library", step, accelerator.process_index)
         metrics = update(fetched, step, learning_rate(step))
         metrics |= {"wait_seconds": waited, "step_seconds": time.perf_counter() - start}
+        if accelerator.device.type == "cpu":  # elsewhere it says how long Python waited for the device
+            metrics["step_cpu_seconds"] = time.process_time() - cpu_start
         yield StepStats(step + 1, metrics, fetched[-1].coupling_state)
 
 

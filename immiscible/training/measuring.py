@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -86,12 +86,12 @@ class RunEvaluation:
         if data.held_out is not None:
             yield from fixed_images(data.held_out, data.transform, skip_bad_images=self._config.skip_bad_images, **options)
 
-    def __call__(self, ema: EMAModel | None, step: int, train_seconds: float) -> None:
-        """Measures the weights at ``step`` and appends a line."""
+    def __call__(self, ema: EMAModel | None, step: int, times: Mapping[str, float]) -> None:
+        """Measures the weights at ``step`` and appends a line, with the ``times`` that the run has spent in steps."""
         task = self._task
         line: dict[str, Any] = {
             "step": step,
-            "train_seconds": train_seconds,
+            **times,
             "data": task.data.source.fingerprint,
             **self._evaluation(task.pipeline(), ema),
         }

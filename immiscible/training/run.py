@@ -281,7 +281,7 @@ class _Life:
         if evaluation.has_measured(step):
             return
         with self._stop.interrupts(self._task.network, f"the evaluation of step {step}"):
-            evaluation(self._state.ema, step, self._log.train_seconds)
+            evaluation(self._state.ema, step, self._log.times)
 
     def _save(self, step: int) -> None:
         state, limit = self._state, self._config.checkpoints_total_limit

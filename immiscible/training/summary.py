@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import islice
@@ -265,7 +266,7 @@ def report_end(config: RunConfig, step: int, facts: dict[str, str]) -> None:
     folder = config.folder
     measured = measured_facts(config)
     partial = folder / f"{PARTIAL}summary.json"
-    partial.write_text(json.dumps({"step": step, **facts, **measured}, indent=1))
+    partial.write_text(json.dumps({"step": step, "ended": round(time.time(), 3), **facts, **measured}, indent=1))
     replace(partial, folder / "summary.json")
     lines = {
         **measured,

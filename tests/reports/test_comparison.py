@@ -6,6 +6,7 @@ from compared import INF, decay, exactly, near, write_run
 from launch import tiny
 
 from immiscible.errors import UserError
+from immiscible.reports.clock import CPU, WALL, clock
 from immiscible.reports.comparison import compare
 from immiscible.reports.overview import look_over, loss_curves, totals_table
 from immiscible.reports.page import html_report, markdown_report, write_report
@@ -27,7 +28,7 @@ def test_comparison_of_three_seeds(arms):
     sentences = headline(comparison)
     assert sentences[0] == (
         "Best arm: coupled reached baseline's final FD-digits 2.00 times sooner in training steps (1.67 in seconds) at 5 inference steps "
-        "(medians of 3 seeds; seconds of this machine, as busy as it was)."
+        "(medians of 3 seeds)."
     )
     assert sentences[1] == "Harm, slower than baseline with every seed: coupled at 20 inference steps."
     assert "No clear effect: copy at 5 and 20 inference steps." in sentences
@@ -76,6 +77,9 @@ def test_two_arms_of_one_method_have_the_same_curves(script, tmp_path):
     comparison = compare(arms)
     assert comparison.ratios("other", 1) == {0: exactly(1.0)} and comparison.verdict("other", 1) == NO_EFFECT
     assert {run.processes for run in comparison.runs} == {1}  # a true run's checkpoint says so
+    assert comparison.clock is WALL and clock(comparison.runs * 2) is CPU  # one after the other, and as if side by side
+    for run in comparison.runs:
+        assert run.evaluations[-1]["train_cpu_seconds"] == pytest.approx(sum(run.logged("step_cpu_seconds")), rel=1e-6)
     one, other = (comparison.arms[name].runs[0].curve(1) for name in arms)
     assert one == other and [step for step, _ in one] == [1, 2] and all(math.isfinite(value) for _, value in one)
     for run in comparison.runs:

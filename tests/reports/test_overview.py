@@ -2,7 +2,7 @@ import json
 import re
 
 import pytest
-from compared import decay, leave_checkpoint, words, write_run
+from compared import clocked, decay, leave_checkpoint, words, write_run
 
 from immiscible.errors import UserError
 from immiscible.reports.comparison import compare
@@ -16,8 +16,8 @@ def unmeasured(folder, *, losses=(0.5, 0.25), every=250, seconds_per_step=0.05, 
     (folder / "evaluation.jsonl").unlink()
     steps = [every * (number + 1) for number in range(len(losses))]
     lines = [
-        {"step": step, "loss": loss, "step_seconds": seconds_per_step, "train_seconds": step * seconds_per_step}
-        for step, loss in zip(steps, losses, strict=True)
+        {"step": step, "loss": loss, "step_seconds": seconds_per_step, "train_seconds": step * seconds_per_step, **times}
+        for step, loss, times in zip(steps, losses, clocked(steps), strict=True)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     leave_checkpoint(folder, processes=processes)

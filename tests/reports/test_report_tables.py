@@ -17,7 +17,6 @@ def test_every_baseline_reaches_its_goal(arms):
     table = summary_table(compare(arms), 5)
     baseline = dict(zip(table.columns, table.rows[0], strict=True))
     assert baseline["steps to it"] == "498" and "of 0.343, its mean over seeds" in table.caption
-    assert "seconds of this machine, as busy as it was" in table.caption
 
 
 @pytest.mark.parametrize(

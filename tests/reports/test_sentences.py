@@ -8,7 +8,7 @@ from immiscible.reports.sentences import headline
 
 def test_two_seeds_say_that_it_may_be_chance(arms):
     sentences = headline(compare({name: folders[:2] for name, folders in arms.items()}))
-    assert " at 5 inference steps (2 seeds only, so this may be chance; " in sentences[0]
+    assert " at 5 inference steps (2 seeds only, so this may be chance)." in sentences[0]
     assert (
         sentences[1] == "Harm, slower than baseline with every seed: coupled at 20 inference steps (2 seeds only, so this may be chance)."
     )
