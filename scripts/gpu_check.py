@@ -48,7 +48,7 @@ class Check:
     Args:
         about: what they compare.
         tests: the files, or ``file::test``, below tests/gpu.
-        minutes: a guess; nothing of this has been timed on a GPU.
+        minutes: about, of a busy H200.
     """
 
     about: str
@@ -70,7 +70,7 @@ class Benchmark:
         about: what it measures.
         script: in scripts/.
         words: its flags.
-        minutes: a guess; nothing of this has been timed on a GPU.
+        minutes: a guess; none has been timed on a GPU.
         writes: whether it takes ``--output_dir``.
     """
 
@@ -87,7 +87,7 @@ class Benchmark:
 
 
 CHECKS = {
-    "assignment": Check("assign and certified_assignment: every metric and dtype, N = 2 to 4096", ("test_engine.py::test_assignment",), 4),
+    "assignment": Check("assign and certified_assignment: every metric and dtype, N = 2 to 4096", ("test_engine.py::test_assignment",), 1),
     "solve": Check(
         "solve on a cost of the device; a broken image is named",
         ("test_engine.py::test_solve", "test_engine.py::test_a_broken_image_is_named"),
@@ -96,7 +96,7 @@ CHECKS = {
     "costs": Check(
         "costs and fixed point against float64 and their compiled twins",
         ("test_engine.py::test_costs", "test_engine.py::test_costs_from_products", "test_engine.py::test_fixed_point"),
-        4,
+        1,
     ),
     "couplings": Check("assignment under every condition, nearest, reservoir, all with their states", ("test_couplings.py",), 1),
     "axes": Check(
@@ -112,15 +112,15 @@ CHECKS = {
     "look_ahead": Check(
         "training with look-ahead on its own stream: the same bits as without",
         ("test_gpu_training.py::test_look_ahead", "test_gpu_training.py::test_another_seed_trains_other_weights"),
-        2,
+        1,
     ),
     "half_precision": Check(
         "training and fine-tuning in fp16 and bf16",
         ("test_gpu_training.py::test_half_precision", "test_gpu_training.py::test_fine_tuning_in_half_precision"),
-        5,
+        3,
     ),
     "resume": Check("killed and resumed: the same bits as never killed", ("test_gpu_training.py::test_resume",), 2),
-    "compile": Check("--torch_compile", ("test_gpu_training.py::test_compiled",), 3),
+    "compile": Check("--torch_compile", ("test_gpu_training.py::test_compiled",), 2),
     "adam_8bit": Check("--use_8bit_adam, where bitsandbytes is installed", ("test_gpu_training.py::test_adam_in_8_bits",), 1),
 }
 BENCHMARKS = {
@@ -281,7 +281,9 @@ def plan(names: Sequence[str]) -> str:
     """What is about to run, a line each."""
     lines = [f"{'':<4}{name:<17}{PARTS[name].minutes:>4g} min  {PARTS[name].about}" for name in names]
     total = sum(PARTS[name].minutes for name in names)
-    return "\n".join([*lines, f"{len(names)} parts, about {total:g} minutes (guesses: this has not been timed on a GPU)"])
+    return "\n".join(
+        [*lines, f"{len(names)} parts, about {total:g} minutes (a guess for the benchmarks, which have not been timed on a GPU)"]
+    )
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Tables of a grid's last distances, arm by arm, each tested against one arm over the seeds.
+
+python scripts/distances.py docs/results/digits_classes
+python scripts/distances.py docs/results/digits_classes --baseline epoch --measure frechet_distance_held_out
+python scripts/distances.py docs/results/digits_classes docs/results/digits_classes_fresh     # seeds put together
+
+A folder is --output_dir of scripts/compare.py, or what scripts/results.sh keeps of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from immiscible.errors import UserError, run_script
+from immiscible.flags import Parser, plain_text, text_path
+
+MEASURES = ("frechet_distance", "frechet_distance_held_out", "nearest_neighbor_ratio")
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("folders", type=text_path, nargs="+", metavar="DIR", help="of grids; runs of one arm and seed may be in one alone")
+    parser.add_argument(
+        "--baseline", type=plain_text, metavar="NAME", help="the arm to test against (default: baseline)", default="baseline"
+    )
+    parser.add_argument("--measure", choices=MEASURES, default=MEASURES[0], help=f"what is told (default {MEASURES[0]})")
+    arguments = parser.parse_args(argv)
+    print(tables(arguments.folders, arguments.baseline, arguments.measure))
+
+
+def tables(folders: Sequence[Path], baseline: str, measure: str) -> str:
+    """The grids put together, as Markdown.
+
+    Raises:
+        UserError: a run is in two of them, or one cannot be read.
+    """
+    from immiscible.reports.paired import MEASURES, Arms, paired_tables, read_grid
+
+    arms: Arms = {}
+    for folder in folders:
+        for name, seeds in read_grid(folder, measure).items():
+            twice = arms.get(name, {}).keys() & seeds.keys()
+            if twice:
+                raise UserError(f"{name}-seed{min(twice)} is in {folder} and in another of the folders")
+            arms.setdefault(name, {}).update(seeds)
+    return f"{MEASURES[measure][:1].upper()}{MEASURES[measure][1:]}:\n\n{paired_tables(arms, baseline)}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
