@@ -31,15 +31,23 @@ grid() { # name, task, seeds, methods, flags of every run
   [ "$wanted" = no ] && return
   if [ -z "$collect" ]; then
     if [[ $task == emoji* ]] && [ ! -d runs/emoji16/train ]; then "$python" scripts/make_emoji.py runs/emoji16 --side 16; fi
+    if [[ $task == sd_tiny ]] && [ ! -d runs/tiny_sd/classes ]; then "$python" scripts/make_tiny_sd.py runs/tiny_sd; fi
     # shellcheck disable=SC2086
-    "$python" scripts/compare.py --task $task --methods $methods --seeds $seeds --jobs 2 --output_dir "$out/$name" -- "$@"
+    "$python" scripts/compare.py ${script:+--script "$script"} --task $task --methods $methods --seeds $seeds --jobs 2 --output_dir "$out/$name" -- "$@"
   fi
+  local kept=docs/results/$name first=${methods%% *} measure
   for run in "$out/$name"/*-seed*; do
-    mkdir -p "docs/results/$name"
-    cp "$run/evaluation.jsonl" "docs/results/$name/$(basename "$run").jsonl"
+    [ -f "$run/summary.json" ] || continue
+    mkdir -p "$kept"
+    cp "$run/evaluation.jsonl" "$kept/$(basename "$run").jsonl"
   done
-  [ -f "$out/$name/report.md" ] && sed '/^## /,$!d' "$out/$name/report.md" > "docs/results/$name/report.md"
-  return 0
+  [ -d "$kept" ] || return 0
+  if [ -f "$out/$name/report.md" ]; then sed '/^## /,$!d' "$out/$name/report.md" > "$kept/report.md"; fi
+  : > "$kept/distances.md"
+  for measure in frechet_distance frechet_distance_held_out nearest_neighbor_ratio; do
+    grep -qs "\"$measure\"" "$kept"/*-seed*.jsonl || continue
+    { "$python" scripts/distances.py "$kept" --baseline "${first%%=*}" --measure "$measure"; echo; } >> "$kept/distances.md"
+  done
 }
 
 # An hour on two cores: digits and photo crops, unconditional.
@@ -65,6 +73,8 @@ grid crops_epoch "digits" "0 1 2" "baseline immiscible window epoch" "${crops[@]
 grid emoji "emoji" "0 1 2" "baseline immiscible window epoch immiscible_knn reservoir flipped" "${quiet[@]}" "${all[@]}" --eval_steps 1500
 grid emoji_classes "emoji classes" "0 1 2" "baseline immiscible immiscible_within window epoch epoch_within immiscible_knn reservoir flipped" "${quiet[@]}" "${all[@]}" --eval_steps 3000 --eval_guidance_scales 1 1.5 3
 grid emoji_classes_fresh "emoji classes" "3 4 5 6 7" "baseline immiscible epoch epoch_within" "${quiet[@]}" "${all[@]}" --eval_steps 3000 --eval_guidance_scales 1 1.5 3
+# Latents of a VAE that was trained briefly, with captions.
+script=train_text_to_image.py grid latents "sd_tiny" "0 1 2" "baseline immiscible epoch" --prediction_type v_prediction --eval_inference_steps 5 20 --eval_guidance_scales 1 3 --proportion_empty_prompts 0.1 --eval_steps 80
 
 # The stack: chosen on three seeds, confirmed on others, with curves.
 grid digits_stack "digits classes" "0 1 2" "epsilon baseline epoch_within epoch_within+speed_sampling epoch_within+scaled epoch_within+logit_normal epoch_within+min_snr epoch_within+sample epoch_within+sample+speed_sampling epoch_within+flow" "${held[@]}" --max_train_steps 600 --eval_steps 60

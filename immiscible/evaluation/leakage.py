@@ -208,11 +208,11 @@ def leak_notice(coupling: Coupling, num_classes: int, *, captions: bool = False)
     remedy = (
         "--coupling_condition centered (experimental) or penalty has regard to captions"
         if captions
-        else "--coupling_condition within avoids it, where a batch holds few images of a class centered (experimental) most of it; "
-        "--log_class_leak measures it in this run"
+        else "--coupling_condition within, over the epoch at best, avoids it and --log_class_leak measures it"
     )
     return (
         f"{f'from timestep {first} on, ' if first else ''}the coupling pairs by the image alone: in training the noise tells which of "
         f"{num_classes} {kind} is wanted, in sampling it does not (a linear probe reads the class of a toy from the noise in "
-        f"{leak['accuracy']:.0%} of cases, chance {leak['chance']:.0%}); --noise_coupling assignment with {remedy}"
+        f"{leak['accuracy']:.0%} of cases, chance {leak['chance']:.0%}). It harms unguided samples and helps strongly guided ones of few steps "
+        f"(docs/RESULTS.md); --noise_coupling assignment with {remedy}"
     )

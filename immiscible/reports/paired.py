@@ -118,8 +118,8 @@ def paired_tables(arms: Arms, baseline: str) -> str:
         lines.append("")
     counts = sorted({len(seeds) for seeds in arms.values()})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    lines.append(
-        f"Medians over {seeds} seeds; in brackets the geometric mean ratio to {baseline}, ▲ less and ▼ more where a paired t-test of "
-        f"the logarithms gives p < {ALPHA}. {tested} comparisons, {marked} marked; chance alone would mark some {ALPHA * tested:.0f}."
-    )
+    lines += [
+        f"Medians over {seeds} seeds; in brackets the geometric mean ratio to {baseline}, ▲ less and ▼ more where a paired t-test of the",
+        f"logarithms gives p < {ALPHA}. {tested} comparisons, {marked} marked; chance alone would mark some {ALPHA * tested:.0f}.",
+    ]
     return "\n".join(lines)

@@ -60,8 +60,9 @@ def _epsilon(task: Task) -> str:
     if not (pairs_batch(objective.coupling) and objective.prediction_type == "epsilon" and flat):
         return ""
     return (
-        "assignment under plain epsilon-prediction: in docs/RESULTS.md it helps little at 5 inference steps and does harm at 20; "
-        "--prediction_type v_prediction or sample gains at both; for a checkpoint that predicts epsilon leave the coupling off"
+        "assignment under plain epsilon-prediction: in docs/RESULTS.md it helps at 5 inference steps and does harm at 20; "
+        "--prediction_type v_prediction or sample gains at both; for a checkpoint that predicts epsilon, --loss_weighting velocity keeps "
+        "the gain without the harm"
     )
 
 
