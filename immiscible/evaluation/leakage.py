@@ -213,6 +213,6 @@ def leak_notice(coupling: Coupling, num_classes: int, *, captions: bool = False)
     return (
         f"{f'from timestep {first} on, ' if first else ''}the coupling pairs by the image alone: in training the noise tells which of "
         f"{num_classes} {kind} is wanted, in sampling it does not (a linear probe reads the class of a toy from the noise in "
-        f"{leak['accuracy']:.0%} of cases, chance {leak['chance']:.0%}). It harms unguided samples and helps strongly guided ones of few steps "
-        f"(docs/RESULTS.md); --noise_coupling assignment with {remedy}"
+        f"{leak['accuracy']:.0%} of cases, chance {leak['chance']:.0%}). It harms unguided samples and helps strongly guided ones of few "
+        f"steps (docs/RESULTS.md); --noise_coupling assignment with {remedy}"
     )
