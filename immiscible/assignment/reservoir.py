@@ -68,7 +68,8 @@ class ReservoirCoupling:
             UserError: the state is another coupling's, or of a reservoir of another size.
         """
         if set(state) != {f"noise-{number}" for number in range(len(state))}:
-            raise UserError(f"a reservoir keeps noises, but {', '.join(state)} was saved: by another coupling")
+            some = ", ".join([*state][:3])
+            raise UserError(f"a reservoir keeps noises, all of them, but {some} was saved: in part, or by another coupling")
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for number in range(len(state)):
             by_shape.setdefault(state[f"noise-{number}"].shape, []).append(state[f"noise-{number}"])

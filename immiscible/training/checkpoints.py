@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
+COUPLING = "coupling"  # what its files are called, and which of them a checkpoint holds in its `STATE_FILE`
 
 
 def save_checkpoint(
@@ -176,6 +177,8 @@ def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None, 
     file = _coupling_file(path, accelerator)
     with _named(file):
         state = load_file(file) if file.exists() else {}
+    if file.exists() and not state:  # such a file is written where there is a state alone
+        raise UserError(f"{file} holds no state of a coupling", exit_code=1)
     return step, state
 
 
@@ -280,7 +283,8 @@ def is_ours(path: Path) -> bool:
 
 def _seal(partial: Path, step: int, identity: Mapping[str, Any]) -> None:
     files = {str(path.relative_to(partial)): file_facts(path) for path in sorted(partial.rglob("*")) if path.is_file()}
-    (partial / STATE_FILE).write_text(json.dumps({"step": step, "identity": identity, "files": files}, indent=1))
+    held = [name for name in files if name.startswith(COUPLING)]
+    (partial / STATE_FILE).write_text(json.dumps({"step": step, "identity": identity, COUPLING: held, "files": files}, indent=1))
 
 
 def is_complete(path: Path) -> bool:
@@ -317,10 +321,13 @@ def _incompleteness(path: Path) -> str:
         state = read_state(path)
         step, files = state["step"], state["files"]
         sound = isinstance(files, dict) and isinstance(state["identity"], dict) and isinstance(step, int) and step >= 0
-    except (OSError, ValueError, KeyError, TypeError):
+        lost = [name for name in state.get(COUPLING, []) if name not in files]  # older checkpoints do not say which they hold
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         return f"{STATE_FILE} is missing or broken"
+    if lost:
+        return f"{lost[0]} is missing"
     for name, facts in files.items():
         size = facts.get("bytes") if isinstance(facts, dict) else facts
         if not (path / name).is_file():
@@ -331,4 +338,4 @@ def _incompleteness(path: Path) -> str:
 
 
 def _coupling_file(folder: Path, accelerator: Accelerator) -> Path:
-    return folder / f"coupling-{accelerator.process_index}.safetensors"
+    return folder / f"{COUPLING}-{accelerator.process_index}.safetensors"

@@ -132,11 +132,14 @@ class _State:
         """Puts back what a checkpoint holds; ``defaults`` are those of the flags.
 
         Raises:
-            UserError: it belongs to another run.
+            UserError: it belongs to another run, or cannot be loaded.
         """
         check_identity(checkpoint, self.identity, defaults)
         self.start_step, restored = load_checkpoint(self.accelerator, checkpoint, self.ema, part=self.task.part)
-        restore_coupling(self.task.objective.coupling, restored)
+        try:
+            restore_coupling(self.task.objective.coupling, restored)
+        except UserError as error:
+            raise UserError(f"{checkpoint}: {error}", exit_code=1) from None
 
 
 def _steps(

@@ -15,6 +15,7 @@ from kills import final_hashes, metrics
 from launch import ENVIRONMENT, SCRIPT, tiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_text import ADAPTERS, FINETUNE, tiny_text
 
 from immiscible.errors import UserError
 from immiscible.training.checkpoints import STATE_FILE, damage, save_checkpoint
@@ -136,6 +137,50 @@ def test_an_optimizer_without_state_is_not_taken_for_one(script, copy):
     reseal(copy / "checkpoint-8")
     result = script(argv(copy, 12, resume_from_checkpoint="latest"))
     assert result.code == 1 and "optimizer.bin" in result.error
+
+
+def without_some(path: Path) -> None:
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if name != min(tensors)}, path)
+
+
+def without_any(path: Path) -> None:
+    save_file({}, path)
+
+
+def gone(path: Path) -> None:
+    state = json.loads((path.parent / STATE_FILE).read_text())
+    del state["files"][path.name]
+    (path.parent / STATE_FILE).write_text(json.dumps(state))
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [without_some, without_any])
+def test_adapters_are_never_filled(script, tmp_path, change):
+    words = {"use_lora": True, "max_train_steps": 1, "checkpointing_steps": 1}
+    assert script(tiny_text(tmp_path / "run", **words), program=FINETUNE).code == 0
+    change(tmp_path / "run" / "checkpoint-1" / ADAPTERS)
+    reseal(tmp_path / "run" / "checkpoint-1")
+    result = script(tiny_text(tmp_path / "run", **words | {"max_train_steps": 2}, resume_from_checkpoint="latest"), program=FINETUNE)
+    assert result.code == 1 and "checkpoint-1 holds other adapters" in result.error and "lora_A.weight is missing" in result.error
+
+
+@pytest.mark.parametrize("change", [gone, without_some, without_any])
+def test_a_reservoir_is_never_filled(script, tmp_path, change):
+    words = {"noise_coupling": "reservoir", "train_batch_size": 4, "coupling_reservoir": 16}
+    assert script(tiny(tmp_path / "run", **words)).code == 0
+    change(tmp_path / "run" / "checkpoint-4" / "coupling-0.safetensors")
+    reseal(tmp_path / "run" / "checkpoint-4")
+    result = script(tiny(tmp_path / "run", **words, max_train_steps=6, resume_from_checkpoint="checkpoint-4"))
+    named = "checkpoint-4: a reservoir" if change is without_some else "coupling-0.safetensors"
+    assert result.code in (1, 2) and named in result.error and len(result.error) < 400
+
+
+def test_an_update_that_is_not_finite_is_not_saved(script, tmp_path):
+    """Loss and gradient are finite, and clipped to what Adam's square has no number for: 0 / 0."""
+    result = script(tiny(tmp_path / "run", adam_epsilon=0, max_grad_norm=1e-30, max_train_steps=1))
+    assert result.code == 1 and "after step 1 the weights" in result.error and "nothing was saved" in result.error
+    assert not list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run" / "model_index.json").exists()
 
 
 def test_nothing_that_is_not_finite_is_saved(tmp_path):
