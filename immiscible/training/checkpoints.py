@@ -85,7 +85,7 @@ def save_checkpoint(
 
     try:
         for work in (prepare, write, publish):
-            on_every_process(accelerator, work)
+            on_every_process(accelerator, work, partial)
     except UserError:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk

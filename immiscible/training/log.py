@@ -72,7 +72,7 @@ class RunLog:
                 logger.warning("the assignment's auction met its cap of bids and went on with a coarser step, up to step %d", step)
             if leak:
                 means |= {f"class_leak_{name}": value for name, value in leak.result().items() if isinstance(value, float)}
-            on_main_process(self._accelerator, lambda: self._write(step, means))
+            on_main_process(self._accelerator, lambda: self._write(step, means), self._path.parent)
         return means
 
     def _write(self, step: int, means: dict[str, float]) -> None:

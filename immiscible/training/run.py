@@ -273,7 +273,7 @@ class _Life:
             self._alone(lambda: push_pipeline(self._config, step))
 
     def _alone(self, work: Callable[[], None]) -> None:
-        on_main_process(self._accelerator, work)
+        on_main_process(self._accelerator, work, self._folder)
 
     def _measure(self, step: int) -> None:
         evaluation, config = self._evaluation, self._config

@@ -48,21 +48,41 @@ def session(config: RunConfig) -> Iterator[Accelerator]:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    with joined(
-        config.mixed_precision,
-        # A plugin, because accelerate lets the environment overrule a plain number.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False),
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_config=ProjectConfiguration(
-            project_dir=config.output_dir, logging_dir=os.path.join(config.output_dir or "", config.logging_dir)
-        ),
-    ) as accelerator:
+    with (
+        _threads_of_trackers(),
+        joined(
+            config.mixed_precision,
+            # A plugin, because accelerate lets the environment overrule a plain number.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=os.path.join(config.output_dir or "", config.logging_dir)
+            ),
+        ) as accelerator,
+    ):
         package_logger = logging.getLogger("immiscible")
         package_logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
         if not package_logger.handlers:
             package_logger.addHandler(logging.StreamHandler())
         with logging_redirect_tqdm([package_logger]):
             yield accelerator
+
+
+@contextmanager
+def _threads_of_trackers() -> Iterator[None]:
+    """Inside the block a thread that cannot write says nothing itself: a tracker raises in the main thread, too, what its own has met."""
+
+    def tell(met: threading.ExceptHookArgs) -> None:
+        if not isinstance(met.exc_value, OSError):
+            before(met)
+
+    before, threading.excepthook = threading.excepthook, tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextmanager
@@ -104,7 +124,11 @@ def joined(mixed_precision: str | None, patience: timedelta = PATIENCE, **settin
         raise _lost(error) from None
     finally:
         accelerator.free_memory()  # DDP must be gone before its process group is, whose end it can deadlock otherwise (gloo, torch 2.13)
-        accelerator.end_training()
+        try:
+            accelerator.end_training()
+        except OSError as error:  # of a tracker, which may be why this ends
+            logger.error("the last lines for the tracker cannot be written: %s", error.strerror or error)
+            accelerator.state.destroy_process_group()
 
 
 def _check_precision(accelerator: Accelerator) -> None:

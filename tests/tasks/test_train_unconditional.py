@@ -410,9 +410,23 @@ def test_a_disk_that_fails_while_saving_is_one_line_and_costs_nothing(script, tm
     psutil.Process(runs[0].pid).rlimit(psutil.RLIMIT_FSIZE, (50_000, 50_000))
     results = [run.wait() for run in runs]
     assert [result.code for result in results] == [1] * processes
-    assert "cannot write" in results[0].error and "File too large" in results[0].error
+    assert f"cannot write {folder / '.partial-checkpoint-'}" in results[0].error and "File too large" in results[0].error
+    assert not list(folder.glob(".partial-*"))  # which may be what fills the disk
     saved = max(map(step_of, checkpoints(folder)))
     finish(script.start_ranks(tiny(folder, **common | {"max_train_steps": saved + 1}, resume_from_checkpoint="latest"), processes))
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="no limit on file sizes here")
+@pytest.mark.parametrize(("processes", "logger"), [(1, "none"), (2, "none"), (1, "tensorboard")])
+def test_a_disk_that_fails_between_saves_is_one_line(script, tmp_path, processes, logger):
+    folder = tmp_path / "run"
+    common = {"max_train_steps": 4000, "train_batch_size": 16 // processes, "checkpointing_steps": 4000}
+    runs = script.start_ranks(tiny(folder, **common, logger=logger), processes)
+    runs[0].wait_until(lambda: lines(folder) >= 2)
+    psutil.Process(runs[0].pid).rlimit(psutil.RLIMIT_FSIZE, (15_000, 15_000))
+    results = [run.wait() for run in runs]
+    assert [result.code for result in results] == [1] * processes
+    assert f"cannot write {folder}: File too large" in results[0].error and not any("Traceback" in result.stderr for result in results)
 
 
 def test_local_rank_flag_of_old_launchers(script, tmp_path):
