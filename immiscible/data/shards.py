@@ -38,6 +38,7 @@ from immiscible.files import PARTIAL, replace
 logger = logging.getLogger(__name__)
 
 INDEX_FORMAT = 1  # goes up when an index holds something else, so that old ones are not read
+SEAL = 16  # bytes at the end of an index, by which one that is damaged is not used
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,9 @@ def load_shards(
     names = [f"{os.path.relpath(shard, root)} {len(found)}" for shard, found in zip(shards, table, strict=True)]
     digest = hashlib.blake2b("\n".join(names).encode(errors="surrogateescape"), digest_size=8).hexdigest()
     classes = int(rows[:, 2].max()) + 1
+    if labels_for and classes > len(rows):
+        told = "classes are the numbers in .cls members, which reach %d: the network is told one of %d classes, and there are %d images"
+        logger.warning(told, classes - 1, classes, len(rows))
     source = ShardImages(
         str(root),
         shards,
@@ -239,15 +243,18 @@ def _extent(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> tu
 
 
 def _read(path: Path) -> np.ndarray | None:
-    """None if it is not there, or not whole."""
+    """None if it is not there, or not what was written."""
     try:
-        return np.load(path)
+        content = path.read_bytes()
+        whole = content[-SEAL:] == hashlib.blake2b(content[:-SEAL], digest_size=SEAL).digest()
+        return np.load(io.BytesIO(content)) if whole else None
     except (OSError, ValueError, EOFError):
         return None
 
 
 def _write(path: Path, rows: np.ndarray) -> None:
     partial = path.with_name(f"{PARTIAL}{path.name}")
-    with partial.open("wb") as file:
-        np.save(file, rows)
+    content = io.BytesIO()
+    np.save(content, rows)
+    partial.write_bytes(content.getvalue() + hashlib.blake2b(content.getvalue(), digest_size=SEAL).digest())
     replace(partial, path)

@@ -145,6 +145,31 @@ def test_an_index_that_was_cut_off_is_made_anew(folder, tmp_path):
     assert np.load(whole).shape[1] == np.load(empty).shape[1] == 3
 
 
+@pytest.mark.parametrize("added", [[2**62, 2**62, 0], [512, 512, 0], [0, 0, 7]], ids=["absurd", "shifted", "another class"])
+def test_a_damaged_index_is_made_anew(script, tmp_path, added):
+    members = {f"{number}.{kind}": content for number in range(4) for kind, content in (("png", png()), ("cls", b"%d" % (number % 2)))}
+    write_tar(tmp_path / "data" / "0.tar", members)
+    words = {"train_data_dir": tmp_path / "data", "class_conditional": True, "train_batch_size": 4, "max_train_steps": 1}
+    words["cache_dir"] = tmp_path / "cache"
+    assert script(tiny(tmp_path / "whole", **words)).code == 0
+    (path,) = (tmp_path / "cache" / "tar-index").glob("*.npy")
+    content, rows = path.read_bytes(), np.load(path)
+    path.write_bytes(content.replace(rows.tobytes(), (rows + np.array(added)).tobytes()))
+    result = script(tiny(tmp_path / "run", **words))
+    assert result.code == 0, result.stderr
+    one, other = (metrics(tmp_path / name)[0]["loss"] for name in ("whole", "run"))
+    assert one == other and np.array_equal(np.load(path), rows)
+
+
+def test_a_class_beyond_all_images_is_told(script, tmp_path):
+    members = {f"{number}.{kind}": content for number in range(4) for kind, content in (("png", png()), ("cls", b"1"))}
+    write_tar(tmp_path / "data" / "0.tar", members | {"3.cls": b"9999"})
+    words = {"train_data_dir": tmp_path / "data", "train_batch_size": 4, "max_train_steps": 1}
+    result = script(tiny(tmp_path / "run", **words, class_conditional=True))
+    assert result.code == 0 and "numbers in .cls members, which reach 9999" in result.stderr and "one of 10000 classes" in result.stderr
+    assert "9999" not in script(tiny(tmp_path / "other", **words)).stderr
+
+
 def test_a_shard_that_changed_while_it_was_in_use_is_a_bad_image(folder):
     source = load(folder)
     write_tar(folder / "00000.tar", {"x.txt": b""})
