@@ -197,13 +197,26 @@ def parquet_images(
         with _no_progress_bars():
             table = datasets.load_dataset("parquet", data_files=list(map(glob.escape, files)), cache_dir=cache_dir, split="train")
     except Exception as error:  # Arrow's and datasets' own types
-        raise UserError(f"--train_data_dir {root}: cannot read its .parquet files ({first_line(error)})") from error
+        raise UserError(f"--train_data_dir {root}: cannot read its .parquet files ({_fault(files) or first_line(error)})") from error
     images = only_images(table, column, root)
     digest = hashlib.blake2b("\n".join(sorted(names)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
     labels = only_labels(table, label_column, root, labels_for)
     texts = only_texts(table, caption_column, root)
     folders = tuple(dict.fromkeys(map(os.path.dirname, files)))
     return TableImages(images, column, root, f"a folder of {summary(table)}, file names {digest}", labels, texts, folders=folders)
+
+
+def _fault(files: Sequence[str]) -> str:
+    """Which file is broken, or that all are empty, which `datasets` does not say; an empty string if it is something else."""
+    import pyarrow.parquet
+
+    rows = 0
+    for file in files:
+        try:
+            rows += pyarrow.parquet.read_metadata(file).num_rows
+        except (OSError, ValueError) as error:  # Arrow's own types are of these
+            return f"{file}: {first_line(error)}"
+    return "" if rows else f"{len(files)} of them, the first {files[0]}, and they hold no rows"
 
 
 def _instead(cell: Mapping[str, Any]) -> str:

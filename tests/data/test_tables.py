@@ -113,6 +113,22 @@ def test_paths_in_parquet_are_from_where_it_lies(tmp_path, monkeypatch):
     assert source.sizes().tolist() == [(tmp_path / "images" / name).stat().st_size for name in arrays]
 
 
+def test_a_run_on_paths_in_parquet(script, tmp_path):
+    for number in range(3):
+        save(tmp_path / "images" / f"{number}.png", noise(8, 8, 3))
+    write_parquet(tmp_path / "data" / "table.parquet", image=[f"../images/{number}.png" for number in range(3)])
+    assert script(tiny(tmp_path / "run", train_data_dir=tmp_path / "data", train_batch_size=3), cwd=Path("/")).code == 0
+
+
+def test_parquet_without_rows_is_named(script, tmp_path):
+    write_parquet(tmp_path / "data" / "a.parquet", image=[b""][:0])
+    result = script(tiny(tmp_path / "run", train_data_dir=tmp_path / "data"))
+    assert result.code == 2 and "a.parquet, and they hold no rows" in result.error
+    (tmp_path / "data" / "b.parquet").write_bytes(b"no")
+    result = script(tiny(tmp_path / "run", train_data_dir=tmp_path / "data"))
+    assert result.code == 2 and "b.parquet: Parquet file size is 2 bytes" in result.error and not (tmp_path / "run").exists()
+
+
 def test_parquet_of_raw_bytes_in_a_named_column_and_an_empty_row(tmp_path):
     array = noise(4, 4)
     write_parquet(tmp_path / "a.parquet", picture=[encoded(array), None])
