@@ -11,6 +11,7 @@ import numpy
 import pytest
 from launch import SCRIPT, accelerate_launch, run_command, tiny
 from PIL import Image
+from tiny_text import FINETUNE, tiny_text
 
 METHODS = {
     "noise_coupling": ["independent", "assignment", "nearest", "flipped_assignment"],
@@ -165,6 +166,7 @@ def test_unknown_method_name_lists_the_known_ones(script, tmp_path, flag):
     assert all(name in result.error for name in METHODS[flag])
 
 
+HUGE = "1" + "0" * 30
 OUT_OF_RANGE = [
     ({"timestep_sampling": "asymmetric", "asymmetric_k": 0.5}, "--asymmetric_k", "0.5"),
     ({"timestep_sampling": "asymmetric", "asymmetric_k": "nan"}, "--asymmetric_k", "nan"),
@@ -210,6 +212,31 @@ OUT_OF_RANGE = [
     ({"resolution": "big"}, "--resolution", "big"),
     ({"dataset_name": "no-such/data"}, "--dataset_name no-such/data", ""),
     ({"overwrite_output_dir": True, "resume_from_checkpoint": "latest"}, "--resume_from_checkpoint", "--overwrite_output_dir"),
+    # Beyond what a machine or a number holds
+    *(({name: HUGE}, f"--{name} must be at most", HUGE) for name in ("resolution", "ddpm_num_steps", "coupling_reservoir")),
+    *(({name: HUGE}, f"--{name} must be at most", HUGE) for name in ("coupling_candidates", "train_batch_size", "coupling_window")),
+    *(({name: HUGE}, f"--{name} must be at most", HUGE) for name in ("eval_batch_size", "eval_samples", "eval_inference_steps")),
+    *(({name: "inf"}, f"--{name} must be finite", "inf") for name in ("learning_rate", "adam_weight_decay", "adam_epsilon")),
+    *(({name: "inf"}, f"--{name} must be finite", "inf") for name in ("noise_offset", "input_perturbation", "ema_inv_gamma")),
+    ({"learning_rate": "1e38"}, "--learning_rate must be at most", "1e+38"),
+    ({"adam_epsilon": "1e30"}, "--adam_epsilon must be from 0 to 1", "1e+30"),
+    ({"image_scale": "1e30"}, "--image_scale must be at most", "1e+30"),
+    ({"loss_weighting": "p2", "p2_gamma": "1e30"}, "--p2_gamma must be at most", "1e+30"),
+    ({"loss_weighting": "p2", "p2_k": "1e30"}, "--p2_k must be at most", "1e+30"),
+    ({"eval_batch_size": 10_000_000}, "--eval_batch_size must be at most", "10000000"),
+    ({"noise_process": "flow", "prediction_type": "flow_prediction", "sampling_scheduler": "ddim"}, "--sampling_scheduler ddim", "flow"),
+    ({"logging_dir": "checkpoint-1", "logger": "tensorboard"}, "--logging_dir checkpoint-1", "a folder of its own"),
+    ({"train_data_dir": ""}, "--train_data_dir must not be empty", ""),
+]
+TEXT_OUT_OF_RANGE = [
+    ({"use_lora": True, "adam_epsilon": 0}, "--adam_epsilon must be at least 1.2e-38 with --use_lora"),
+    ({"adam_weight_decay": "inf", "use_ema": True}, "--adam_weight_decay must be finite, not inf"),
+    ({"max_train_steps": None, "num_train_epochs": 0}, "--num_train_epochs must be at least 1, not 0"),
+    ({"use_lora": True, "rank": HUGE}, f"--rank must be at most 4096, not {HUGE}"),
+    ({"validation_inference_steps": HUGE}, f"--validation_inference_steps must be at most 100000, not {HUGE}"),
+    ({"eval_inference_steps": HUGE}, f"--eval_inference_steps must be at most 100000, not {HUGE}"),
+    ({"guidance_scale": "nan"}, "--guidance_scale must be finite, not nan"),
+    ({"guidance_scale": "1e30"}, "--guidance_scale must be at most 100, not 1e+30"),
 ]
 
 
@@ -219,6 +246,19 @@ def test_out_of_range(script, tmp_path, changes, names, value):
     assert result.code == (1 if "dataset_name" in changes else 2), result.stderr
     assert names in result.error and value in result.error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("changes", "line"), TEXT_OUT_OF_RANGE, ids=lambda item: str(item) if isinstance(item, dict) else "")
+def test_out_of_range_for_prompts(script, tmp_path, changes, line):
+    result = script(tiny_text(tmp_path / "run", pretrained_model_name_or_path="x", train_data_dir="y", **changes), program=FINETUNE)
+    assert result.code == 2 and result.error.startswith(line) and not (tmp_path / "run").exists()
+
+
+def test_names_that_are_none(script, tmp_path):
+    """An unset variable of the shell, and a name that no file system takes; the working folder stays as it was."""
+    for name, line in (("", "--output_dir must not be empty"), ("x" * 300, "--output_dir must not hold a name of more than 255 bytes")):
+        result = script(tiny(name), cwd=tmp_path)
+        assert result.code == 2 and result.error.startswith(line) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -252,7 +292,17 @@ def test_missing_optional_package(script, tmp_path, package, changes):
         ("resolution: [[8]]\n", ["resolution"]),
         ("config: other.yaml\n", ["config"]),
         ("help: 1\n", ["help"]),
+        ("eval_inference_steps: [5, --overwrite_output_dir]\n", ["eval_inference_steps", "looks like a flag"]),
+        ("learning_rate: 1e-3\nlearning_rate: 5e-2\n", ["learning_rate is given twice", "lines 1 and 2"]),
+        ("seed: " + "[" * 5000 + "]" * 5000, ["nested too deeply"]),
+        ("".join(f"{' ' * depth}x:\n" for depth in range(1000)), ["nested too deeply"]),
+        (
+            "k: &k [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("klmnopqr", "lmnopqrs", strict=True)),
+            ["a list or a mapping"],
+        ),
+        ("#" * 2**21, ["larger than 1 MiB"]),
     ],
+    ids=lambda text: text[:20] if isinstance(text, str) else "",
 )
 def test_bad_config_file_is_named(script, tmp_path, text, wanted):
     path = tmp_path / "mine.yaml"
@@ -297,6 +347,23 @@ def test_resume_from_incomplete_checkpoint(script, copy, file, how):
     assert result.code == 2
     assert "checkpoint-4" in result.error and "incomplete" in result.error and Path(file).name in result.error
     assert snapshot(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [(None, "cannot be read"), (b"\xff\xfe\x00\x01\n" * 3, "line 1 is no JSON object"), (b'{"loss": 1}\n' * 2, "line 1 has no `step`")],
+)
+def test_metrics_that_are_none(script, copy, content, line):
+    (copy / "metrics.jsonl").unlink()
+    (copy / "metrics.jsonl").mkdir() if content is None else (copy / "metrics.jsonl").write_bytes(content)
+    result = script(resumed(copy, max_train_steps=6))
+    assert result.code == 1 and f"{copy / 'metrics.jsonl'} " in result.error and line in result.error
+
+
+def test_what_is_left_of_another_programs_checkpoint_is_told(script, copy):
+    (copy / "checkpoint-4" / "custom_checkpoint_0.pkl").write_bytes(b"x")
+    result = script(resumed(copy, max_train_steps=6))
+    assert result.code == 1 and "checkpoint-4" in result.error and "custom checkpoints" in result.error
 
 
 def test_latest_skips_an_incomplete_checkpoint(script, copy):
@@ -463,6 +530,12 @@ def test_nan_loss_keeps_the_checkpoint(script, copy):
     assert sorted(path.name for path in copy.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     after = script(resumed(copy, max_train_steps=6))  # and it can be continued
     assert after.code == 0 and "4 to 6" in after.stderr
+
+
+def test_samples_that_are_no_numbers_do_not_cost_the_pipeline(script, tmp_path):
+    result = script(tiny(tmp_path / "run", learning_rate=1000, max_train_steps=1))
+    assert result.code == 1 and "samples hold NaN" in result.error
+    assert (tmp_path / "run" / "model_index.json").exists() and not (tmp_path / "run" / "summary.json").exists()
 
 
 # As the user's shell sees it, in interpreters of their own

@@ -457,6 +457,51 @@ def test_of_a_large_cache_a_part_is_hashed_and_every_header_looked_at(tiny_sd, t
     assert "latents-00001.safetensors is damaged" in refused(sd)
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def change(**values):
+    """An edit of a file of JSON; None takes a key out."""
+
+    def edit(path: Path) -> None:
+        content = {**json.loads(path.read_text()), **values}
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "named"),
+    [
+        ("latents-00001.safetensors", flip, "latents-00001.safetensors is damaged"),
+        ("latents-00000.safetensors", lambda path: path.write_bytes(bytes(path.stat().st_size)), "latents-00000.safetensors is damaged"),
+        ("manifest.json", change(bad=[1]), "its bad is [1]"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("index.safetensors", lambda path: path.write_bytes(b"x" * path.stat().st_size), "index.safetensors is damaged"),
+                ("manifest.json", change(rows_per_shard="x"), 'its rows_per_shard is "x"'),
+                ("manifest.json", change(bad=None), "its bad is null"),
+                ("manifest.json", change(fingerprint=None), "its fingerprint is null"),
+                ("manifest.json", change(files=["a"]), 'its files is ["a"]'),
+                ("manifest.json", change(files={"index.safetensors": None}), 'its files hold {"index.safetensors": null}'),
+            )
+        ),
+    ],
+    ids=lambda item: item if isinstance(item, str) else "",
+)
+def test_a_run_on_a_damaged_cache_names_its_file_and_never_an_image(script, tiny_sd, tmp_path, name, edit, named):
+    """Though bad images are skipped."""
+    sd = {**tiny_sd, "cache": shutil.copytree(tiny_sd["cache"], tmp_path / "cache")}
+    edit(sd["cache"] / name)
+    result = script(run_flags(sd, tmp_path / "run", skip_bad_images=True), program="train_text_to_image.py")
+    assert result.code in (1, 2) and name in result.error and named in result.error and ".png" not in result.error
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -75,16 +75,18 @@ def test_pure_noise_at_the_end_is_refused_for_epsilon_alone(script, tmp_path):
 def test_long_captions_are_counted(script, tmp_path):
     folder = tmp_path / "photos"
     words = ["a cat", "word " * 100, "x" * 70, "w, " * 90]
-    for number, text in enumerate(words):
+    for number in range(4):
         save(folder / f"{number}.png", noise(40, 40, 3))
-        (folder / f"{number}.txt").write_text(text)
+    lines = (json.dumps({"file_name": f"{number}.png", "text": text}) for number, text in enumerate(words))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
     result = run(script, tmp_path, train_data_dir=folder)
     assert result.code == 0
     (line,) = (line for line in result.stderr.splitlines() if "captions are longer" in line)
     assert line.startswith("2 of 4 captions are longer than the 77 tokens that the text encoder reads, and are cut (the longest has ")
-    (folder / "1.txt").write_text("short")
-    (folder / "3.txt").unlink()
+    (folder / "metadata.jsonl").unlink()
     (folder / "3.png").unlink()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text("short")
     result = run(script, tmp_path, train_data_dir=folder, output_dir=tmp_path / "other", train_batch_size=2)
     assert result.code == 0 and "captions are longer" not in result.stderr
 

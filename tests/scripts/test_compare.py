@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from compared import decay, write_run
 from launch import ROOT
 
 from immiscible.errors import UserError
@@ -443,6 +444,25 @@ def test_runs_of_which_none_was_measured_are_reported_by_losses_times_and_sample
         script.main(["--runs", *map(str, folders), "--guidance_scale", "2"])
     with pytest.raises(UserError, match="the baseline 'c' is not one of the arms: plain, fast"):
         script.main(["--runs", *map(str, folders), "--baseline", "c", "--output_dir", "again"])
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+def test_a_diverged_run_does_not_cost_the_report(script, tmp_path, value):
+    folders = [write_run(tmp_path / name, {5: decay()}, seed=seed) for seed, name in enumerate(("a", "b", "c"))]
+    lines = (folders[2] / "evaluation.jsonl").read_text().splitlines()
+    lines = [re.sub(r'"frechet_distance": .*', f'"frechet_distance": {{"5": {value}}}}}', line) for line in lines]
+    (folders[2] / "evaluation.jsonl").write_text("\n".join(lines) + "\n")
+    script.main(["--runs", *map(str, folders), "--names", "plain", "plain", "other", "--output_dir", str(tmp_path / "out")])
+    assert "Some distances are not finite" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_text_run_whose_checkpoints_do_not_say_how_it_began_is_reported(script, tmp_path):
+    folders = [write_run(tmp_path / str(seed), {5: decay()}, seed=seed, text=True) for seed in range(2)]
+    for folder in folders:
+        (folder / "checkpoint-500").mkdir()
+        (folder / "checkpoint-500" / "training_state.json").write_text('{"step": 500, "identity": {"network": {}}, "files": {}}')
+    script.main(["--runs", *map(str, folders), "--output_dir", str(tmp_path / "out")])
+    assert "finetune_sd.py" in (tmp_path / "out" / "report.md").read_text()
 
 
 HELP = f"""

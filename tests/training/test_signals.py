@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 from kills import final_hashes, finish, lines, start
-from launch import ENVIRONMENT, ROOT, SCRIPT, tiny
+from launch import ENVIRONMENT, ROOT, SCRIPT, free_port, tiny
 
 GRIDS = {"max_train_samples": 64, "save_images_epochs": 1, "checkpointing_steps": 1000, "max_train_steps": 8, "use_ema": True}
 
@@ -52,6 +52,21 @@ def test_a_stop_during_an_evaluation(script, tmp_path, step):
     assert (tmp_path / "run" / "samples" / "step-0000003.png").exists() and (tmp_path / "run" / "model_index.json").exists()
 
 
+def test_what_a_kill_comes_before_is_made_when_resumed(script, tmp_path):
+    """The grid and the pipeline of a step that is saved already."""
+    folder = tmp_path / "run"
+    often = {"checkpointing_steps": 4, "save_model_epochs": 1, "ddpm_num_inference_steps": 60}
+    words = tiny(folder, **{**GRIDS, **often}, resume_from_checkpoint="latest")
+    run = script.start(words)
+    run.wait_until((folder / "checkpoint-4").exists)
+    run.kill_all()
+    assert not (folder / "samples" / "step-0000004.png").exists() and not (folder / "model_index.json").exists()
+    run = script.start(words)
+    run.wait_until((folder / "model_index.json").exists)
+    run.kill_all()
+    assert (folder / "samples" / "step-0000004.png").exists() and not (folder / "checkpoint-8").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_every_signal_saves_and_has_its_code(script, tmp_path, number):
     run = script.start(tiny(tmp_path / "run", max_train_steps=100_000, checkpointing_steps=50_000))
@@ -83,6 +98,40 @@ with StopRequest():
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "second SIGTERM" in errors
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_process_that_waits_for_a_frozen_one(script, tmp_path):
+    runs = start(script, tiny(tmp_path / "run", max_train_steps=100_000, checkpointing_steps=3, train_batch_size=4), 2)
+    runs[0].wait_until((tmp_path / "run" / "checkpoint-3").exists)
+    try:
+        runs[1].send(signal.SIGSTOP)
+        time.sleep(1)
+        runs[0].send(signal.SIGTERM)
+        time.sleep(1.5)
+        assert runs[0].poll() is None  # it waits
+        runs[0].send(signal.SIGTERM)
+        result = runs[0].wait(30)
+        assert result.code == 128 + signal.SIGTERM and "ended at once by a second SIGTERM" in result.stderr
+    finally:
+        runs[1].kill_all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [SCRIPT, ROOT / "scripts" / "sample.py"], ids=lambda path: path.stem)
+def test_a_process_whose_fellow_never_comes_says_so(tmp_path, program):
+    """Within minutes, here seconds."""
+    code = "import datetime, runpy, sys, immiscible.training.session as session; session.RENDEZVOUS = datetime.timedelta(seconds=2);"
+    words = ["--model", ".", "--num_images", "2", "--num_inference_steps", "2", "--output_dir", str(tmp_path / "run")]
+    words = tiny(tmp_path / "run") if program == SCRIPT else words
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**os.environ, **ENVIRONMENT, **ranks, "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    code += f"sys.argv[0] = {str(program)!r}; runpy.run_path({str(program)!r}, run_name='__main__')"
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "has ended, or never came" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("processes", [2, 4])
