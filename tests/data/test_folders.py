@@ -122,6 +122,14 @@ def test_brackets_in_the_path(script, tmp_path, name):
     assert images_used(script, tmp_path, fill(tmp_path / name, "1.png", "2 [x].png")) == (2, "")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="names are text here")
+def test_a_name_that_is_no_text(script, tmp_path):
+    folder = fill(tmp_path / "photos", "1.png", "2.png")
+    os.rename(folder / "2.png", os.path.join(os.fsencode(folder), b"\xff\xfe.png"))
+    found, left_out = images_used(script, tmp_path, folder, train_batch_size=1)
+    assert found == 1 and "2.png" not in left_out and "UTF-8" in left_out
+
+
 # Formats and other files
 
 

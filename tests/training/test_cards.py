@@ -5,6 +5,8 @@ from pathlib import PurePosixPath
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from launch import tiny
+from pictures import colored
 
 from immiscible.configs import UnconditionalConfig
 from immiscible.training.cards import name_repository, push_pipeline, text_to_image_card, unconditional_card
@@ -106,6 +108,16 @@ def test_what_users_name_is_text_in_a_card():
         (row,) = re.findall(r"\| data \|.*", outside)
         assert len(re.findall(r"(?<!\\)\|", row)) == 3  # two cells
         assert "\\<script>" in row and ModelCard(str(card)).data.to_dict()["library_name"] == "diffusers"
+
+
+def test_classes_that_a_run_finds_are_text_in_its_card(script, tmp_path):
+    for name in ("<script>alert(1)<", "[x](javascript:alert(1))"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        colored(tmp_path / "photos" / name, count=2)
+    result = script(tiny(tmp_path / "run", train_data_dir=tmp_path / "photos", class_conditional=True, train_batch_size=2))
+    assert result.code == 0
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "\\<script>alert" in text and "\\[x\\](javascript" in text and not re.search(r"(?<!\\)(<script|\[x)", text)
 
 
 def test_a_pushed_card_names_its_repository(monkeypatch, tmp_path):
