@@ -104,7 +104,7 @@ def check_finite(accelerator: Accelerator, ema: EMAModel | None, coupling_state:
     bad = accelerator.reduce(torch.tensor(float(bool(what)), device=accelerator.device), reduction="sum")
     if bad.item():
         raise UserError(
-            f"after step {step} {what or 'what another process holds'} is NaN or infinite: nothing was saved of it, checkpoints before are "
+            f"NaN or infinity after step {step} in {what or 'what another process holds'}: nothing was saved of it, checkpoints before are "
             f"kept; try a lower --learning_rate, more --lr_warmup_steps, a larger --adam_epsilon or --mixed_precision no",
             exit_code=1,
         )
