@@ -23,12 +23,16 @@ quiet=(--logger none --save_images_epochs 0)
 held=(--logger none --save_images_epochs 0 --validation_split 0.3 --eval_samples 1000)
 all=(--eval_inference_steps 2 5 20 100)
 
-grid() { # name, task, seeds, methods, flags of every run
-  local name=$1 task=$2 seeds=$3 methods=$4
-  shift 4
+grid() { # name, core-minutes, task, seeds, methods, flags of every run
+  local name=$1 minutes=$2 task=$3 seeds=$4 methods=$5
+  shift 5
   local wanted=${only:+no} one
   for one in $only; do [[ $name == "$one"* ]] && wanted=yes; done
   [ "$wanted" = no ] && return
+  if [ "$pass" = count ]; then
+    total=$((total + minutes))
+    return
+  fi
   if [ -z "$collect" ]; then
     if [[ $task == emoji* ]] && [ ! -d runs/emoji16/train ]; then "$python" scripts/make_emoji.py runs/emoji16 --side 16; fi
     if [[ $task == sd_tiny ]] && [ ! -d runs/tiny_sd/classes ]; then "$python" scripts/make_tiny_sd.py runs/tiny_sd; fi
@@ -50,33 +54,42 @@ grid() { # name, task, seeds, methods, flags of every run
   done
 }
 
-# An hour on two cores: digits and photo crops, unconditional.
-grid digits_v "digits" "0 1 2" "baseline immiscible speed immiscible_speed scaled scaled+immiscible speed_sampling immiscible+speed_sampling scaled+immiscible+speed_sampling" "${common[@]}"
-grid digits_fresh "digits" "3 4 5" "baseline immiscible immiscible_speed_sampling" "${common[@]}"
-grid digits_window "digits" "0 1 2" "baseline window window+speed_sampling scaled+window+speed_sampling" "${common[@]}"
-grid digits_window_fresh "digits" "3 4 5" "baseline window window+speed_sampling" "${common[@]}"
-grid digits_epsilon "digits" "0 1 2" "baseline immiscible speed" "${common[@]}" --prediction_type epsilon
-grid digits_sample "digits" "0 1 2" "baseline immiscible" "${common[@]}" --prediction_type sample
-grid digits_flow "digits" "0 1 2" "baseline immiscible" "${common[@]}" "${flow[@]}"
-grid digits_v_snr "digits" "0 1 2" "snr immiscible+snr" "${common[@]}"
-grid crops_v "digits" "0 1 2" "baseline immiscible immiscible_speed_sampling" "${crops[@]}"
-grid crops_epsilon "digits" "0 1 2" "baseline immiscible" "${crops[@]}" --prediction_type epsilon
-grid crops_sample "digits" "0 1 2" "baseline immiscible" "${crops[@]}" --prediction_type sample
-grid crops_flow "digits" "0 1 2" "baseline immiscible" "${crops[@]}" "${flow[@]}"
+grids() {
+  # Digits and photo crops, unconditional.
+  grid digits_v 36 "digits" "0 1 2" "baseline immiscible speed immiscible_speed scaled scaled+immiscible speed_sampling immiscible+speed_sampling scaled+immiscible+speed_sampling" "${common[@]}"
+  grid digits_fresh 12 "digits" "3 4 5" "baseline immiscible immiscible_speed_sampling" "${common[@]}"
+  grid digits_window 16 "digits" "0 1 2" "baseline window window+speed_sampling scaled+window+speed_sampling" "${common[@]}"
+  grid digits_window_fresh 12 "digits" "3 4 5" "baseline window window+speed_sampling" "${common[@]}"
+  grid digits_epsilon 12 "digits" "0 1 2" "baseline immiscible speed" "${common[@]}" --prediction_type epsilon
+  grid digits_sample 8 "digits" "0 1 2" "baseline immiscible" "${common[@]}" --prediction_type sample
+  grid digits_flow 8 "digits" "0 1 2" "baseline immiscible" "${common[@]}" "${flow[@]}"
+  grid digits_v_snr 8 "digits" "0 1 2" "snr immiscible+snr" "${common[@]}"
+  grid crops_v 20 "digits" "0 1 2" "baseline immiscible immiscible_speed_sampling" "${crops[@]}"
+  grid crops_epsilon 13 "digits" "0 1 2" "baseline immiscible" "${crops[@]}" --prediction_type epsilon
+  grid crops_sample 13 "digits" "0 1 2" "baseline immiscible" "${crops[@]}" --prediction_type sample
+  grid crops_flow 13 "digits" "0 1 2" "baseline immiscible" "${crops[@]}" "${flow[@]}"
 
-# Couplings over epochs and classes, with guidance. Samples are also held against images held out.
-grid digits_epoch "digits" "0 1 2" "baseline immiscible window epoch immiscible_knn reservoir flipped" "${held[@]}" "${all[@]}" --eval_steps 400
-grid digits_classes "digits classes" "0 1 2" "baseline immiscible immiscible_within window window+immiscible_within epoch epoch_within immiscible_knn reservoir flipped" "${held[@]}" "${all[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5 2 3
-grid digits_classes_fresh "digits classes" "3 4 5 6 7" "baseline immiscible epoch epoch_within" "${held[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5
-grid digits_epsilon_weighted "digits" "0 1 2" "epsilon epsilon+immiscible epsilon+velocity epsilon+velocity+immiscible epsilon+velocity+epoch epsilon+min_snr epsilon+min_snr+immiscible" "${held[@]}" "${all[@]}" --eval_steps 200
-grid crops_epoch "digits" "0 1 2" "baseline immiscible window epoch" "${crops[@]}" --eval_inference_steps 2 5 20
-grid emoji "emoji" "0 1 2" "baseline immiscible window epoch immiscible_knn reservoir flipped" "${quiet[@]}" "${all[@]}" --eval_steps 1500
-grid emoji_classes "emoji classes" "0 1 2" "baseline immiscible immiscible_within window epoch epoch_within immiscible_knn reservoir flipped" "${quiet[@]}" "${all[@]}" --eval_steps 3000 --eval_guidance_scales 1 1.5 3
-grid emoji_classes_fresh "emoji classes" "3 4 5 6 7" "baseline immiscible epoch epoch_within" "${quiet[@]}" "${all[@]}" --eval_steps 3000 --eval_guidance_scales 1 1.5 3
-# Latents of a VAE that was trained briefly, with captions.
-script=train_text_to_image.py grid latents "sd_tiny" "0 1 2" "baseline immiscible epoch" --prediction_type v_prediction --eval_inference_steps 5 20 --eval_guidance_scales 1 3 --proportion_empty_prompts 0.1 --eval_steps 80
+  # Couplings over epochs and classes, with guidance. Samples are also held against images held out.
+  grid digits_epoch 27 "digits" "0 1 2" "baseline immiscible window epoch immiscible_knn reservoir flipped" "${held[@]}" "${all[@]}" --eval_steps 400
+  grid digits_classes 150 "digits classes" "0 1 2" "baseline immiscible immiscible_within window window+immiscible_within epoch epoch_within immiscible_knn reservoir flipped" "${held[@]}" "${all[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5 2 3
+  grid digits_classes_fresh 30 "digits classes" "3 4 5 6 7" "baseline immiscible epoch epoch_within" "${held[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5
+  grid digits_epsilon_weighted 46 "digits" "0 1 2" "epsilon epsilon+immiscible epsilon+velocity epsilon+velocity+immiscible epsilon+velocity+epoch epsilon+min_snr epsilon+min_snr+immiscible" "${held[@]}" "${all[@]}" --eval_steps 200
+  grid crops_epoch 48 "digits" "0 1 2" "baseline immiscible window epoch" "${crops[@]}" --eval_inference_steps 2 5 20
+  grid emoji 160 "emoji" "0 1 2" "baseline immiscible window epoch immiscible_knn reservoir flipped" "${quiet[@]}" "${all[@]}" --eval_steps 3000
+  grid emoji_classes 320 "emoji classes" "0 1 2" "baseline immiscible immiscible_within window epoch epoch_within immiscible_knn reservoir flipped" "${quiet[@]}" "${all[@]}" --eval_steps 3000 --eval_guidance_scales 1 1.5 3
+  grid emoji_classes_fresh 110 "emoji classes" "3 4 5 6 7" "baseline epoch epoch_within" "${quiet[@]}" --eval_steps 3000
+  # Latents of a VAE that was trained briefly, with captions.
+  script=train_text_to_image.py grid latents 18 "sd_tiny" "0 1 2" "baseline immiscible epoch" --prediction_type v_prediction --eval_inference_steps 5 20 --eval_guidance_scales 1 3 --proportion_empty_prompts 0.1 --eval_steps 80
 
-# The stack: chosen on three seeds, confirmed on others, with curves.
-grid digits_stack "digits classes" "0 1 2" "epsilon baseline epoch_within epoch_within+speed_sampling epoch_within+scaled epoch_within+logit_normal epoch_within+min_snr epoch_within+sample epoch_within+sample+speed_sampling epoch_within+flow" "${held[@]}" --max_train_steps 600 --eval_steps 60
-grid digits_stack_fresh "digits classes" "10 11 12" "epsilon baseline flow epoch_within+flow" "${quiet[@]}" --validation_split 0.3 --eval_samples 500 --max_train_steps 1200 --eval_steps 60
-grid emoji_stack "emoji classes" "10 11 12" "epsilon baseline flow sample epoch+flow epoch_within+flow epoch+sample+speed_sampling" "${quiet[@]}" --max_train_steps 6000 --eval_steps 300
+  # The stack: chosen on three seeds, confirmed on others, with curves.
+  grid digits_stack 75 "digits classes" "0 1 2" "epsilon baseline epoch_within epoch_within+speed_sampling epoch_within+scaled epoch_within+logit_normal epoch_within+min_snr epoch_within+sample epoch_within+sample+speed_sampling epoch_within+flow" "${held[@]}" --max_train_steps 600 --eval_steps 60
+  grid digits_stack_fresh 60 "digits classes" "10 11 12" "epsilon baseline flow epoch_within+flow" "${quiet[@]}" --validation_split 0.3 --eval_samples 500 --max_train_steps 1200 --eval_steps 60
+  grid emoji_stack 120 "emoji classes" "10 11 12" "epsilon baseline flow epoch+flow" "${quiet[@]}" --eval_steps 300
+}
+
+total=0 pass=count
+grids
+if [ "$total" = 0 ]; then echo "--only$only: no grid begins so; this file names them" >&2; exit 2; fi
+pass=train
+[ -n "$collect" ] || echo "about $total core-minutes in all, $(((total + 119) / 120)) hours on two cores, less what is finished (an estimate)"
+grids
