@@ -35,7 +35,10 @@ grid() { # name, core-minutes, task, seeds, methods, flags of every run
   fi
   if [ -z "$collect" ]; then
     if [[ $task == emoji* ]] && [ ! -d runs/emoji16/train ]; then "$python" scripts/make_emoji.py runs/emoji16 --side 16; fi
-    if [[ $task == sd_tiny ]] && [ ! -d runs/tiny_sd/classes ]; then "$python" scripts/make_tiny_sd.py runs/tiny_sd; fi
+    if [[ $task == sd_tiny ]]; then
+      [ -d runs/tiny_sd/classes ] || "$python" scripts/make_tiny_sd.py runs/tiny_sd
+      [ -d runs/demo-sd/captions ] || "$python" scripts/precompute_latents.py --config configs/tasks/sd_tiny.yaml
+    fi
     # shellcheck disable=SC2086
     "$python" scripts/compare.py ${script:+--script "$script"} --task $task --methods $methods --seeds $seeds --jobs 2 --output_dir "$out/$name" -- "$@"
   fi
