@@ -19,9 +19,10 @@ OPEN_AT_ONCE = 64  # archives in a process
 _THROUGH = re.compile(rf"{re.escape(ZIP)}(?={re.escape(os.sep)})", re.IGNORECASE)
 
 
-def members(archive: Path) -> list[str]:
-    """The paths of an archive's files in it, sorted; without those that are hidden or lie in a folder that is, or begins with two
-    underscores.
+def members(archive: Path) -> tuple[list[str], list[str]]:
+    """The paths of an archive's files in it, and the names of others that are none (``../a``, ``/a``, ``a//b``), both sorted.
+
+    Those that are hidden or lie in a folder that is, or begins with two underscores, are in neither.
 
     Raises:
         ValueError: it cannot be read, or its files are encrypted.
@@ -33,9 +34,11 @@ def members(archive: Path) -> list[str]:
         raise ValueError(str(error)) from None
     if any(member.flag_bits & 1 for member in found):
         raise ValueError("its files are encrypted")
-    parts = (member.filename.split("/") for member in found if not member.is_dir())
-    # An empty part would be lost in a path; one of dots leads out of it, and is hidden as well.
-    return sorted({os.path.join(*names) for names in parts if all(name and not name.startswith((".", "__")) for name in names)})
+    names = {member.filename for member in found if not member.is_dir()}
+    # An empty part would be lost in a path, and one of dots leads elsewhere.
+    strange = {name for name in names if {"", ".", ".."} & set(name.split("/"))}
+    shown = {name for name in names - strange if not any(part.startswith((".", "__")) for part in name.split("/"))}
+    return sorted(os.path.join(*name.split("/")) for name in shown), sorted(strange)
 
 
 def readable(path: str) -> str | io.BytesIO:
@@ -63,7 +66,7 @@ def size(path: str) -> int:
     """A file's bytes, unpacked; -1 if there is none."""
     archive, member = _parted(path)
     if not member:
-        return os.path.getsize(path) if os.path.exists(path) else -1
+        return os.path.getsize(path) if os.path.isfile(path) else -1
     found = _open(archive).NameToInfo.get(member)
     return found.file_size if found else -1
 

@@ -177,13 +177,14 @@ def _from_metadata(listing: Listing, column: str, caption_column: str | None, sk
     parts = []
     for name in listing.metadata:
         try:
-            found = _read(listing.root / name, caption_column)
+            parts.append(_with_paths(listing, name, _read(listing.root / name, caption_column), column, skip_bad_images))
+        except UserError:
+            raise
         except Exception as error:  # Arrow's, pandas' and Python's own
             raise UserError(
                 f"--train_data_dir {listing.root}: cannot read its images and what their {os.path.basename(name)} says "
                 f"({first_line(error)}; {name})"
             ) from None
-        parts.append(_with_paths(listing, name, found, column, skip_bad_images))
     try:
         table = pa.concat_tables(parts, promote_options="default")
     except pa.ArrowInvalid as error:
@@ -199,20 +200,23 @@ def _read(path: Path, caption_column: str | None) -> Any:
     """A metadata file as an Arrow table."""
     import pyarrow as pa
 
-    found = content(path)
-    if path.suffix == ".parquet":
+    found, kind = content(path), path.suffix.lower()
+    if kind == ".parquet":
         import pyarrow.parquet as pq
 
         return pq.read_table(io.BytesIO(found))
-    if path.suffix == ".jsonl":
+    if kind == ".jsonl":
         import pyarrow.json as pj
 
         if not found.strip():
             raise ValueError("it is empty")
+        found.decode()  # Arrow takes any bytes for a text, which fails only where it is looked at
         # One block, or a later line that has another key would not be understood; 2**28 bytes are 2 million lines.
         return pj.read_json(io.BytesIO(found), read_options=pj.ReadOptions(block_size=min(len(found) + 1, 2**28)))
     import pandas
 
+    first = pandas.read_csv(io.BytesIO(found), header=None, nrows=1, dtype=object, keep_default_na=False, encoding="utf-8-sig")
+    _check_once(first.iloc[0].tolist())  # pandas would rename the second one
     frame = pandas.read_csv(io.BytesIO(found), encoding="utf-8-sig")
     if not isinstance(frame.index, pandas.RangeIndex) and len(frame.columns) > 1:  # what pandas makes of the first fields then
         raise ValueError("line 2 has more fields than the header: a text with commas stands in quotes")
@@ -225,14 +229,25 @@ def _read(path: Path, caption_column: str | None) -> Any:
     return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
 
 
+def _check_once(columns: Sequence[str]) -> None:
+    """Whether no column is there twice, of which one would be taken silently; ``file_name`` is one called ``image``."""
+    if twice := [column for column in columns if columns.count(column) > 1]:
+        raise ValueError(f"it has two columns {twice[0]!r}" + (", of which file_name is one" if twice[0] == "image" else ""))
+
+
 def _with_paths(listing: Listing, name: str, table: Any, column: str, skip_bad_images: bool) -> Any:
     """The table with cells of images in the place of ``file_name`` (for the column ``image``) and ``{column}_file_name``."""
     import pyarrow as pa
     from pyarrow import compute
 
-    folder = os.path.dirname(name)
-    files = {key: key.removesuffix("file_name").removesuffix("_") or "image" for key in table.column_names if key.endswith("file_name")}
-    files = {key: new for key, new in files.items() if pa.types.is_string(table[key].type) or pa.types.is_large_string(table[key].type)}
+    folder, kinds = os.path.dirname(name), dict(zip(table.column_names, table.schema.types, strict=True))
+    files = {key: key.removesuffix("file_name").removesuffix("_") or "image" for key in kinds if key.endswith("file_name")}
+    _check_once([files.get(key, key) for key in table.column_names])
+    files = {key: new for key, new in files.items() if pa.types.is_string(kinds[key]) or pa.types.is_large_string(kinds[key])}
+    if not table.num_rows:
+        raise ValueError("it has no rows")
+    if not files and "file_name" in kinds:
+        raise ValueError(f"its column file_name holds {kinds['file_name']}, not texts")
     if not files:
         raise UserError(
             f"--train_data_dir {listing.root}: {name} has no column file_name, which says of which image a line is; its columns: "
@@ -271,7 +286,7 @@ def _check_there(listing: Listing, name: str, values: Any, paths: Sequence[str |
     if not missing:
         return
     row = missing[0]
-    first = "no file_name" if paths[row] is None else f"{values[row].as_py()!r}, and there is no {listing.root / str(paths[row])}"
+    first = "no file_name" if paths[row] is None else f"{values[row].as_py()!r}, and there is no file {listing.root / str(paths[row])}"
     raise UserError(
         f"--train_data_dir {listing.root}: {len(missing)} of the {len(paths)} images that {name} names are not there; the first, in row "
         f"{row + 1}, is {first}; file_name is a path from where {os.path.basename(name)} is. Mend it, or pass --skip_bad_images"

@@ -179,7 +179,7 @@ def _sort_in(listing: Listing, path: str, unread: Counter[str]) -> None:
     extension, name = dot[1:].lower(), os.path.basename(path)
     if extension in image_extensions():
         listing.images.append(path)
-    elif name in METADATA:
+    elif name.lower() in METADATA:
         listing.metadata.append(path)
     elif extension == "parquet":
         listing.tables.append(path)
@@ -195,21 +195,24 @@ def _sort_in(listing: Listing, path: str, unread: Counter[str]) -> None:
 
 def _look_into(listing: Listing, archives: Sequence[str], unread: Counter[str]) -> None:
     """Sorts in what the ``.zip`` files hold, images and what tells of them; counts what else is packed there."""
-    nested = []
+    nested, strange = [], []
     for archive in archives:
         before = len(listing.images)
         try:
-            found = [os.path.join(archive, member) for member in members(listing.root / archive)]
+            paths, others = members(listing.root / archive)
         except (OSError, ValueError) as error:
             listing.left_out.append(f"{archive or listing.root.name}, which cannot be read ({first_line(error)})")
             continue
-        for name in found:
-            if os.path.basename(name) not in METADATA and name.lower().endswith((".parquet", ".tar", *_ARCHIVES)):
+        strange += [f"{archive or listing.root.name}: {name}" for name in others]
+        for name in (os.path.join(archive, path) for path in paths):
+            if os.path.basename(name).lower() not in METADATA and name.lower().endswith((".parquet", ".tar", *_ARCHIVES)):
                 nested.append(name)
             else:
                 _sort_in(listing, name, unread)
         if len(listing.images) == before:
             listing.left_out.append(f"{archive or listing.root.name}, which holds no images")
+    if strange:
+        listing.left_out.append(f"{len(strange)} files in archives, whose names there are no paths in them, the first {strange[0]}")
     if nested:
         listing.left_out.append(f"{len(nested)} shards, tables or archives inside of archives (unpack them), the first {nested[0]}")
 

@@ -229,6 +229,14 @@ def test_archives_that_are_not_read(script, tmp_path):
     assert found == 2 and left_out.endswith("1 archives (unpack them), the first archive.zip")
 
 
+def test_what_lies_in_a_zip_under_names_that_are_no_paths_is_counted(script, tmp_path):
+    (tmp_path / "zipped").mkdir()
+    strange = dict.fromkeys(["../../out.png", "/top.png", "a//b.png", "./c.png"], "")
+    packed(tmp_path / "zipped" / "a.zip", fill(tmp_path / "photos", "0.png", "1.png"), **strange)
+    found, left_out = images_used(script, tmp_path, tmp_path / "zipped")
+    assert found == 2 and left_out.endswith("4 files in archives, whose names there are no paths in them, the first a.zip: ../../out.png")
+
+
 def _encrypted(archive: bytes) -> bytes:
     """The same with the mark of encryption on each member."""
     marked = bytearray(archive)
@@ -395,6 +403,12 @@ def test_metadata_with_the_separators_of_windows(tmp_path):
         ('{"file_name": "../../etc/passwd", "text": "a"}\n', "'../../etc/passwd', which does not lie in this folder"),
         ('{"file": "0.png", "text": "a"}\n', "metadata.jsonl has no column file_name.*its columns: file, text"),
         ("", "it is empty; metadata.jsonl"),
+        (
+            '{"file_name": "", "text": "a"}\n{"file_name": "0.png", "text": "b"}\n',
+            "1 of the 2 images .*in row 1, is '', and there is no file",
+        ),
+        ('{"file_name": "0.png", "text": "a", "image": "x"}\n', "it has two columns 'image', of which file_name is one; metadata.jsonl"),
+        ('{"file_name": 0, "text": "a"}\n', "its column file_name holds int64, not texts; metadata.jsonl"),
     ],
 )
 def test_metadata_are_checked_at_the_start(script, tmp_path, lines, told):
@@ -403,6 +417,34 @@ def test_metadata_are_checked_at_the_start(script, tmp_path, lines, told):
     for result in (captioned_run(script, tmp_path, folder), script(tiny(tmp_path / "run", train_data_dir=folder, train_batch_size=2))):
         assert result.code == 2 and re.search(told, result.error), result.error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ['{"file_name": "0.png", "text": "\xe9"}', '{"file_name": "\xe9.png", "text": "a"}'])
+def test_metadata_of_another_encoding_are_told_at_the_start(script, tmp_path, text):
+    folder = fill(tmp_path / "photos", "0.png", "1.png")
+    (folder / "metadata.jsonl").write_bytes(text.encode("latin-1"))
+    result = captioned_run(script, tmp_path, folder)
+    assert result.code == 2 and re.search(r"'utf-8' codec can't decode byte 0xe9 .*; metadata\.jsonl", result.error)
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ("file_name,text,text\n0.png,a,b\n", r"it has two columns 'text'; metadata\.csv"),
+        ("file_name,file_name\n0.png,1.png\n", r"it has two columns 'file_name'; metadata\.csv"),
+        ("file_name,text\n", r"it has no rows; metadata\.csv"),
+    ],
+)
+def test_columns_that_are_there_twice_and_tables_without_rows(tmp_path, table, told):
+    folder = fill(tmp_path / "photos", "0.png", "1.png")
+    (folder / "metadata.csv").write_text(table)
+    with pytest.raises(UserError, match=told):
+        captions_of(folder)
+
+
+def test_metadata_are_known_by_their_name_in_capitals(tmp_path):
+    folder = described(fill(tmp_path / "photos", "0.png"), {"0.png": "a"}, "Metadata.JSONL")
+    assert captions_of(folder) == {"0.png": ["a"]}
 
 
 def test_a_table_by_semicolons_and_two_metadata_files_are_told(tmp_path):
