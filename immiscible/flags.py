@@ -15,6 +15,7 @@ import argparse
 import ast
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -250,7 +251,12 @@ def prose(text: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """What reads a name or a path for argparse: not empty, as an unset variable of a shell is, and something that file systems take."""
+    """What reads a name or a path for argparse: not empty, as an unset variable of a shell is, and something that file systems take.
+
+    ``~/`` is the user's folder, as shells have it, who do not read config files and leave ``--flag=~/folder`` as it is.
+    """
+    if text == "~" or text.startswith("~/"):
+        text = os.path.expanduser(text)
     encoded = prose(text).encode()
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty; give a value, or leave the flag out")

@@ -213,6 +213,13 @@ def test_an_unset_variable_of_the_shell_is_an_error(config, name):
         assert f"--{name} must not be empty" in one_refused(config, f"--{name}={value}")
 
 
+def test_the_users_folder_in_words_that_no_shell_has_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("output_dir: ~/runs/a\n")
+    found = parse_config(UnconditionalConfig, ["--config", str(tmp_path / "a.yaml"), "--cache_dir=~/cache"], program="x", description="")
+    assert (found.output_dir, found.cache_dir) == (f"{tmp_path}/runs/a", f"{tmp_path}/cache")
+
+
 @pytest.mark.parametrize(
     "name", ["output_dir", "train_data_dir", "latent_cache_dir", "model_config_name_or_path", "resume_from_checkpoint"]
 )
