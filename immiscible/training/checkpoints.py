@@ -328,6 +328,8 @@ def _incompleteness(path: Path) -> str:
         return f"{STATE_FILE} is missing or broken"
     if lost:
         return f"{lost[0]} is missing"
+    if NAME.fullmatch(path.name) and step_of(path) != step:
+        return f"it is of step {step}, whatever it is called"
     for name, facts in files.items():
         size = facts.get("bytes") if isinstance(facts, dict) else facts
         if not (path / name).is_file():

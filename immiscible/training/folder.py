@@ -13,7 +13,7 @@ from immiscible.errors import UserError
 from immiscible.files import clean_up, discard, lock
 from immiscible.processes import on_main_process
 from immiscible.training.arguments import OWN_FILES
-from immiscible.training.checkpoints import checkpoints, is_complete, is_ours, resolve_checkpoint, step_of
+from immiscible.training.checkpoints import NAME, checkpoints, is_complete, is_ours, resolve_checkpoint, step_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,12 +36,10 @@ def check_folder(config: RunConfig) -> Path | None:
     folder = config.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; give a folder")
-    if config.train_data_dir and not config.plan:
-        data, place = Path(config.train_data_dir).expanduser().resolve(), folder.resolve()
-        if data in (place, *place.parents):
-            raise UserError(
-                f"--output_dir {folder} lies inside --train_data_dir {config.train_data_dir}, whose images it would join; give another"
-            )
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"--output_dir {folder} is a link to {os.readlink(folder)}, which is not there; give a folder")
+    if not config.plan:
+        _check_apart(config)
     held = _run_in(folder)
     foreign = [path for path in checkpoints(folder) if not is_ours(path)]  # another trainer's, or the user's own
     strange = [name for name in (*OWN_FILES, config.logging_dir) if os.path.lexists(folder / name)] + [path.name for path in foreign]
@@ -50,7 +48,9 @@ def check_folder(config: RunConfig) -> Path | None:
             f"--output_dir {folder} holds {', '.join(strange)} of something else, which a run would overwrite; give another folder"
         )
     resumed = resolve_checkpoint(folder, config.resume_from_checkpoint)
-    begun = step_of(resumed) if resumed and resumed.resolve().parent == folder.resolve() else 0
+    # Of this run, also where it is a link to where there is more room.
+    own = resumed is not None and folder.resolve() in (resumed.resolve().parent, resumed.parent.resolve())
+    begun = step_of(resumed) if resumed and own else 0
     in_the_way = [path.name for path in foreign if step_of(path) > begun]
     if in_the_way and not config.plan:
         raise UserError(
@@ -69,7 +69,7 @@ def check_folder(config: RunConfig) -> Path | None:
                 f"delete it with --overwrite_output_dir or choose another --output_dir"
             )
         logger.warning("--resume_from_checkpoint latest: %s holds no checkpoint; starting anew", folder)
-    if resumed and resumed.resolve().parent == folder.resolve():
+    if resumed and own:
         later = [path.name for path in checkpoints(folder) if step_of(path) > step_of(resumed) and is_complete(path)]
         if later and config.resume_from_checkpoint != "latest":  # which has found them damaged
             raise UserError(
@@ -79,6 +79,19 @@ def check_folder(config: RunConfig) -> Path | None:
     elif resumed and held and not config.plan:
         raise UserError(f"--output_dir {folder} holds {held} of its own; resume {resumed} into its own folder or into a new one")
     return resumed
+
+
+def _check_apart(config: RunConfig) -> None:
+    """Whether the run's folder is neither inside of its data nor, to be overwritten, around them in what is deleted then."""
+    place = config.folder.resolve()
+    for flag in ("train_data_dir", "eval_data_dir"):
+        name = getattr(config, flag)
+        data = Path(name).expanduser().resolve() if name else None
+        if data in (place, *place.parents):
+            raise UserError(f"--output_dir {config.folder} lies inside --{flag} {name}, whose images it would join; give another")
+        inside = data.relative_to(place).parts[0] if data and place in data.parents else ""
+        if config.overwrite_output_dir and (inside in (*OWN_FILES, config.logging_dir) or NAME.fullmatch(inside)):
+            raise UserError(f"--overwrite_output_dir deletes {config.folder / inside}, where --{flag} {name} lies; move the images")
 
 
 def run_identity(config: RunConfig, *, data: str, network: dict[str, Any], processes: int) -> dict[str, Any]:

@@ -238,6 +238,35 @@ def test_a_run_does_not_go_into_its_data(script, tmp_path, inside):
     assert snapshot(tmp_path) == before
 
 
+def test_a_run_does_not_go_into_the_images_held_out_nor_delete_images(script, tmp_path):
+    for place in ("held", "run/samples"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "0.png")
+    (tmp_path / "run" / ".immiscible-run").touch()
+    before = snapshot(tmp_path)
+    measured = {"eval_steps": 2, "eval_data_dir": tmp_path / "held"}
+    result = script(tiny(tmp_path / "held" / "run", **measured))
+    assert result.code == 2 and "lies inside --eval_data_dir" in result.error
+    result = script(tiny(tmp_path / "run", train_data_dir=tmp_path / "run" / "samples", overwrite_output_dir=True))
+    assert result.code == 2 and f"--overwrite_output_dir deletes {tmp_path / 'run' / 'samples'}" in result.error
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    result = script(tiny(tmp_path / "link"))
+    assert result.code == 2 and f"link is a link to {tmp_path / 'gone'}, which is not there" in result.error
+    (tmp_path / "link").unlink()
+    assert snapshot(tmp_path) == before
+
+
+def test_a_checkpoint_may_be_a_link_and_not_another_one_renamed(script, copy, tmp_path):
+    (copy / "summary.json").unlink()
+    shutil.move(copy / "checkpoint-8", tmp_path / "elsewhere")
+    (copy / "checkpoint-8").symlink_to(tmp_path / "elsewhere")
+    shutil.copytree(copy / "checkpoint-4", copy / "checkpoint-10")
+    result = script(argv(copy, 12, resume_from_checkpoint="latest", checkpoints_total_limit=1))
+    assert result.code == 0, result.stderr
+    assert "checkpoint-10 is damaged (it is of step 4, whatever it is called)" in result.stderr
+    assert (tmp_path / "elsewhere" / "optimizer.bin").exists() and (copy / "checkpoint-12").is_dir()
+
+
 def test_two_runs_in_one_folder(script, tmp_path):
     """Whichever comes first trains, as if it were alone; the other says so in one line."""
     folder = tmp_path / "run"
