@@ -9,6 +9,8 @@ from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
@@ -17,7 +19,7 @@ from immiscible.networks.latents import load_vae
 from immiscible.networks.weights import LOAD_ERRORS, weights_digest
 from immiscible.sampling.loaded import Loaded, freeze
 from immiscible.sampling.pipelines import build_pipeline
-from immiscible.training.checkpoints import NAME, checkpoints, is_complete, read_state
+from immiscible.training.checkpoints import NAME, checkpoints, damage, is_complete, read_state
 from immiscible.training.folder import MARKER
 
 if TYPE_CHECKING:
@@ -56,8 +58,17 @@ def load_model(name: str, *, weights: str | None = None, lora: str | None = None
         loaded = Loaded(_from_diffusers(name))
     if lora:
         _add_adapters(loaded.pipeline, lora)
+    _check_whole(loaded.pipeline, name)
     freeze(loaded.pipeline)
     return loaded
+
+
+def _check_whole(pipeline: DiffusionPipeline, name: str) -> None:
+    """Whether the files had all weights; of what is missing diffusers says a word that is not shown, and leaves no values."""
+    networks = ((part, network) for part, network in pipeline.components.items() if isinstance(network, nn.Module))
+    missing = [f"{key} of {part}" for part, network in networks for key, tensor in network.state_dict().items() if tensor.is_meta]
+    if missing:
+        raise UserError(f"--model {name} is damaged: {len(missing)} weights are not in its files, the first {missing[0]}", exit_code=1)
 
 
 def _from_run(folder: Path, weights: str | None, base: str | None) -> Loaded:
@@ -81,8 +92,8 @@ def _from_run(folder: Path, weights: str | None, base: str | None) -> Loaded:
 
 
 def _from_checkpoint(path: Path, weights: str | None, base: str | None) -> Loaded:
-    if not is_complete(path):
-        raise UserError(f"--model {path} is not a complete checkpoint of this suite")
+    if problem := damage(path):
+        raise UserError(f"--model {path} is not a complete checkpoint of this suite ({problem})")
     folder = path.resolve().parent
     config = _run_config(folder)
     if isinstance(config, TextToImageConfig) and config.use_lora:

@@ -12,7 +12,8 @@ from class_networks import telling
 from kills import finish
 from launch import entry, flags, free_port, tiny
 from PIL import Image
-from tiny_text import model_folder, tiny_text
+from safetensors.torch import load_file, save_file
+from tiny_text import WEIGHTS, model_folder, tiny_text
 
 from immiscible.errors import UserError
 from immiscible.files import LOCK
@@ -20,6 +21,7 @@ from immiscible.randomness import seeded_generator
 from immiscible.sampling.folder import read_lines
 
 PROGRAM = "scripts/sample.py"
+PYTORCH = {"format": "pt"}  # what diffusers asks of a file's metadata
 COMMON = {"num_inference_steps": 2, "num_images": 6, "batch_size": 4}
 
 
@@ -500,6 +502,21 @@ def test_mistakes_with_prompts_are_one_line(script, tmp_path, changes, wanted):
     (tmp_path / "empty").write_text("\n\n")
     changes = {name: tmp_path / value if name in ("prompts", "class_names", "lora", "base") else value for name, value in changes.items()}
     assert wanted in refused(script, model_folder(), tmp_path / "out", **changes)
+
+
+def test_damaged_weights_are_not_sampled(script, run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    checkpoint = max((tmp_path / "copy").glob("checkpoint-*"))
+    weights = load_file(tmp_path / "copy" / "unet" / WEIGHTS)
+    save_file({name: each for name, each in weights.items() if name != "conv_out.bias"}, tmp_path / "copy" / "unet" / WEIGHTS, PYTORCH)
+    path = checkpoint / "unet" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-8] + b"\0" * 8)
+    for model, told in (
+        (tmp_path / "copy", "is damaged: 1 weights are not in its files, the first conv_out.bias of unet"),
+        (checkpoint, f"is not a complete checkpoint of this suite (unet/{WEIGHTS} is not what was saved"),
+    ):
+        assert told in refused(script, model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(script, run, tmp_path):
