@@ -232,6 +232,10 @@ def _measured(line: Mapping[str, Any], guidance_scale: float) -> dict[str, Any]:
     if missing := sorted(set(needed) - line.keys()):
         raise ValueError(f"lines without {', '.join(missing)}")
     counts = {name: int(line[name]) for name in ("step", "samples", "reference_images")}
+    if not (counts["step"] > 0 and min(counts.values()) >= 0 and is_number(line["train_seconds"]) and line["train_seconds"] >= 0):
+        raise ValueError(f"line of step {line['step']}: counts and seconds are below 0 or no numbers")
+    if not (isinstance(line["data"], str) and isinstance(line["feature"], str)):
+        raise ValueError(f"line of step {line['step']}: data and feature are no texts")
     by_guidance = _by_guidance(line, "frechet_distance")
     chosen = {name: _by_guidance(line, name).get(guidance_scale, {}) for name in ("frechet_distance", *HELD_OUT) if name in line}
     return {**line, **counts, "train_seconds": float(line["train_seconds"]), **chosen, "by_guidance": by_guidance}

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from compared import decay, leave_checkpoint, write_run
@@ -109,6 +110,10 @@ def test_bad_folders(arms, tmp_path):
         {"train_seconds": None},
         {"step": None},
         {"samples": "many"},
+        {"step": -100},
+        {"train_seconds": math.nan},
+        {"feature": ["FD"]},
+        {"data": []},
     ],
 )
 def test_damaged_evaluations_are_one_line(tmp_path, change):
