@@ -19,7 +19,7 @@ from immiscible.coupling import coupling_state, restore_coupling
 from immiscible.data.loading import batch_order, build_loader, images_of, training_images
 from immiscible.errors import UserError
 from immiscible.evaluation.leakage import ClassLeak
-from immiscible.files import PARTIAL, replace
+from immiscible.files import PARTIAL, full_disk, replace
 from immiscible.flags import defaults_of
 from immiscible.networks.optimization import build_ema, build_optimizer, learning_rate, tuned
 from immiscible.networks.weights import add_metadata
@@ -337,9 +337,10 @@ class _Life:
             partial = folder / f"{PARTIAL}pipeline"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            task.save(partial, self._state.ema)
-            for weights in [*partial.glob("*.safetensors"), *partial.glob(f"{task.part}*/*.safetensors")]:
-                add_metadata(weights, facts)
+            with full_disk(partial):
+                task.save(partial, self._state.ema)
+                for weights in [*partial.glob("*.safetensors"), *partial.glob(f"{task.part}*/*.safetensors")]:
+                    add_metadata(weights, facts)
             self._write_card(partial)
             for item in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):  # last: it makes the folder a pipeline
                 replace(item, folder / item.name)
