@@ -207,15 +207,19 @@ def parquet_images(
 
 
 def _fault(files: Sequence[str]) -> str:
-    """Which file is broken, or that all are empty, which `datasets` does not say; an empty string if it is something else."""
+    """Which file is broken or has other columns, or that all are empty, which `datasets` does not say; an empty string if it is else."""
     import pyarrow.parquet
 
-    rows = 0
+    rows, first = 0, {}
     for file in files:
         try:
-            rows += pyarrow.parquet.read_metadata(file).num_rows
+            found = pyarrow.parquet.ParquetFile(file)
         except (OSError, ValueError) as error:  # Arrow's own types are of these
             return f"{file}: {first_line(error)}"
+        rows, columns = rows + found.metadata.num_rows, {field.name: str(field.type) for field in found.schema_arrow}
+        first = first or columns
+        if other := next((name for name in {**first, **columns} if first.get(name) != columns.get(name)), None):
+            return f"column {other} is {columns.get(other, 'not there')} in {file} and {first.get(other, 'not there')} in {files[0]}"
     return "" if rows else f"{len(files)} of them, the first {files[0]}, and they hold no rows"
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent
 TAG = "immiscible-diffusion"
+SHOWN_CLASSES = 1000  # names of classes in a card
 HERE = "THIS_FOLDER"  # stands in a card for where the model is; `name_repository` puts its repository there
 
 
@@ -47,7 +48,8 @@ def unconditional_card(
         pipeline=pipeline,
         inference_steps=facts["inference_steps"],
         num_classes=num_classes,
-        class_names=[] if num_classes is None else [line(name) for name in class_names],
+        class_names=[] if num_classes is None else [line(name) for name in class_names[:SHOWN_CLASSES]],
+        more_classes=max(0, len(class_names) - SHOWN_CLASSES),
         guidance="" if guidance is None else _guidance_words(*guidance),
     )
 

@@ -337,13 +337,15 @@ class _Life:
             partial = folder / f"{PARTIAL}pipeline"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            with full_disk(partial):
-                task.save(partial, self._state.ema)
-                for weights in [*partial.glob("*.safetensors"), *partial.glob(f"{task.part}*/*.safetensors")]:
-                    add_metadata(weights, facts)
-            self._write_card(partial)
-            for item in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):  # last: it makes the folder a pipeline
-                replace(item, folder / item.name)
-            partial.rmdir()
+            try:
+                with full_disk(partial):
+                    task.save(partial, self._state.ema)
+                    for weights in [*partial.glob("*.safetensors"), *partial.glob(f"{task.part}*/*.safetensors")]:
+                        add_metadata(weights, facts)
+                self._write_card(partial)
+                for item in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):  # last: it makes it a pipeline
+                    replace(item, folder / item.name)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)  # after a failure it may be what fills the disk
 
         self._alone(save)

@@ -219,6 +219,20 @@ def test_broken_parquet_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [
+        ({"image": ["x"]}, r"column image is string in \S*b\.parquet and struct<.*> in \S*a\.parquet"),
+        ({"picture": ["x"]}, r"column image is not there in \S*b\.parquet and struct<.*> in \S*a\.parquet"),
+    ],
+)
+def test_parquet_files_that_do_not_agree_are_named(tmp_path, second, told):
+    write_parquet(tmp_path / "a.parquet", image=[{"bytes": b"x", "path": None}])
+    write_parquet(tmp_path / "b.parquet", **second)
+    with pytest.raises(UserError, match=rf"cannot read its \.parquet files \({told}\)$"):
+        load_images(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+
+
 def test_hub_dataset(monkeypatch):
     import datasets
 

@@ -417,6 +417,17 @@ def test_a_disk_that_fails_while_saving_is_one_line_and_costs_nothing(script, tm
 
 
 @pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="no limit on file sizes here")
+def test_a_disk_that_fails_while_a_pipeline_is_saved_leaves_nothing_of_it(script, tmp_path):
+    folder = tmp_path / "run"
+    flags = {"max_train_steps": 4000, "checkpointing_steps": 4000, "save_model_epochs": 1, "max_train_samples": 320, "logging_steps": 10}
+    run = script.start(tiny(folder, **flags))
+    psutil.Process(run.pid).rlimit(psutil.RLIMIT_FSIZE, (50_000, 50_000))
+    result = run.wait()
+    assert result.code == 1 and "File too large" in result.error and str(folder) in result.error
+    assert not list(folder.glob(".partial-*")) and not (folder / "model_index.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="no limit on file sizes here")
 @pytest.mark.parametrize(("processes", "logger"), [(1, "none"), (2, "none"), (1, "tensorboard")])
 def test_a_disk_that_fails_between_saves_is_one_line(script, tmp_path, processes, logger):
     folder = tmp_path / "run"

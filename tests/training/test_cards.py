@@ -50,6 +50,9 @@ def test_a_card_of_classes_lists_them_and_tells_the_network():
     assert "Diffusers' own `LDMPipeline` loads this folder too, but has no argument for classes" in text
     assert data["pipeline_tag"] == "unconditional-image-generation"
     assert "Classes" not in str(unconditional_card(title="t", pipeline="DDPMPipeline", facts=FACTS, class_names=["a"]))
+    names = [str(number) for number in range(1002)]
+    many = str(unconditional_card(title="t", pipeline="DDPMPipeline", facts=FACTS, num_classes=1002, class_names=names))
+    assert "\n999. 999\n\nAnd 2 more.\n" in many and "1000. 1000" not in many
 
 
 def test_a_text_to_image_card_loads_the_pipeline_and_shows_the_grid():
