@@ -210,7 +210,7 @@ def _fault(files: Sequence[str]) -> str:
     """Which file is broken or has other columns, or that all are empty, which `datasets` does not say; an empty string if it is else."""
     import pyarrow.parquet
 
-    rows, first = 0, {}
+    rows, first = 0, dict[str, str]()
     for file in files:
         try:
             found = pyarrow.parquet.ParquetFile(file)
