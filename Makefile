@@ -15,11 +15,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-# How many steps the methods save on the bundled digits with their classes: four arms, three seeds, two runs at a time, one report. A second
+# How many steps the methods save on the bundled digits with their classes: three arms, three seeds, two runs at a time, one report. A second
 # call finds the finished runs and only writes the report again.
 demo: $(VENV)/installed
 	$(BIN)/python scripts/compare.py --task digits classes --seeds 0 1 2 --jobs 2 --open --output_dir $(DEMO_DIR) \
-	  --methods baseline immiscible_within speed best -- --eval_steps 100 --eval_samples 400
+	  --methods baseline speed best -- --max_train_steps 300 --eval_steps 75 --eval_samples 400
 
 # Stable Diffusion end to end, tiny: a checkpoint and data made from installed photographs, latents cached, baseline and assignment with two
 # seeds from random weights, and then fine-tuning of what the first baseline became. Two reports, six minutes on two idle cores.
