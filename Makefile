@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # call finds the finished runs and only writes the report again.
 demo: $(VENV)/installed
 	$(BIN)/python scripts/compare.py --task digits classes --seeds 0 1 2 --jobs 2 --open --output_dir $(DEMO_DIR) \
-	  --methods baseline speed best -- --max_train_steps 240 --eval_steps 60 --eval_samples 250
+	  --methods baseline immiscible_within best -- --max_train_steps 240 --eval_steps 60 --eval_samples 250
 
 # Stable Diffusion end to end, tiny: a checkpoint and data made from installed photographs, latents cached, baseline and assignment with two
 # seeds from random weights, and then fine-tuning of what the first baseline became. Two reports, six minutes on two idle cores.
