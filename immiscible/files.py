@@ -86,16 +86,15 @@ def lock(folder: Path, flag: str) -> Any:
 
 @contextmanager
 def full_disk(path: Path) -> Iterator[None]:
-    """Inside the block the ways of torch and safetensors to fail on a full disk, errors without its reason or its place, are an `OSError`.
+    """Inside the block torch's way of failing on a full disk, a `RuntimeError` that does not say why, is an `OSError` that does.
 
     Args:
         path: a file or folder on the disk that is written to.
     """
     try:
         yield
-    except Exception as error:
-        of_saving = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
-        if not of_saving or (shutil.disk_usage(path).free > SPARE and os.strerror(errno.ENOSPC) not in str(error)):
+    except RuntimeError:
+        if shutil.disk_usage(path).free > SPARE:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
 

@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from immiscible.errors import UserError, run_script
-from immiscible.flags import Parser, plain_text, text_path
-
-MEASURES = ("frechet_distance", "frechet_distance_held_out", "nearest_neighbor_ratio")
+from immiscible.flags import Names, Parser, plain_text, text_path
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,7 +25,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--baseline", type=plain_text, metavar="NAME", help="the arm to test against (default: baseline)", default="baseline"
     )
-    parser.add_argument("--measure", choices=MEASURES, default=MEASURES[0], help=f"what is told (default {MEASURES[0]})")
+    parser.add_argument(
+        "--measure",
+        choices=Names("immiscible.reports.paired", "MEASURES"),
+        default="frechet_distance",
+        help="what is told (default frechet_distance)",
+    )
     arguments = parser.parse_args(argv)
     print(tables(arguments.folders, arguments.baseline, arguments.measure))
 
