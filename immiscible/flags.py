@@ -234,8 +234,10 @@ def _read_number(kind: type[int] | type[float], word: str | None, allowed: Range
     try:
         value = kind(text)
     except ValueError:
-        other = f", nor {word}" if word else ""
-        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {short(text)!r}{other}") from None
+        if word:
+            number = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {number} or {word}, not {short(text)!r}") from None
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {short(text)!r}") from None
     if problem := allowed.problem(value):
         raise argparse.ArgumentTypeError(problem)
     return value

@@ -179,7 +179,7 @@ def test_an_image_that_cannot_be_read_ends_the_run_before_it_trains(script, tmp_
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ({"coupling_window": "epok"}, "--coupling_window: invalid int value: 'epok', nor epoch"),
+        ({"coupling_window": "epok"}, "--coupling_window must be a whole number or epoch, not 'epok'"),
         ({"coupling_window": "0"}, "--coupling_window must be at least 1"),
         ({"noise_coupling": "nearest"}, "--coupling_window is for couplings that pair"),
         ({"coupling_condition": "centered", "class_conditional": True}, "--coupling_condition centered is of a batch"),
