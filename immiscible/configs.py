@@ -13,8 +13,9 @@ from immiscible.data.arguments import DataArguments, TextDataArguments
 from immiscible.encoding.arguments import LatentCacheArguments
 from immiscible.errors import UserError
 from immiscible.evaluation.arguments import EvaluationArguments
-from immiscible.method import MethodArguments, ProcessArguments
+from immiscible.method import MethodArguments
 from immiscible.networks.arguments import ModelArguments, OptimizationArguments, TextModelArguments, TextOptimizationArguments
+from immiscible.objective_choice import ObjectiveArguments, settle_objective
 from immiscible.training.arguments import RunArguments, RunConfig, TextRunArguments
 
 LEAST_FP32 = 1.2e-38  # numbers below lose their digits in fp32, and then are 0
@@ -27,7 +28,7 @@ class UnconditionalConfig(
     RunArguments,
     OptimizationArguments,
     MethodArguments,
-    ProcessArguments,
+    ObjectiveArguments,
     ModelArguments,
     LatentCacheArguments,
     DataArguments,
@@ -38,7 +39,8 @@ class UnconditionalConfig(
 
     @staticmethod
     def settle(values: dict[str, Any]) -> None:
-        """Nothing here: no flag of this script switches another on."""
+        """Defaults that depend on the objective."""
+        settle_objective(values)
 
     @property
     def free_on_resume(self) -> frozenset[str]:
@@ -71,6 +73,8 @@ class UnconditionalConfig(
         if self.eval_steps and not all(1 <= each <= steps for each in self.eval_inference_steps):
             raise UserError(f"--eval_inference_steps {self.eval_inference_steps}: each must be from 1 to --ddpm_num_steps {steps}")
         self._check_guidance()
+        if self.objective != "denoising":
+            self._check_sigmas()
         if self.cache_latents and not self.vae_model_name_or_path:
             raise UserError("--cache_latents needs --vae_model_name_or_path, whose latents they are")
         if self.noise_process == "flow" and self.sampling_scheduler != "ddpm":
@@ -83,6 +87,22 @@ class UnconditionalConfig(
                 "--vae_model_name_or_path with --noise_process flow: diffusers has no pipeline that samples such a network; "
                 "train latents with --noise_process ddpm"
             )
+
+    def _check_sigmas(self) -> None:
+        """What has no meaning on an axis of sigma, which has samplers of its own."""
+        objective = f"--objective {self.objective}"
+        if self.vae_model_name_or_path:
+            raise UserError(f"--vae_model_name_or_path with {objective}: it is trained on pixels here; leave one of them out")
+        if self.objective == "edm":
+            return
+        if self.loss_weighting != "none":
+            raise UserError(
+                f"--loss_weighting {self.loss_weighting} weighs an error of the noise, which {objective} does not have; "
+                f"--level_weighting is its own"
+            )
+        for name in ("noise_offset", "input_perturbation"):
+            if getattr(self, name):
+                raise UserError(f"--{name} is of --objective denoising and edm, not of consistency: leave it out")
 
     def _check_guidance(self) -> None:
         """Samples are guided away from those of no class, which only a network that was trained without classes too can give."""

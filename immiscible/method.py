@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError
 from immiscible.flags import Names, check_ranges, flag, given
+from immiscible.objective_choice import ObjectiveArguments, chosen_objective, sigma_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,34 +34,6 @@ COUPLING_OPTIONS = {
 }
 
 LEAST_WEIGHT = 1e-12  # of the greatest in a vector of loss weights; AdamW's epsilon and fp32 would make less of it nothing
-
-
-@dataclass
-class ProcessArguments:
-    """The noise process that a network from random weights learns to reverse, and what it predicts; a checkpoint brings its own."""
-
-    _argument_group_name = "noise process"
-
-    prediction_type: str = flag("epsilon", "what the network predicts", choices=("epsilon", "sample", "v_prediction", "flow_prediction"))
-    noise_process: str = flag("ddpm", "ddpm, or flow: x_t = (1-s) x0 + s noise (needs flow_prediction)", choices=("ddpm", "flow"))
-    ddpm_num_steps: int = flag(1000, "T: the number of noise levels, of either process", least=1, most=10**5)
-    ddpm_beta_schedule: str = flag(
-        "linear",
-        "the noise schedule; the papers' quadratic is scaled_linear, Stable Diffusion's too with betas 0.00085 and 0.012",
-        choices=Names("immiscible.process", "BETA_SCHEDULES"),
-    )
-    ddpm_beta_start: float = flag(1e-4, "beta of the first step", least=0, most=1)
-    ddpm_beta_end: float = flag(0.02, "beta of the last step", least=0, most=1)
-    image_scale: float = flag(
-        1.0,
-        "c: diffuse c times the image (the paper's image projection); x_t is divided by its deviation, which multiplies the "
-        "signal-to-noise ratio by c^2 and lets plain diffusers sample the result",
-        least=1e-3,
-        most=1e3,
-    )
-
-    def check(self) -> None:
-        """Nothing here: what depends on the schedule is checked where it is built."""
 
 
 @dataclass
@@ -251,7 +224,7 @@ def in_flags(text: str) -> str:
     """A message of the library, which names its arguments in backticks and its calls as they are written, in terms of the flags."""
     calls = {"build_coupling": "noise_coupling", "timestep_sampler": "timestep_sampling", "loss_weights": "loss_weighting"}
     flags = {option: name for name, option in COUPLING_OPTIONS.items()} | {"min_timestep": "coupling_min_timestep"}
-    flags |= {item.name: item.name for group in (MethodArguments, ProcessArguments) for item in fields(group)}
+    flags |= {item.name: item.name for group in (MethodArguments, ObjectiveArguments) for item in fields(group)}
     text = re.sub(rf"({'|'.join(calls)})\('(\w+)'\)", lambda found: f"--{calls[found[1]]} {found[2]}", text)
     text = re.sub(r"the noise process '(\w+)'", r"--noise_process \1", text).replace("GlobalCoupling", "--coupling_scope global")
     return re.sub(r"`(\w+)`", lambda found: f"--{flags[found[1]]}" if found[1] in flags else found[0], text)
@@ -267,21 +240,6 @@ def naming_flags() -> Iterator[None]:
         raise
 
 
-def training_scheduler(config: ProcessArguments) -> Any:
-    """The diffusers scheduler of the noise process that the flags ask for."""
-    from immiscible.schedulers import build_scheduler
-
-    return build_scheduler(
-        config.noise_process,
-        num_train_timesteps=config.ddpm_num_steps,
-        beta_schedule=config.ddpm_beta_schedule,
-        beta_start=config.ddpm_beta_start,
-        beta_end=config.ddpm_beta_end,
-        prediction_type=config.prediction_type,
-        image_scale=config.image_scale,
-    )
-
-
 def build_objective(
     config: MethodArguments,
     scheduler: Any,
@@ -290,7 +248,14 @@ def build_objective(
     image_scale: float = 1.0,
     dream_detail_preservation: float | None = None,
 ) -> DenoisingObjective:
-    """The objective that the flags ask for, on the process and the prediction type of a diffusers scheduler; every rank calls it.
+    """The objective that the flags ask for; every rank calls it.
+
+    Args:
+        config: the flags of the axes, and with `ObjectiveArguments` those of the objective; without, it is `DenoisingObjective`.
+        scheduler: of diffusers: its noise process and prediction type are trained, unless the flags ask for an axis of sigma.
+        accelerator: of the run.
+        image_scale: see `DenoisingObjective`, as the next.
+        dream_detail_preservation: p of DREAM.
 
     Raises:
         UserError: an option out of range, or what the coupling, the law or the weighting cannot do with this process.
@@ -299,11 +264,15 @@ def build_objective(
     from immiscible.epoch import EpochCoupling
     from immiscible.objectives import DenoisingObjective
     from immiscible.pools import GlobalCoupling
-    from immiscible.process import NoiseProcess
+    from immiscible.process import PRECONDITIONED, NoiseProcess
 
     with naming_flags():
-        process = NoiseProcess.from_scheduler(scheduler)
-        prediction_type = scheduler.config.get("prediction_type", "flow_prediction")
+        process: NoiseProcess
+        if isinstance(config, ObjectiveArguments) and config.objective != "denoising":
+            process, prediction_type = sigma_process(config), PRECONDITIONED
+        else:
+            process = NoiseProcess.from_scheduler(scheduler)
+            prediction_type = scheduler.config.get("prediction_type", "flow_prediction")
         if config.coupling_min_timestep >= process.num_timesteps:
             raise UserError(f"--coupling_min_timestep must be below {process.num_timesteps}, not {config.coupling_min_timestep}")
         coupling = chosen_coupling(config)
@@ -311,18 +280,21 @@ def build_objective(
             coupling = EpochCoupling(coupling)
         elif config.coupling_scope == "global" and pairs_batch(coupling):
             coupling = GlobalCoupling(accelerator, coupling, window=config.window)
-        return DenoisingObjective(
-            process=process.to(accelerator.device),
-            sampler=chosen_sampler(config, process),
-            coupling=coupling,
-            weights=chosen_weights(config, process, prediction_type).float().to(accelerator.device),
-            prediction_type=prediction_type,
-            image_scale=image_scale,
-            coupling_start_step=config.coupling_start_step,
-            noise_offset=config.noise_offset,
-            input_perturbation=config.input_perturbation,
-            dream_detail_preservation=dream_detail_preservation,
-        )
+        axes: dict[str, Any] = {
+            "process": process.to(accelerator.device),
+            "sampler": chosen_sampler(config, process),
+            "coupling": coupling,
+            "weights": chosen_weights(config, process, prediction_type).float().to(accelerator.device),
+            "prediction_type": prediction_type,
+            "image_scale": image_scale,
+            "coupling_start_step": config.coupling_start_step,
+            "noise_offset": config.noise_offset,
+            "input_perturbation": config.input_perturbation,
+            "dream_detail_preservation": dream_detail_preservation,
+        }
+        if isinstance(config, ObjectiveArguments):
+            return chosen_objective(config, accelerator, axes)
+        return DenoisingObjective(**axes)
 
 
 def chosen_coupling(config: MethodArguments) -> Coupling:

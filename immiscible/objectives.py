@@ -172,11 +172,12 @@ class DenoisingObjective:
         perturbed = noise
         if self.input_perturbation:
             perturbed = noise + self.input_perturbation * draws.normal("input_perturbation", *x0.shape)
-        xt = self.process.add_noise(x0, perturbed, t)  #                     [B,C,H,W] the scheduler's arithmetic, fp32
-        target = self.process.target(x0, noise, t, self.prediction_type)
+        process, level = self.process.drawn(t, draws)  #                     [B]       of a continuum, each image's own
+        xt = process.add_noise(x0, perturbed, level)  #                      [B,C,H,W] the scheduler's arithmetic, fp32
+        target = process.target(x0, noise, level, self.prediction_type)
         if self.dream_detail_preservation is not None:
             xt, target = self._dream(model, xt, target, t, pairs.condition, self.dream_detail_preservation)
-        output = model(xt, self.process.model_time[t], **pairs.condition).sample
+        output = model(xt, process.model_time[level], **pairs.condition).sample
         return weighted_mse(output, target, self.weights[t])  #              [B]       what an error at each level costs <- SpeeD
 
     def _dream(

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from immiscible.errors import UserError
+from immiscible.randomness import Draws
 
 PREDICTION_TYPES: dict[str, tuple[str, ...]] = {"ddpm": ("epsilon", "sample", "v_prediction"), "flow": ("flow_prediction",)}
 EDM_PREDICTION_TYPES = ("epsilon", "sample")  # of loops with a scheduler of their own; the scripts train the kinds above
+PRECONDITIONED = "preconditioned"  # the kind of the processes in `immiscible.edm`, and what a network predicts there
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
@@ -47,7 +49,7 @@ class NoiseProcess:
 
     Args:
         kind: "ddpm" (variance preserving, read from betas), "flow" (straight lines from data to noise, ``(1 - sigma) x0 + sigma n``) or
-            "edm" (variance exploding, ``x0 + sigma n``; Karras et al. 2022).
+            "edm" (variance exploding, ``x0 + sigma n``; Karras et al. 2022), or "preconditioned" (`immiscible.edm.SigmaProcess`).
         signal: the image's coefficient, fp32 [T].
         noise: the noise's coefficient, fp32 [T]; its square is the noise's variance.
         model_time: what the network is told [T]: int64 0..T-1 ("ddpm") or the scheduler's fp32 timesteps ("flow"; "edm": ln(sigma) / 4).
@@ -56,7 +58,7 @@ class NoiseProcess:
         diffusers_snr: signal-to-noise ratio, fp32 [T], rounded as the diffusers examples round it.
     """
 
-    kind: Literal["ddpm", "flow", "edm"]
+    kind: Literal["ddpm", "flow", "edm", "preconditioned"]
     signal: Tensor
     noise: Tensor
     model_time: Tensor
@@ -247,6 +249,28 @@ class NoiseProcess:
             return signal * xt - noise * output
         return xt - noise * output
 
+    def noise_error(self, prediction_type: str) -> Tensor:
+        """What a squared error of one in the network's output is as one of the noise, at a given xt: float64 [T], on the CPU.
+
+        1 (epsilon), SNR (sample), signal^2 = SNR / (SNR + 1) (v_prediction), and signal^2 (flow_prediction, where n = xt + (1 - sigma) f).
+
+        Raises:
+            UserError: the process cannot be trained with this prediction type.
+        """
+        check_prediction_type(self.kind, prediction_type)
+        if prediction_type == "epsilon":
+            return torch.ones_like(self.alpha_bar)
+        if prediction_type == "sample":
+            return self.snr
+        return self.alpha_bar if prediction_type == "v_prediction" else self.signal.cpu().double() ** 2
+
+    def drawn(self, t: Tensor, draws: Draws) -> tuple[NoiseProcess, Tensor]:
+        """The process of a micro-batch and where its images stand in it: of a process of T levels, itself and ``t``.
+
+        One of a continuum of levels has, by ``draws``, one for each image.
+        """
+        return self, t
+
     def change_rate(self) -> Tensor:
         """How fast the noise's share grows: d(1 - alpha_bar)/dt per index, float64 [T], central differences as `numpy.gradient`.
 
@@ -301,11 +325,11 @@ def check_prediction_type(kind: str, prediction_type: str) -> None:
     Raises:
         UserError: ``kind`` is unknown or does not go with ``prediction_type``.
     """
-    known = {**PREDICTION_TYPES, "edm": EDM_PREDICTION_TYPES}
+    known = {**PREDICTION_TYPES, "edm": EDM_PREDICTION_TYPES, PRECONDITIONED: (PRECONDITIONED,)}
     if kind not in known:
         raise UserError(f"the noise process {kind!r} is unknown; known: {', '.join(known)}")
     if prediction_type not in known[kind]:
-        reason = "" if kind == "edm" else ": plain diffusers could not sample anything else"
+        reason = ": plain diffusers could not sample anything else" if kind in PREDICTION_TYPES else ""
         raise UserError(f"the noise process {kind!r} needs `prediction_type` {' or '.join(known[kind])}, not {prediction_type!r}{reason}")
 
 

@@ -97,8 +97,7 @@ class LossWeights:
 def from_epsilon(weights: Tensor, process: NoiseProcess, prediction_type: str) -> Tensor:
     """Turns weights on the squared error of the noise into equivalent ones on that of ``prediction_type``.
 
-    At a given xt, an error d of the output is an error of the noise of: d (epsilon), sqrt(SNR) d (sample), signal d (v_prediction, with
-    signal^2 = SNR / (SNR + 1)), and signal d (flow_prediction, where n = xt + (1 - sigma) f). The weights take the squares.
+    The factor is `NoiseProcess.noise_error`.
 
     Args:
         weights: float64 [T].
@@ -111,14 +110,7 @@ def from_epsilon(weights: Tensor, process: NoiseProcess, prediction_type: str) -
     Raises:
         UserError: the process cannot be trained with this prediction type.
     """
-    check_prediction_type(process.kind, prediction_type)
-    if prediction_type == "epsilon":
-        return weights
-    if prediction_type == "sample":
-        return weights * process.snr
-    if prediction_type == "v_prediction":
-        return weights * process.alpha_bar
-    return weights * process.signal.cpu().double() ** 2
+    return weights * process.noise_error(prediction_type)
 
 
 def none(process: NoiseProcess, prediction_type: str) -> Tensor:

@@ -23,7 +23,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     Args:
         unet: told the class of each image by its number, ``unet(x, t, class_labels=...)``. Where its configuration has a ``_null_class``,
             that number tells it that there is none, and its samples can be guided.
-        scheduler: whose timesteps run from 0 to ``num_train_timesteps``, such as those of DDPM, DDIM, Euler and Euler for flows.
+        scheduler: whose timesteps run from 0 to ``num_train_timesteps``, such as those of DDPM, DDIM, Euler and Euler for flows; or one of
+            diffusers' on an axis of sigma, for EDM and consistency models.
         vqvae: decodes what the network samples; None for a network of pixels.
     """
 
@@ -54,7 +55,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 the network in a step; 0 tells no class, which costs one as well; anything else costs two, taken together.
             guidance_interval: the least and the greatest noise level at which w is not 1 (Kynkäänniemi et al. 2024). The level of a step is
                 the timestep that the network is told over ``num_train_timesteps``: near 0 for an image, near 1 for noise, whatever the
-                number of steps. Both ends belong to it.
+                number of steps. On an axis of sigma, as of EDM and consistency models, it is ``sigma / (sigma + sigma_data)``, the time of
+                the flow of equal SNR. Both ends belong to it.
             num_inference_steps: steps of the sampler.
             generator: of all images, or one for each; samplers that draw noise in each step draw it there too.
             output_type: "pil"; "np" for a numpy array [B, H, W, C] in [0, 1]; "pt" for a tensor [B, C, H, W] in [0, 1].
@@ -74,8 +76,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler.set_timesteps(num_inference_steps)
         x = x * getattr(scheduler, "init_noise_sigma", 1.0)  # which it knows once it has its steps; a flow has none
         drawing = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
-        for t in self.progress_bar(scheduler.timesteps):
-            guided = low <= float(t) / scheduler.config.num_train_timesteps <= high
+        for number, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            guided = low <= self._level(t, number) <= high
             scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             output = self._predict(scaled, t, labels, guidance_scale if guided else 1.0)
             x = scheduler.step(output, t, x, **drawing).prev_sample
@@ -87,6 +89,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def num_classes(self) -> int | None:
         """How many classes the network is told, the null class not counted."""
         return self.unet.config.get("_null_class", self.unet.config.num_class_embeds)
+
+    def _level(self, t: Tensor, number: int) -> float:
+        """The noise level of a step, in [0, 1]."""
+        config = self.scheduler.config
+        if "sigma_data" not in config:
+            return float(t) / config.num_train_timesteps
+        sigma = float(self.scheduler.sigmas[number])
+        return sigma / (sigma + config.sigma_data)
 
     def _predict(self, x: Tensor, t: Tensor, labels: Tensor, scale: float) -> Tensor:
         """The network's output at one step, guided unless ``scale`` is 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,11 +27,19 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, UNet2DModel
 
 CLASS_PIPELINE = Path(__file__).with_name("class_pipeline.py")  # which imports diffusers, and so is imported where it is used
+EDM_SCHEDULER = Path(__file__).with_name("edm_scheduler.py")
 WHOLE = (0.0, 1.0)  # the interval of all noise levels
 
 
 def build_pipeline(
-    unet: UNet2DModel, training_scheduler: SchedulerMixin, *, sampler: str, spacing: str, vae: AutoencoderKL | None = None
+    unet: UNet2DModel,
+    training_scheduler: SchedulerMixin,
+    *,
+    sampler: str,
+    spacing: str,
+    vae: AutoencoderKL | None = None,
+    heun: bool = True,
+    momentum: bool = False,
 ) -> DiffusionPipeline:
     """A pipeline that plain diffusers loads, and samples unless the network is told classes: see `class_pipeline`.
 
@@ -38,13 +47,32 @@ def build_pipeline(
         unet: the network.
         training_scheduler: what it was trained with; its schedule and prediction type are taken over.
         sampler: ``ddpm`` or ``ddim`` for a ddpm process. A flow process is sampled by its own Euler scheduler inside a
-            `DDPMPipeline`, since `DDIMPipeline` would silently read it as an epsilon model.
+            `DDPMPipeline`, since `DDIMPipeline` would silently read it as an epsilon model. EDM and consistency networks have samplers of
+            their own inside a `ConsistencyModelPipeline`, which scales the network's input and takes classes.
         spacing: ``timestep_spacing`` of the sampler.
         vae: decodes what the network samples, in an `LDMPipeline`, which diffusers wrote for a VQ model and which takes this one as well.
             Pixels are clipped to their range at every step, latents have none.
+        heun: sample an EDM network by Heun's steps.
+        momentum: it is one of FDM.
     """
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline
+    from diffusers import (
+        ConsistencyModelPipeline,
+        DDIMPipeline,
+        DDIMScheduler,
+        DDPMPipeline,
+        DDPMScheduler,
+        EDMEulerScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        LDMPipeline,
+    )
 
+    if isinstance(training_scheduler, EDMEulerScheduler):
+        from immiscible.sampling.edm_scheduler import EDMScheduler
+
+        ends = {name: training_scheduler.config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
+        return ConsistencyModelPipeline(unet, EDMScheduler(**ends, heun=heun, momentum=momentum))
+    if type(training_scheduler).__name__ == "CMStochasticIterativeScheduler":
+        return ConsistencyModelPipeline(unet, type(training_scheduler).from_config(training_scheduler.config))
     if isinstance(training_scheduler, FlowMatchEulerDiscreteScheduler):
         return DDPMPipeline(unet, FlowMatchEulerDiscreteScheduler.from_config(training_scheduler.config))
     pipeline, scheduler = {"ddpm": (DDPMPipeline, DDPMScheduler), "ddim": (DDIMPipeline, DDIMScheduler)}[sampler]
@@ -65,8 +93,22 @@ def class_pipeline(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Leaves a pipeline from `build_pipeline` in a folder, where the network is told classes with the file by which diffusers tells it."""
+    """Leaves a pipeline from `build_pipeline` in a folder, where the network is told classes with the file by which diffusers tells it.
+
+    An EDM network's sampler becomes diffusers' own, by Euler's steps. FDM's stays, with the file that it stands in beside it.
+    """
+    scheduler = pipeline.scheduler
+    if type(scheduler).__name__ == "EDMScheduler" and not scheduler.config.momentum:
+        from diffusers import EDMEulerScheduler
+
+        ends = {name: scheduler.config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
+        pipeline = type(pipeline)(unet=pipeline.unet, scheduler=EDMEulerScheduler(**ends))
     pipeline.save_pretrained(folder)
+    if type(pipeline.scheduler).__name__ == "EDMScheduler":
+        shutil.copyfile(EDM_SCHEDULER, folder / "scheduler" / "edm_scheduler.py")
+        index = folder / "model_index.json"
+        parts = json.loads(index.read_text())
+        index.write_text(json.dumps({**parts, "scheduler": ["edm_scheduler", "EDMScheduler"]}, indent=2) + "\n")
     if classes_told(pipeline.unet) is not None:
         shutil.copyfile(CLASS_PIPELINE, folder / "pipeline.py")
 

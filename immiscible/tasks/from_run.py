@@ -14,11 +14,10 @@ from torch import nn
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
-from immiscible.method import training_scheduler
 from immiscible.networks.latents import load_vae
 from immiscible.networks.weights import LOAD_ERRORS, weights_digest
 from immiscible.sampling.loaded import Loaded, freeze
-from immiscible.sampling.pipelines import build_pipeline
+from immiscible.tasks.pixels import pipeline_of
 from immiscible.training.checkpoints import NAME, checkpoints, damage, is_complete, read_state
 from immiscible.training.folder import MARKER
 
@@ -83,12 +82,21 @@ def _from_run(folder: Path, weights: str | None, base: str | None) -> Loaded:
             + (f"sample its newest checkpoint: --model {saved[-1]}" if saved else "it has no checkpoints either")
         )
     weights = _chosen(weights, [kind for kind in WEIGHTS if config.use_ema or kind == "raw"], folder)
-    pipeline = _from_diffusers(str(folder))
+    if isinstance(config, UnconditionalConfig) and config.objective == "edm":  # whose folder has diffusers' sampler in the run's place
+        pipeline = _edm_pipeline(folder, config)
+    else:
+        pipeline = _from_diffusers(str(folder))
     if weights == "raw" and config.use_ema:
         if not (folder / "unet_non_ema").is_dir():
             raise UserError(f"--weights raw: {folder} holds the average alone; give its checkpoint-N for the weights themselves")
         pipeline.unet = type(pipeline.unet).from_pretrained(folder, subfolder="unet_non_ema")
     return Loaded(pipeline, weights, config.resolution)
+
+
+def _edm_pipeline(folder: Path, config: UnconditionalConfig) -> DiffusionPipeline:
+    from diffusers import UNet2DModel
+
+    return pipeline_of(config, UNet2DModel.from_pretrained(folder, subfolder="unet"))
 
 
 def _from_checkpoint(path: Path, weights: str | None, base: str | None) -> Loaded:
@@ -116,8 +124,7 @@ def _from_checkpoint(path: Path, weights: str | None, base: str | None) -> Loade
         _check_same(path, read_state(path)["identity"]["network"]["vae"]["weights"], weights_digest(vae))
     else:
         _refuse_base(base, path)
-    sampler, spacing = config.sampling_scheduler, config.timestep_spacing
-    return Loaded(build_pipeline(unet, training_scheduler(config), sampler=sampler, spacing=spacing, vae=vae), weights, config.resolution)
+    return Loaded(pipeline_of(config, unet, vae), weights, config.resolution)
 
 
 def _adapted(folder: Path, config: TextToImageConfig, weights: str | None, base: str | None) -> Loaded:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from immiscible.configs import UnconditionalConfig
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.encoders import LatentEncoder
-from immiscible.method import build_objective, training_scheduler
+from immiscible.method import build_objective
 from immiscible.networks.latents import latent_downsampling, load_vae, vae_identity
 from immiscible.networks.unet import NULL_CLASS
 from immiscible.networks.weights import PRECISIONS
+from immiscible.objective_choice import training_scheduler
 from immiscible.tasks.pixels import UnconditionalTask, fresh_network, images_of_flags, network_settings
 from immiscible.training.task import TrainingData
 
@@ -26,8 +27,7 @@ def latents_task(config: UnconditionalConfig, accelerator: Accelerator, seed: in
     Raises:
         UserError: what does not fit together.
     """
-    scheduler = training_scheduler(config)
-    objective = build_objective(config, scheduler, accelerator, image_scale=config.image_scale)
+    objective = build_objective(config, training_scheduler(config), accelerator, image_scale=config.image_scale)
     loaded, held_out = images_of_flags(config)
     source: Any = loaded  # no stream where there is a cache
     vae = load_vae(str(config.vae_model_name_or_path), resolution=config.resolution, cache_dir=config.cache_dir)
@@ -49,4 +49,4 @@ def latents_task(config: UnconditionalConfig, accelerator: Accelerator, seed: in
     identity = {**settings, "vae": vae_identity(vae)}
     encode_loaded = cache.encoder(encode) if cache else encode
     held_out_encode = replace(encode, class_dropout=0.0)
-    return UnconditionalTask(config, scheduler, objective, data, network, identity, encode_loaded, held_out_encode, vae)
+    return UnconditionalTask(config, objective, data, network, identity, encode_loaded, held_out_encode, vae)

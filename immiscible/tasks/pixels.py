@@ -15,9 +15,10 @@ from immiscible.data.sources import ImageSource
 from immiscible.data.streaming import Stream
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.encoders import Encoder, PixelEncoder
-from immiscible.method import build_objective, training_scheduler
+from immiscible.method import build_objective
 from immiscible.networks.unet import NULL_CLASS, build_unet, classes_told, unet_config
 from immiscible.networks.weights import evaluation_weights
+from immiscible.objective_choice import objective_facts, training_scheduler
 from immiscible.objectives import DenoisingObjective
 from immiscible.randomness import reseed_globally
 from immiscible.sampling.pipelines import build_pipeline, sample_images, sample_labels, save_pipeline
@@ -38,7 +39,6 @@ class UnconditionalTask:
 
     Args:
         config: the run's flags.
-        scheduler: the noise process, of diffusers.
         objective: the loss.
         data: the images.
         network: what is trained.
@@ -49,7 +49,6 @@ class UnconditionalTask:
     """
 
     config: UnconditionalConfig
-    scheduler: Any
     objective: DenoisingObjective
     data: TrainingData
     network: UNet2DModel
@@ -63,8 +62,10 @@ class UnconditionalTask:
 
     def __post_init__(self) -> None:
         config = self.config
-        schedule = config.ddpm_beta_schedule if config.noise_process == "ddpm" else ""
-        self.facts = method_facts(config, self.objective, schedule=schedule, inference_steps=config.ddpm_num_inference_steps)
+        schedule = config.ddpm_beta_schedule if self.objective.process.kind == "ddpm" else ""
+        self.facts = objective_facts(config) | method_facts(
+            config, self.objective, schedule=schedule, inference_steps=config.ddpm_num_inference_steps
+        )
         if self.vae:
             self.facts["latents"] = f"of {config.vae_model_name_or_path}, scaled by {self.vae.config.scaling_factor:g}"
         if config.class_dropout_prob:
@@ -96,10 +97,7 @@ class UnconditionalTask:
 
     def pipeline(self) -> DiffusionPipeline:
         """See `Task`."""
-        config = self.config
-        return build_pipeline(
-            self.network, self.scheduler, sampler=config.sampling_scheduler, spacing=config.timestep_spacing, vae=self.vae
-        )
+        return pipeline_of(self.config, self.network, self.vae)
 
     def samples(self, ema: EMAModel | None) -> numpy.ndarray:
         """See `Task`; a class-conditional network's are in the order of classes."""
@@ -140,15 +138,27 @@ def pixels_task(config: UnconditionalConfig, accelerator: Accelerator, seed: int
     Raises:
         UserError: what does not fit together.
     """
-    scheduler = training_scheduler(config)
-    objective = build_objective(config, scheduler, accelerator, image_scale=config.image_scale)
+    objective = build_objective(config, training_scheduler(config), accelerator, image_scale=config.image_scale)
     source, held_out = images_of_flags(config)
     settings = network_settings(config, source, channels=source.channels)
     network = fresh_network(settings, seed)
     transform = image_transform(config, settings["in_channels"], seed)
     encode = PixelEncoder(accelerator.device, config.class_conditional, config.class_dropout_prob, settings.get(NULL_CLASS, 0))
     data = TrainingData(source, held_out, transform)
-    return UnconditionalTask(config, scheduler, objective, data, network, settings, encode, replace(encode, class_dropout=0.0))
+    return UnconditionalTask(config, objective, data, network, settings, encode, replace(encode, class_dropout=0.0))
+
+
+def pipeline_of(config: UnconditionalConfig, network: UNet2DModel, vae: AutoencoderKL | None = None) -> DiffusionPipeline:
+    """The pipeline by which a run of these flags samples its network."""
+    return build_pipeline(
+        network,
+        training_scheduler(config),
+        sampler=config.sampling_scheduler,
+        spacing=config.timestep_spacing,
+        vae=vae,
+        heun=config.edm_sampler == "heun",
+        momentum=config.momentum,
+    )
 
 
 def images_of_flags(config: UnconditionalConfig) -> tuple[ImageSource | Stream, ImageSource | None]:

@@ -31,8 +31,9 @@ from immiscible.data.transforms import image_transform
 from immiscible.encoding.encoders import Encoded
 from immiscible.errors import run_script
 from immiscible.flags import parse_config
-from immiscible.method import build_objective, training_scheduler
+from immiscible.method import build_objective
 from immiscible.networks.weights import evaluation_weights
+from immiscible.objective_choice import training_scheduler
 from immiscible.randomness import Draws, reseed_globally
 from immiscible.sampling.pipelines import sample_images
 from immiscible.training.cards import unconditional_card
