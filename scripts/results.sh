@@ -84,6 +84,13 @@ grids() {
   # Latents of a VAE that was trained briefly, with captions.
   script=train_text_to_image.py grid latents 18 "sd_tiny" "0 1 2" "baseline immiscible epoch" --prediction_type v_prediction --eval_inference_steps 5 20 --eval_guidance_scales 1 3 --proportion_empty_prompts 0.1 --eval_steps 80
 
+  # Consistency models in one and two steps, EDM in several.
+  grid digits_consistency 40 "digits classes consistency" "0 1 2" "baseline immiscible epoch epoch_within speed_sampling" "${held[@]}" --max_train_steps 600 --eval_steps 100 --eval_samples 500
+  grid digits_edm 30 "digits classes edm" "0 1 2" "baseline immiscible epoch epoch_within speed" "${held[@]}" --eval_steps 200
+  grid emoji_consistency 120 "emoji classes consistency" "0 1 2" "baseline immiscible epoch epoch_within speed_sampling" "${quiet[@]}" --max_train_steps 1500 --eval_steps 500
+  grid emoji_edm 80 "emoji classes edm" "0 1 2" "baseline immiscible epoch epoch_within speed" "${quiet[@]}" --max_train_steps 1000 --eval_steps 1000
+  grid crops_consistency 60 "digits consistency" "0 1 2" "baseline immiscible epoch speed_sampling" "${crops[@]}" --eval_inference_steps 1 2
+
   # The stack: chosen on three seeds, confirmed on others, with curves.
   grid digits_stack 75 "digits classes" "0 1 2" "epsilon baseline epoch_within epoch_within+speed_sampling epoch_within+scaled epoch_within+logit_normal epoch_within+min_snr epoch_within+sample epoch_within+sample+speed_sampling epoch_within+flow" "${held[@]}" --max_train_steps 600 --eval_steps 60
   grid digits_stack_fresh 60 "digits classes" "10 11 12" "epsilon baseline flow epoch_within+flow" "${quiet[@]}" --validation_split 0.3 --eval_samples 500 --max_train_steps 1200 --eval_steps 60

@@ -258,7 +258,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     import torch._dynamo
-    from diffusers import DDIMPipeline, DDPMPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel  # noqa: F401
+    from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel  # noqa: F401
     from diffusers.optimization import get_scheduler  # noqa: F401
     from diffusers.training_utils import EMAModel  # noqa: F401
 

@@ -31,7 +31,7 @@ def task_of(unet, prediction_type="epsilon", names=(), **changes):
     config, scheduler = UnconditionalConfig(**flags), build_scheduler("ddpm", prediction_type=prediction_type)
     objective = build_objective(config, scheduler, SimpleNamespace(device=CPU))
     data = TrainingData(SimpleNamespace(class_names=names), None, None)
-    return UnconditionalTask(config, scheduler, objective, data, unet, {}, None, None)
+    return UnconditionalTask(config, objective, data, unet, {}, None, None)
 
 
 def test_grids_are_in_the_order_of_classes():

@@ -1,0 +1,139 @@
+"""Runs of EDM, FDM and consistency training: what they leave, how they go on, what they refuse."""
+
+import json
+import sys
+
+import pytest
+import torch
+from kills import final_hashes, finish, kill, lines, start
+from launch import run_command, tiny
+from PIL import Image
+
+from immiscible.configs import UnconditionalConfig
+from immiscible.errors import UserError
+from immiscible.flags import parse_config
+from immiscible.tasks.from_run import load_model
+
+RUNS = {
+    "edm": {"objective": "edm", "timestep_sampling": "asymmetric", "loss_weighting": "p2"},
+    "momentum": {"objective": "edm", "momentum": True, "momentum_warmup_steps": 3, "edm_sampler": "euler"},
+    "consistency": {"objective": "consistency", "class_conditional": True, "class_dropout_prob": 0.1, "noise_coupling": "assignment"},
+}
+PLAIN = """
+import sys, torch
+from diffusers import DiffusionPipeline
+folder, name = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=name == "momentum")
+labels = {"class_labels": [3, 7]} if name == "consistency" else {}
+for steps in (1, 2):
+    images = pipeline(batch_size=2, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="np", **labels).images
+    assert images.shape == (2, 8, 8, 1) and 0 <= images.min() <= images.max() <= 1
+print(type(pipeline).__name__, type(pipeline.scheduler).__name__, repr(float(images.mean())))
+assert not any(module.startswith("immiscible") for module in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("name", "scheduler"), [("edm", "EDMEuler"), ("momentum", "EDM"), ("consistency", "CMStochasticIterative")])
+def test_plain_diffusers_samples_what_a_run_leaves(script, tmp_path, name, scheduler):
+    folder = tmp_path / "run"
+    done = script(tiny(folder, **RUNS[name], eval_steps=4, eval_samples=16, eval_inference_steps=[1, 2], validation_split=0.2))
+    assert done.code == 0, done.stderr
+    line = json.loads((folder / "evaluation.jsonl").read_text())
+    assert line["frechet_distance"].keys() == {"1", "2"} and len(line["validation_loss"]) == 10
+    plain = run_command([sys.executable, "-c", PLAIN, folder, name], HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert plain.code == 0, plain.stderr
+    assert plain.stdout.split()[:2] == ["ConsistencyModelPipeline", f"{scheduler}Scheduler"]
+    pipeline = load_model(str(folder)).pipeline
+    ours = load_model(str(folder / "checkpoint-4")).pipeline
+    assert type(pipeline.scheduler) is type(ours.scheduler)
+    kept, built = ({key: of.scheduler.config[key] for key in of.scheduler.config if key[0] != "_"} for of in (pipeline, ours))
+    assert kept == built
+    if name == "momentum":  # by the same steps as the saved one
+        images = ours(batch_size=2, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+        assert float(images.mean()) == pytest.approx(float(plain.stdout.split()[2]), abs=1e-6)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_through_the_curriculum(script, tmp_path, processes):
+    """The number of levels changes at steps 2, 4 and 6, and the averaged teacher is in the checkpoint."""
+    changes = {
+        **{"objective": "consistency", "discretization_s_0": 2, "discretization_s_1": 16, "dropout": 0.2, "use_ema": True},
+        **{"teacher": "ema", "noise_coupling": "assignment", "max_train_steps": 8, "resume_from_checkpoint": "latest"},
+    }
+    finish(start(script, tiny(tmp_path / "whole", **changes, checkpointing_steps=100), processes))
+    expected = final_hashes(tmp_path / "whole", 8)
+    folder = tmp_path / "killed"
+    argv = tiny(folder, **changes, checkpointing_steps=3)
+    runs = start(script, argv, processes)
+    runs[0].wait_until(lambda: lines(folder) > 4)
+    kill(runs)
+    assert (folder / "checkpoint-3").exists() and not (folder / "checkpoint-8").exists()
+    finish(start(script, argv, processes))
+    assert final_hashes(folder, 8) == expected
+    finish(start(script, tiny(tmp_path / "student", **{**changes, "teacher": "student"}), processes))
+    assert final_hashes(tmp_path / "student", 8) != expected
+
+
+def test_another_length_needs_the_curriculums_own(script, tmp_path):
+    folder, changes = tmp_path / "run", {"objective": "consistency", "resume_from_checkpoint": "latest"}
+    assert script(tiny(folder, **changes)).code == 0
+    assert "curriculum_steps" in script(tiny(folder, **changes, max_train_steps=6)).error
+    assert script(tiny(folder, **changes, max_train_steps=6, curriculum_steps=4)).code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "steps", "within"), [("consistency", (1, 2), 0.03), ("edm", (5, 18), 0.02)])
+def test_images_of_one_colour(script, tmp_path, objective, steps, within):
+    from diffusers import DiffusionPipeline
+
+    colour, images = (205, 90, 40), tmp_path / "images"
+    images.mkdir()
+    for number in range(16):
+        Image.new("RGB", (8, 8), colour).save(images / f"{number}.png")
+    changes = {"train_data_dir": images, "max_train_steps": 1000, "learning_rate": 2e-3, "lr_scheduler": "cosine"}
+    assert script(tiny(tmp_path / "run", **changes, objective=objective), timeout=600).code == 0
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    for count in steps:
+        drawn = torch.Generator().manual_seed(0)
+        found = torch.tensor(pipeline(batch_size=16, num_inference_steps=count, generator=drawn, output_type="np").images)
+        assert (found.mean((1, 2)) - torch.tensor(colour) / 255).abs().max() < within
+
+
+def parse(**values):
+    words = [str(word) for name, value in values.items() for word in ([f"--{name}"] if value is True else [f"--{name}", value])]
+    return parse_config(UnconditionalConfig, ["--bundled_data", "digits", *words], program="train_unconditional.py", description="")
+
+
+def test_defaults_depend_on_the_objective():
+    found = [parse(objective=name, max_train_steps=7) for name in ("denoising", "edm", "consistency")]
+    assert [(each.p_mean, each.p_std, each.curriculum_steps) for each in found] == [(None, None, None), (-1.2, 1.2, None), (-1.1, 2.0, 7)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"objective": "flows"}, "--objective.*denoising.*edm.*consistency"),
+        ({"sigma_min": 0.1}, "--sigma_min belongs to --objective edm or consistency, not to denoising"),
+        ({"objective": "edm", "huber_c": 0.1}, "--huber_c belongs to --objective consistency, not to edm"),
+        ({"objective": "consistency", "momentum": True, "max_train_steps": 4}, "--momentum belongs to --objective edm"),
+        ({"objective": "edm", "noise_process": "flow"}, "--noise_process is of --objective denoising"),
+        ({"objective": "edm", "image_scale": 0.5}, "--image_scale is of --objective denoising"),
+        ({"objective": "edm", "sigma_min": 1, "sigma_max": 0.5}, "--sigma_min 1 must be below --sigma_max 0.5"),
+        ({"objective": "edm", "momentum_warmup_steps": 5}, "--momentum_warmup_steps is of --momentum"),
+        ({"objective": "edm", "vae_model_name_or_path": "x"}, "trained on pixels"),
+        ({"objective": "consistency"}, "needs --max_train_steps, or --curriculum_steps"),
+        ({"discretization_s_0": 20, "discretization_s_1": 10}, "--discretization_s_1 10 must be at least --discretization_s_0 20"),
+        ({"constant_discretization_steps": True, "discretization": "square_root"}, "contradict each other"),
+        ({"skip_steps": 11}, "--skip_steps 11 must be at most --discretization_s_0 10"),
+        ({"consistency_distance": "l2", "huber_c": 1}, "--huber_c is of --consistency_distance pseudo_huber"),
+        ({"teacher_decay": 0.5}, "--teacher_decay is of --teacher ema"),
+        ({"level_sampling": "uniform", "p_std": 1}, "--p_mean and --p_std are of --level_sampling log_normal"),
+        ({"loss_weighting": "p2"}, "--loss_weighting p2 weighs an error of the noise"),
+        ({"noise_offset": 0.1}, "--noise_offset is of --objective denoising and edm"),
+        ({"noise_precond_type": "edm"}, "--noise_precond_type.*cm"),
+    ],
+)
+def test_what_does_not_go_together(flags, said):
+    own = {} if {"objective", "sigma_min"} & flags.keys() else {"objective": "consistency", "max_train_steps": 4}
+    with pytest.raises(UserError, match=said):
+        parse(**own, **flags)
