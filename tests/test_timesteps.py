@@ -1,7 +1,3 @@
-import runpy
-from pathlib import Path
-
-import numpy
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -240,21 +236,3 @@ def test_a_new_law_is_one_function_and_one_entry(monkeypatch):
     sampler = timestep_sampler("late", DDPMScheduler(), late_share=0.25)
     assert float(sampler.probabilities[-1]) == 0.25
     assert sampler.moved_share() == pytest.approx(0.998)
-
-
-def test_plot_script(tmp_path, capsys):
-    main = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "plot_timesteps.py"))["main"]
-    picture = tmp_path / "deeper" / "laws.png"
-    main(["--ddpm_num_steps", "800", "--timestep_sampling", "uniform", "asymmetric", "--asymmetric_tau", "600", "--output", str(picture)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "uniform: 0.0% of draws moved, 25.00% of draws beyond tau 600",
-        "asymmetric: 18.8% of draws moved, 6.25% of draws beyond tau 600",
-        f"picture in {picture}",
-    ]
-    from PIL import Image
-
-    with Image.open(picture) as image:
-        assert len(numpy.unique(numpy.asarray(image.convert("L")))) > 20
-    with pytest.raises(UserError, match="--asymmetric_k"):
-        main(["--timestep_sampling", "asymmetric", "--asymmetric_k", "0", "--output", str(picture)])
