@@ -1,5 +1,7 @@
 """Our samplers of EDM networks: Heun's steps against the algorithm as it is written, Euler's against diffusers, FDM's scaling."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import EDMEulerScheduler
@@ -29,7 +31,7 @@ def by_the_paper(x, steps, scalings, heun):
         return (x - (skip * x + out * network(scale * x, time))) / sigma
 
     x, calls = x.double(), 0
-    for here, following in zip(sigmas, sigmas[1:], strict=False):
+    for here, following in pairwise(sigmas):
         first = slope(x, here)
         end, calls = x + (following - here) * first, calls + 1
         if following and heun:

@@ -26,7 +26,8 @@ folder, name = sys.argv[1:]
 pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=name == "momentum")
 labels = {"class_labels": [3, 7]} if name == "consistency" else {}
 for steps in (1, 2):
-    images = pipeline(batch_size=2, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="np", **labels).images
+    drawn = torch.Generator().manual_seed(0)
+    images = pipeline(batch_size=2, num_inference_steps=steps, generator=drawn, output_type="np", **labels).images
     assert images.shape == (2, 8, 8, 1) and 0 <= images.min() <= images.max() <= 1
 print(type(pipeline).__name__, type(pipeline.scheduler).__name__, repr(float(images.mean())))
 assert not any(module.startswith("immiscible") for module in sys.modules)
@@ -56,10 +57,9 @@ def test_plain_diffusers_samples_what_a_run_leaves(script, tmp_path, name, sched
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_through_the_curriculum(script, tmp_path, processes):
     """The number of levels changes at steps 2, 4 and 6, and the averaged teacher is in the checkpoint."""
-    changes = {
-        **{"objective": "consistency", "discretization_s_0": 2, "discretization_s_1": 16, "dropout": 0.2, "use_ema": True},
-        **{"teacher": "ema", "noise_coupling": "assignment", "max_train_steps": 8, "resume_from_checkpoint": "latest"},
-    }
+    levels = {"objective": "consistency", "discretization_s_0": 2, "discretization_s_1": 16, "teacher": "ema"}
+    changes = {**levels, "dropout": 0.2, "use_ema": True, "noise_coupling": "assignment", "max_train_steps": 8}
+    changes["resume_from_checkpoint"] = "latest"
     finish(start(script, tiny(tmp_path / "whole", **changes, checkpointing_steps=100), processes))
     expected = final_hashes(tmp_path / "whole", 8)
     folder = tmp_path / "killed"
