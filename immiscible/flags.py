@@ -76,7 +76,7 @@ def flag(default: Any, text: str, **options: Any) -> Any:
         text: what ``--help`` says.
         **options: ``choices``, the values that are taken; ``least``, ``above``, ``most`` and ``below``, the `Range` of a number; ``word``,
             a text that stands for a number; ``prose=True`` for a text that may be anything, also empty; ``saved=False`` keeps the value
-            out of the run's config.
+            out of the run's config; ``alias``, another name that command lines and files may use.
     """
     metadata = {"help": text, **options}
     return (
@@ -179,9 +179,8 @@ def argument_groups(config_class: type) -> list[type]:
 def _add(group: Any, item: Any, hint: Any) -> None:
     kind, several = _kind(hint)
     default = item.default if item.default is not MISSING else item.default_factory()
-    choices = item.metadata.get("choices")
+    choices, alias = item.metadata.get("choices"), item.metadata.get("alias")
     text, shown = item.metadata["help"].replace("%", "%%"), " ".join(map(str, default)) if several and default else default
-    names = [f"--{item.name}", *([f"--{item.name.replace('_', '-')}"] if "_" in item.name else [])]
     options: dict[str, Any] = {"default": default, "dest": item.name}
     if kind is bool:
         options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
@@ -195,11 +194,12 @@ def _add(group: Any, item: Any, hint: Any) -> None:
         options["metavar"] = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "TEXT")
         options["metavar"] += f"|{item.metadata['word']}" if "word" in item.metadata else ""
         notes = ([] if default is None else [f"default: {str(shown).replace('%', '%%')}"]) + ([str(allowed)] if str(allowed) else [])
+        notes += [f"also --{alias}"] if alias else []
         text += f" ({'; '.join(notes)})" if notes else ""
-    shortest, *others = names
-    group.add_argument(shortest, help=text, **options)
-    for name in others:
-        _hidden(group, name, shortest)
+    for name, says in ((item.name, text), (alias, argparse.SUPPRESS)):  # an alias is an action of its own: errors name what was written
+        if name:
+            group.add_argument(f"--{name}", help=says, **options)
+            _hidden(group, f"--{name.replace('_', '-')}", f"--{name}")
     if kind is bool and default:
         group.add_argument(f"--no_{item.name}", dest=item.name, action="store_false", default=default, help=argparse.SUPPRESS)
         _hidden(group, f"--no-{item.name.replace('_', '-')}", f"--no_{item.name}")
@@ -366,4 +366,12 @@ def _file_arguments(path: Path, parser: Parser) -> list[str]:
         parser.parse_args(words)
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
+    written: dict[str, str] = {}
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--"):
+            flag = parser._option_string_actions[name].dest
+            if flag in written:
+                raise UserError(f"--config {path}: {written[flag]} and {name} are one flag; leave one of them")
+            written[flag] = name
     return words
