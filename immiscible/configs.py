@@ -39,8 +39,10 @@ class UnconditionalConfig(
 
     @staticmethod
     def settle(values: dict[str, Any]) -> None:
-        """Defaults that depend on the objective."""
+        """Defaults that depend on the objective; `label` is where a flag that needs classes looks for them, named or not."""
         settle_objective(values)
+        if values["label_column"] == "label":
+            values["label_column"] = None
 
     @property
     def free_on_resume(self) -> frozenset[str]:
@@ -200,6 +202,7 @@ FREE_ON_RESUME = frozenset(
         "max_train_steps",
         "num_epochs",
         "learning_rate",
+        "scale_lr",
         "lr_scheduler",
         "lr_warmup_steps",
         "torch_compile",
@@ -221,6 +224,8 @@ FREE_ON_RESUME = frozenset(
         "train_subset_fraction",
         "model_config_name_or_path",
         "model_preset",
+        "num_classes",
+        "class_embed_type",
         "vae_model_name_or_path",
         "latent_cache_dir",
     ]

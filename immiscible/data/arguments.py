@@ -17,8 +17,8 @@ INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "ham
 class ImageArguments:
     """Which images, and how they are cropped: what all scripts share.
 
-    What only one of them has a flag for stands here as what it is for the others: ``bundled_data``, ``label_column``, ``caption_column``,
-    ``preserve_input_precision`` and ``image_interpolation_mode``.
+    What only one of them has a flag for stands here as what it is for the others: ``bundled_data``, ``label_column``, ``caption_column``
+    and ``preserve_input_precision``.
     """
 
     dataset_name: str | None = flag(None, "a data set on the hub (its `train` split), or a local folder that `datasets` can load")
@@ -26,7 +26,7 @@ class ImageArguments:
     train_data_dir: str | None = flag(
         None, "a folder of images (subfolders allowed), a .zip of one, a folder of parquet files or of WebDataset shards (.tar)"
     )
-    image_column: str = flag("image", "the column of the data set that holds the images")
+    image_column: str = flag("image", "the column of the data set that holds the images", alias="dataset_image_column_name")
     cache_dir: str | None = flag(None, "where downloaded data sets and models are kept")
     resolution: int = flag(64, "images are resized and cropped to this many pixels a side", least=1, most=MOST_PIXELS)
     center_crop: bool = flag(False, "crop the center instead of a random place")
@@ -35,6 +35,9 @@ class ImageArguments:
         "diffusers",
         "diffusers: resize the short side, then cut; adm: halve by box filters, then bicubic, and cut the center, as ImageNet papers do",
         choices=CROPS,
+    )
+    image_interpolation_mode: str = flag(
+        "bilinear", "how images are resized, with --crop diffusers", choices=INTERPOLATIONS, alias="interpolation_type"
     )
     alpha_color: str | None = flag(
         None, "what transparent images are laid upon: a name, #rrggbb or rgb(r,g,b); white by default; not used with 4 channels"
@@ -60,7 +63,6 @@ class ImageArguments:
         label_column: str | None = None
         caption_column: str | None = None
         preserve_input_precision: bool = False
-        image_interpolation_mode: str = "bilinear"
 
     @property
     def named_sources(self) -> list[str]:
@@ -102,7 +104,6 @@ class DataArguments(ImageArguments):
 
     _argument_group_name = "data"
     caption_column = None
-    image_interpolation_mode = "bilinear"
 
     bundled_data: str | None = flag(
         None,
@@ -110,7 +111,9 @@ class DataArguments(ImageArguments):
         choices=Names("immiscible.data.bundled", "BUNDLED"),
     )
     label_column: str | None = flag(
-        None, "the column of the data set that holds the classes (ClassLabel), where a flag needs them; by default `label`"
+        None,
+        "the column of the data set that holds the classes (ClassLabel), where a flag needs them; by default `label`",
+        alias="dataset_class_label_column_name",
     )
     preserve_input_precision: bool = flag(False, "keep 16 and 32-bit images at their precision instead of converting to 8-bit")
 
@@ -121,6 +124,11 @@ class DataArguments(ImageArguments):
             raise UserError("--label_column names a column of --dataset_name or --train_data_dir; bundled data needs none")
         if self.crop == "adm" and self.preserve_input_precision:
             raise UserError("--crop adm is defined for 8-bit images, which --preserve_input_precision avoids; leave one of them out")
+        for other, resizes in (("--crop adm", self.crop == "adm"), ("--preserve_input_precision", self.preserve_input_precision)):
+            if resizes and self.image_interpolation_mode != "bilinear":
+                raise UserError(
+                    f"--image_interpolation_mode {self.image_interpolation_mode}: {other} resizes in its own way; leave one of them out"
+                )
 
 
 @dataclass
@@ -143,7 +151,7 @@ class TextDataArguments(ImageArguments):
         "the prompts, by number; for .tar shards and for files beside images `text` is .txt, any other name a key of .json",
     )
     proportion_empty_prompts: float = flag(0.0, "share of the images that are trained without their caption, for guidance", least=0, most=1)
-    image_interpolation_mode: str = flag("lanczos", "how images are resized", choices=INTERPOLATIONS)
+    image_interpolation_mode: str = flag("lanczos", "how images are resized, with --crop diffusers", choices=INTERPOLATIONS)
 
     def check(self) -> None:
         """See `ImageArguments.check`."""
