@@ -30,6 +30,12 @@ class ModelArguments:
         "`vae`, on the hub or local; it stays as it is",
     )
     class_conditional: bool = flag(False, "tell the network the class of each image; the data must have classes")
+    num_classes: int | None = flag(None, "the number of classes: the data must have this many; by default what it has", least=1)
+    class_embed_type: str | None = flag(
+        None,
+        "timestep: a class is embedded as a timestep is; by default what the configuration says, else a learned embedding",
+        choices=("timestep",),
+    )
     class_dropout_prob: float = flag(
         0.0, "share of the images, drawn for each, whose class the network is not told, so that its samples can be guided", least=0, below=1
     )
@@ -43,8 +49,13 @@ class ModelArguments:
         """
         if self.model_preset and self.model_config_name_or_path:
             raise UserError("--model_preset and --model_config_name_or_path are given together; choose one")
-        if self.class_dropout_prob and not self.class_conditional:
+        if self.class_conditional:
+            return
+        if self.class_dropout_prob:
             raise UserError(f"--class_dropout_prob {self.class_dropout_prob:g} needs --class_conditional: no class is told without it")
+        for name in ("num_classes", "class_embed_type"):
+            if (value := getattr(self, name)) is not None:
+                raise UserError(f"--{name} {value} needs --class_conditional: no class is told without it")
 
 
 @dataclass
@@ -87,13 +98,21 @@ class TrainingArguments:
     max_train_steps: int | None = flag(None, "optimizer steps; overrides the number of epochs", least=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", least=1, most=2**16)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
-    learning_rate: float = flag(1e-4, "peak learning rate of AdamW", least=0, most=1000)
+    learning_rate: float = flag(1e-4, "peak learning rate", least=0, most=1000)
+    scale_lr: bool = flag(False, "multiply the learning rate by accumulation, batch size and processes")
     lr_scheduler: str = flag("cosine", "the learning rate's course over the optimizer steps", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = flag(500, "optimizer steps over which the learning rate rises", least=0)
-    adam_beta1: float = flag(0.95, "AdamW's beta1", least=0, below=1)
-    adam_beta2: float = flag(0.999, "AdamW's beta2", least=0, below=1)
-    adam_weight_decay: float = flag(1e-6, "AdamW's weight decay", least=0, most=1000)
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", least=0, most=1)
+    optimizer_type: str = flag(
+        "adamw",
+        "adamw, or radam: its first steps are shorter where the average of squared gradients is still uncertain (improved consistency "
+        "training has it); weight decay is apart from the gradient in both",
+        choices=Names("immiscible.networks.optimization", "OPTIMIZERS"),
+    )
+    use_8bit_adam: bool = flag(False, "AdamW with 8-bit states (bitsandbytes)")
+    adam_beta1: float = flag(0.95, "the optimizer's beta1", least=0, below=1)
+    adam_beta2: float = flag(0.999, "the optimizer's beta2", least=0, below=1)
+    adam_weight_decay: float = flag(1e-6, "the optimizer's weight decay", least=0, most=1000)
+    adam_epsilon: float = flag(1e-8, "the optimizer's epsilon", least=0, most=1)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 does not clip", least=0, most=1e12)
     use_ema: bool = flag(False, "keep an exponential moving average of the weights; samples and the final pipeline use it")
     mixed_precision: str | None = flag(
@@ -108,8 +127,6 @@ class TrainingArguments:
     local_rank: int = flag(-1, "set by old distributed launchers; goes into LOCAL_RANK if the environment has none", least=-1)
 
     if TYPE_CHECKING:  # flags of one of the subclasses, constants of the other
-        use_8bit_adam: bool = False
-        scale_lr: bool = False
         offload_ema: bool = False
 
     @property
@@ -123,7 +140,13 @@ class TrainingArguments:
         """What `diffusers.training_utils.EMAModel` is built with."""
 
     def check(self) -> None:
-        """Nothing here: none of these flags contradicts another."""
+        """What these flags can get wrong.
+
+        Raises:
+            UserError: they contradict each other.
+        """
+        if self.use_8bit_adam and self.optimizer_type != "adamw":
+            raise UserError(f"--use_8bit_adam is AdamW with 8-bit states; leave it or --optimizer_type {self.optimizer_type} out")
 
 
 @dataclass
@@ -131,12 +154,22 @@ class OptimizationArguments(TrainingArguments):
     """Batches, optimizer, EMA and precision of ``train_unconditional.py``."""
 
     _argument_group_name = "optimization"
-    use_8bit_adam = scale_lr = offload_ema = False
+    offload_ema = False
 
-    num_epochs: int = flag(100, "passes over the data", least=1)
+    num_epochs: int = flag(100, "passes over the data", least=1, alias="num_train_epochs")
+    use_ema_warmup: bool = flag(
+        True, "raise the EMA decay by the next two flags; off, it is (1 + step) / (10 + step), up to --ema_max_decay as well"
+    )
     ema_inv_gamma: float = flag(1.0, "warm-up of the EMA decay 1 - (1 + step / inv_gamma)^-power: inverse gamma", above=0, most=1e6)
     ema_power: float = flag(0.75, "warm-up of the EMA decay: power", least=0, most=10)
     ema_max_decay: float = flag(0.9999, "where the EMA decay stops rising", least=0, most=1)
+    ema_min_decay: float | None = flag(
+        None,
+        "the least EMA decay after the first update; by default 0, and not --ema_max_decay, which cancels the warm-up in the diffusers "
+        "consistency example",
+        least=0,
+        most=1,
+    )
     mixed_precision: str = flag("no", "precision inside the network; the noise process stays in fp32", choices=("no", "fp16", "bf16"))
 
     @property
@@ -147,8 +180,14 @@ class OptimizationArguments(TrainingArguments):
     @property
     def ema_settings(self) -> dict[str, Any]:
         """As in diffusers' unconditional example."""
-        warm_up = {"use_ema_warmup": True, "inv_gamma": self.ema_inv_gamma, "power": self.ema_power}
-        return {"decay": self.ema_max_decay, **warm_up, "foreach": True}
+        warm_up = {"use_ema_warmup": self.use_ema_warmup, "inv_gamma": self.ema_inv_gamma, "power": self.ema_power}
+        return {"decay": self.ema_max_decay, "min_decay": self.ema_min_decay or 0.0, **warm_up, "foreach": True}
+
+    def check(self) -> None:
+        """See `TrainingArguments.check`."""
+        super().check()
+        if self.ema_min_decay is not None and self.ema_min_decay > self.ema_max_decay:
+            raise UserError(f"--ema_min_decay {self.ema_min_decay:g} must not be above --ema_max_decay {self.ema_max_decay:g}")
 
 
 @dataclass
@@ -158,11 +197,9 @@ class TextOptimizationArguments(TrainingArguments):
     _argument_group_name = "optimization"
 
     num_train_epochs: int = flag(100, "passes over the data", least=1)
-    scale_lr: bool = flag(False, "multiply the learning rate by accumulation, batch size and processes")
     lr_scheduler: str = flag("constant", "the learning rate's course over the optimizer steps", choices=LR_SCHEDULERS)
-    use_8bit_adam: bool = flag(False, "AdamW with 8-bit states (bitsandbytes)")
-    adam_beta1: float = flag(0.9, "AdamW's beta1", least=0, below=1)
-    adam_weight_decay: float = flag(1e-2, "AdamW's weight decay", least=0, most=1000)
+    adam_beta1: float = flag(0.9, "the optimizer's beta1", least=0, below=1)
+    adam_weight_decay: float = flag(1e-2, "the optimizer's weight decay", least=0, most=1000)
     offload_ema: bool = flag(False, "keep the average in host memory between steps")
     foreach_ema: bool = flag(False, "update the average with one call for all weights")
     dream_training: bool = flag(False, "DREAM: correct noise and target by what the network itself would get wrong, for another forward")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,11 @@ from immiscible.networks.arguments import TrainingArguments
 if TYPE_CHECKING:
     from diffusers import ModelMixin
     from diffusers.training_utils import EMAModel
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),  # AdamW with the rectification of Liu et al. 2020
+}
 
 
 def build_ema(network: ModelMixin, arguments: TrainingArguments, device: torch.device) -> EMAModel | None:
@@ -55,12 +60,12 @@ def _offloaded_ema() -> type[EMAModel]:
 
 
 def build_optimizer(network: nn.Module, arguments: TrainingArguments) -> torch.optim.Optimizer:
-    """AdamW of the weights that are trained, those that require a gradient; with 8-bit states if the flags ask for them.
+    """The optimizer of the weights that are trained, those that require a gradient; with 8-bit states if the flags ask for them.
 
     Raises:
         UserError: bitsandbytes is asked for and not installed.
     """
-    kind: Any = torch.optim.AdamW
+    kind: Any = OPTIMIZERS[arguments.optimizer_type]
     if arguments.use_8bit_adam:
         if find_spec("bitsandbytes") is None:
             raise UserError("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`")

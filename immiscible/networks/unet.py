@@ -70,6 +70,7 @@ def unet_config(
     dropout: float | None,
     num_classes: int | None = None,
     null_class: bool = False,
+    class_embed_type: str | None = None,
     downsampling: int = 1,
 ) -> dict[str, Any]:
     """The constructor arguments of the U-Net that these flags mean.
@@ -83,6 +84,7 @@ def unet_config(
         num_classes: of a network that is told the class of each image, by the embedding that the configuration's ``class_embed_type``
             names: diffusers' learned one if it names none. None for an unconditional network.
         null_class: whether there is one class more, numbered ``num_classes``, which says that an image has none.
+        class_embed_type: overrides the configuration's if not None.
         downsampling: the side of an image divided by that of its latent; 1 for a network of pixels.
 
     Raises:
@@ -107,6 +109,8 @@ def unet_config(
         raise UserError(f"{flag} has {config['in_channels']} channels, and the VAE's latents have {channels}; make them equal")
     if dropout is not None:
         config["dropout"] = dropout
+    if class_embed_type is not None:
+        config["class_embed_type"] = class_embed_type
     embeddings, what = (num_classes or 0) + null_class, f"{num_classes} classes{' and that of no class' if null_class else ''}"
     declared, kind = config.get("num_class_embeds"), config.get("class_embed_type")
     if num_classes is None:

@@ -15,6 +15,7 @@ from immiscible.data.sources import ImageSource
 from immiscible.data.streaming import Stream
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.encoders import Encoder, PixelEncoder
+from immiscible.errors import UserError
 from immiscible.method import build_objective
 from immiscible.networks.unet import NULL_CLASS, build_unet, classes_told, unet_config
 from immiscible.networks.weights import evaluation_weights
@@ -168,14 +169,18 @@ def images_of_flags(config: UnconditionalConfig) -> tuple[ImageSource | Stream, 
 
 def network_settings(config: UnconditionalConfig, source: ImageSource | Stream, *, channels: int, downsampling: int = 1) -> dict[str, Any]:
     """The U-Net's constructor arguments; see `unet_config`."""
+    classes = len(source.class_names or ()) if config.class_conditional else None
+    if config.num_classes not in (None, classes):
+        raise UserError(f"--num_classes {config.num_classes}, but the data has {classes} classes; make them equal or leave it out")
     return unet_config(
         config_name_or_path=config.model_config_name_or_path,
         preset=config.model_preset,
         resolution=config.resolution,
         channels=channels,
         dropout=config.dropout,
-        num_classes=len(source.class_names or ()) if config.class_conditional else None,
+        num_classes=classes,
         null_class=config.class_dropout_prob > 0,
+        class_embed_type=config.class_embed_type,
         downsampling=downsampling,
     )
 
