@@ -55,6 +55,7 @@ class FolderArguments:
     checkpoints_total_limit: int | None = flag(None, "keep this many checkpoints, the newest", least=1)
     eval_batch_size: int = flag(16, "samples drawn together", least=1, most=2**14)
     logging_dir: str = flag("logs", "the tracker's folder, inside --output_dir")
+    tracker_project_name: str = flag("immiscible", "the project in the tracker")
     logging_steps: int = flag(10, "optimizer steps between lines of metrics.jsonl", least=1)
     push_to_hub: bool = flag(False, "upload the pipeline, or the adapters, to the hub")
     hub_token: str | None = flag(None, "the token for --push_to_hub", saved=False)
@@ -76,11 +77,6 @@ class FolderArguments:
     @abstractmethod
     def tracker_flag(self) -> str:
         """The flag that names it."""
-
-    @property
-    @abstractmethod
-    def tracker_project(self) -> str:
-        """The project in the tracker."""
 
     @abstractmethod
     def grid_is_due(self, step: int, passed: Callable[[int], bool]) -> bool:
@@ -114,6 +110,9 @@ class FolderArguments:
         taken = logs.parts[:1] and (logs.parts[0] in OWN_FILES or logs.parts[0].startswith(("checkpoint-", ".")))
         if logs.is_absolute() or not logs.parts or ".." in logs.parts or taken:
             raise UserError(f"--logging_dir {self.logging_dir} must be a folder of its own inside --output_dir, such as logs")
+        project = PurePath(self.tracker_project_name)
+        if project.is_absolute() or ".." in project.parts:  # tensorboard makes a folder of it inside --logging_dir
+            raise UserError(f"--tracker_project_name {self.tracker_project_name} must be a name, without a way out of --logging_dir")
         if self.resume_from_checkpoint and self.overwrite_output_dir:
             raise UserError("--resume_from_checkpoint continues a run and --overwrite_output_dir deletes it; choose one")
 
@@ -123,10 +122,13 @@ class RunArguments(FolderArguments):
     """Where the run goes, what it leaves, and how it continues, for ``train_unconditional.py``."""
 
     _argument_group_name = "run"
-    tracker_flag, tracker_project = "--logger", "immiscible"
+    tracker_flag = "--logger"
 
     output_dir: str = flag("ddpm-model-64", "the run's folder")
     save_images_epochs: int = flag(10, "epochs between sample grids; 0 samples at the end only", least=0)
+    validation_steps: int | None = flag(
+        None, "optimizer steps between sample grids, instead of --save_images_epochs, as --streaming counts no epochs", least=1
+    )
     save_model_epochs: int = flag(10, "epochs between saves of the pipeline; 0 saves at the end only", least=0)
     eval_batch_size: int = flag(16, "images in a sample grid", least=1, most=2**14)
     ddpm_num_inference_steps: int = flag(1000, "steps with which samples are drawn", least=1, most=10**5)
@@ -144,7 +146,12 @@ class RunArguments(FolderArguments):
         least=0,
         most=1,
     )
-    logger: str = flag("tensorboard", "experiment tracker; metrics.jsonl is written with each", choices=("tensorboard", "wandb", "none"))
+    logger: str = flag(
+        "tensorboard",
+        "experiment tracker; metrics.jsonl is written with each",
+        choices=("tensorboard", "wandb", "none"),
+        alias="report_to",
+    )
 
     @property
     def tracker(self) -> str:
@@ -153,7 +160,7 @@ class RunArguments(FolderArguments):
 
     def grid_is_due(self, step: int, passed: Callable[[int], bool]) -> bool:
         """See `FolderArguments.grid_is_due`."""
-        return passed(self.save_images_epochs)
+        return step % self.validation_steps == 0 if self.validation_steps else passed(self.save_images_epochs)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -163,6 +170,8 @@ class RunArguments(FolderArguments):
 
     def grids(self, max_steps: int, epochs: float) -> int:
         """See `FolderArguments.grids`."""
+        if self.validation_steps:
+            return 1 + max_steps // self.validation_steps
         return 1 + (int(epochs) // self.save_images_epochs if self.save_images_epochs else 0)
 
     @property
@@ -212,11 +221,6 @@ class TextRunArguments(FolderArguments):
         return self.report_to
 
     @property
-    def tracker_project(self) -> str:
-        """See `FolderArguments.tracker_project`."""
-        return self.tracker_project_name
-
-    @property
     def prompts(self) -> list[str]:
         """Whose samples the grids hold."""
         if self.validation_prompt is not None:
@@ -243,9 +247,6 @@ class TextRunArguments(FolderArguments):
     def check(self) -> None:
         """See `FolderArguments.check`."""
         super().check()
-        project = PurePath(self.tracker_project_name)
-        if project.is_absolute() or ".." in project.parts:  # tensorboard makes a folder of it inside --logging_dir
-            raise UserError(f"--tracker_project_name {self.tracker_project_name} must be a name, without a way out of --logging_dir")
         if self.validation_prompt is not None and self.validation_prompts is not None:
             raise UserError("--validation_prompt and --validation_prompts are given together; choose one")
 

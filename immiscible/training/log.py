@@ -56,7 +56,7 @@ class RunLog:
         if config.tracker != "none":
             values = {name: value for name, value in asdict(config).items() if name != "hub_token"}
             scalars = {name: value for name, value in values.items() if isinstance(value, int | float | str | bool)}
-            self._accelerator.init_trackers(config.tracker_project, config=scalars)
+            self._accelerator.init_trackers(config.tracker_project_name, config=scalars)
 
     def add(self, step: int, metrics: dict[str, float], *, write: bool, leak: ClassLeak | None = None) -> dict[str, float]:
         """Collects a step's metrics; with ``write`` their means become a line, with what ``leak`` has found. Returns the means so far."""
