@@ -171,6 +171,16 @@ def test_what_people_mean_is_taken():
     assert parse_text("--guidance_scale", 30, "--rank", 1024, "--validation_prompt", "").validation_prompt == ""
 
 
+def test_an_alias_is_the_flag_and_errors_name_what_was_written(tmp_path):
+    assert "--num_train_epochs must be at least 1, not 0" in refused(UnconditionalConfig, "--num_train_epochs", "0")
+    assert "--num-train-epochs" not in refused(UnconditionalConfig, "--num_epochs", "0")
+    assert refused(UnconditionalConfig, "--num_train_epoch", "3").endswith("did you mean --num_train_epochs?")
+    assert parse("--bundled_data", "digits", "--num_epochs", 3, "--num_train_epochs", 4).num_epochs == 4  # the last one counts, as always
+    (tmp_path / "mine.yaml").write_text("num_epochs: 3\nnum_train_epochs: 4\n")
+    assert "mine.yaml: --num_epochs and --num_train_epochs are one flag" in refused(UnconditionalConfig, "--config", tmp_path / "mine.yaml")
+    assert "also --num_train_epochs" in " ".join(PARSERS[UnconditionalConfig].format_help().split())
+
+
 def test_ranges_of_arguments_that_nobody_has_parsed():
     @dataclass
     class Numbers:

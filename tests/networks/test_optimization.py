@@ -57,6 +57,22 @@ def test_the_optimizer_trains_what_requires_a_gradient_with_the_settings_of_the_
     assert type(build_optimizer(network, OptimizationArguments())) is torch.optim.AdamW
 
 
+def test_weight_decay_of_radam_is_apart_from_the_gradient():
+    """Without a gradient AdamW and RAdam both shrink a weight by lr x decay; decay inside the gradient would be a step of about lr."""
+    settings = {"adam_beta1": 0.5, "adam_beta2": 0.6, "adam_weight_decay": 0.25, "adam_epsilon": 0.125, "learning_rate": 0.5}
+    for arguments in (OptimizationArguments, TextOptimizationArguments):
+        network = nn.Linear(1, 1, bias=False)
+        optimizer = build_optimizer(network, arguments(optimizer_type="radam", **settings))
+        (group,) = optimizer.param_groups
+        assert type(optimizer) is torch.optim.RAdam and group["foreach"] is None  # torch's choice: foreach on a GPU
+        assert (group["betas"], group["weight_decay"], group["eps"], group["lr"]) == ((0.5, 0.6), 0.25, 0.125, 0.5)
+        with torch.no_grad():
+            network.weight.fill_(8)
+        network.weight.grad = torch.zeros_like(network.weight)
+        optimizer.step()
+        assert network.weight.item() == 8 * (1 - 0.5 * 0.25)
+
+
 def test_8_bit_states_need_their_package(monkeypatch):
     monkeypatch.setattr("immiscible.networks.optimization.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--use_8bit_adam needs bitsandbytes"):

@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 def task_of(unet, prediction_type="epsilon", names=(), **changes):
     """A task around a network, whose images have these classes."""
     flags = {"eval_batch_size": 9, "ddpm_num_inference_steps": 2, "seed": 0, "class_conditional": True, **changes}
+    flags["prediction_type"] = prediction_type
     config, scheduler = UnconditionalConfig(**flags), build_scheduler("ddpm", prediction_type=prediction_type)
     objective = build_objective(config, scheduler, SimpleNamespace(device=CPU))
     data = TrainingData(SimpleNamespace(class_names=names), None, None)
