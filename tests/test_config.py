@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +18,16 @@ from immiscible.config_files import save_config
 from immiscible.configs import UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.flags import flag_value, parse_config
-from immiscible.method import chosen_coupling, chosen_sampler, chosen_weights
+from immiscible.method import build_objective, chosen_coupling, chosen_sampler, chosen_weights
 from immiscible.networks.unet import build_unet, unet_config
+from immiscible.objective_choice import training_scheduler
 from immiscible.process import NoiseProcess
 from immiscible.schedulers import build_scheduler
 
 # Those of Stable Diffusion: test_recipes.py. `classes` goes beside another.
-TASKS = sorted(path for path in (ROOT / "configs/tasks").glob("*.yaml") if not path.stem.startswith("sd_") and path.stem != "classes")
+PARTS = ("classes", "consistency", "edm")  # added to another task
+FILES = sorted(path for path in (ROOT / "configs/tasks").glob("*.yaml") if not path.stem.startswith("sd_") and path.stem not in PARTS)
+TASKS = [path for path in FILES if "objective:" not in path.read_text()]  # those go with some methods: tests/test_method.py
 METHODS = sorted((ROOT / "configs/methods").glob("*.yaml"))
 DEFAULTS = {item.name: item.default for item in fields(UnconditionalConfig)}
 DIGITS = ROOT / "configs/tasks/digits.yaml"
@@ -205,6 +209,32 @@ def parts(config: UnconditionalConfig) -> None:
 def test_every_file_parses_and_builds(path):
     parts(parse("--config", path))
     assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "kind"),
+    [
+        ("cifar10_consistency", 512, "ConsistencyObjective"),
+        ("celeba64_consistency", 1024, "ConsistencyObjective"),
+        ("tiny_imagenet_consistency", 2048, "ConsistencyObjective"),
+        ("cifar10_edm", 512, "MomentumObjective"),
+    ],
+)
+def test_recipes_of_objectives_are_the_papers(name, batch, kind):
+    path = ROOT / f"configs/tasks/{name}.yaml"
+    assert {path.stem for path in FILES} - {path.stem for path in TASKS} == {
+        *("cifar10_consistency", "celeba64_consistency", "tiny_imagenet_consistency", "cifar10_edm")
+    }
+    (processes,) = re.findall(r"--num_processes (\d+)", path.read_text())
+    config = parse("--config", path)
+    assert config.train_batch_size * int(processes) * config.gradient_accumulation_steps == batch
+    kept = []
+    accelerator = SimpleNamespace(device=torch.device("cpu"), unwrap_model=None, register_for_checkpointing=kept.append)
+    if config.consistency_distance == "lpips":
+        config = parse("--config", path, "--consistency_distance", "l2")
+    objective = build_objective(config, training_scheduler(config), accelerator)
+    assert type(objective).__name__ == kind and len(kept) == (config.teacher == "ema")
+    unet_config(config_name_or_path=None, preset=config.model_preset, resolution=config.resolution, channels=3, dropout=config.dropout)
 
 
 def test_tasks_and_methods_compose():

@@ -1,5 +1,5 @@
-"""Each flag of diffusers' consistency training script, but for those of the objective itself: the same type, the same default or a reason
-for another, and something that it changes."""
+"""Each flag of diffusers' consistency training script with ``--objective consistency``: the same type, the same default or a reason for
+another, and something that it changes; what those of the objective change, tests/test_consistency.py and tests/tasks show."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ OF_THE_OBJECTIVE = {
 # A network that is trained already is none of this script's.
 UNKNOWN = {"pretrained_model_name_or_path", "revision", "variant"}
 DIFFERENT = {
+    "prediction_type": "epsilon",  # not read under this objective
     "dataset_class_label_column_name": None,  # `label`, but only where a flag needs classes: data without them is no error
     "ema_max_decay": 0.9999,  # of diffusers' unconditional script, whose name this one has
     "use_ema_warmup": True,  # likewise: there the average is always warmed up
@@ -85,32 +86,40 @@ def test_every_flag_is_accounted_for():
             digits(f"--{name}", "x")
 
 
-OURS = {name: facts for name, facts in THEIRS.items() if name not in OF_THE_OBJECTIVE | UNKNOWN}
+OURS = {name: facts for name, facts in THEIRS.items() if name not in UNKNOWN}
+
+
+def consistency(*words) -> UnconditionalConfig:
+    return digits("--objective", "consistency", "--curriculum_steps", "9", *words)
 
 
 def test_every_flag_has_its_default_and_type():
-    defaults = digits()
+    defaults = consistency()
     for name, facts in OURS.items():
         assert getattr(defaults, ALIASES.get(name, name)) == DIFFERENT.get(name, facts["default"]), name
     numbers = {"int": ("7", 7), "float": ("0.5", 0.5)}
+    needed = {
+        "num_classes": ["--class_conditional"],
+        "ddpm_num_steps": ["--ddpm_num_inference_steps", "5"],
+        "discretization_s_1": ["--discretization_s_0", "5"],
+    }
     for name, facts in OURS.items():
         if facts["type"] in numbers:
-            text, value = numbers[facts["type"]]
-            needed = {"num_classes": ["--class_conditional"], "ddpm_num_steps": ["--ddpm_num_inference_steps", "5"]}.get(name, [])
-            found = getattr(digits(*needed, f"--{name}", text), ALIASES.get(name, name))
+            text, value = ("7.5", 7.5) if name == "rho" else numbers[facts["type"]]
+            found = getattr(consistency(*needed.get(name, []), f"--{name}", text), ALIASES.get(name, name))
             assert found == value and type(found) is type(value), name
             with pytest.raises(UserError, match=f"--{name}"):
-                digits(f"--{name}", "many")
+                consistency(f"--{name}", "many")
 
 
 def test_switches_need_no_value_and_choices_are_taken():
     switches = [f"--{name}" for name, facts in OURS.items() if facts.get("action") == "store_true"]
-    assert len(switches) == 13
-    config = digits(*switches)
+    assert len(switches) == 15
+    config = consistency(*switches)
     assert all(getattr(config, switch.removeprefix("--")) is True for switch in switches)
     for name, facts in OURS.items():
         for choice in facts.get("choices", []):
-            assert getattr(digits(f"--{name}", choice), name) == choice
+            assert getattr(consistency(f"--{name}", choice), name) == choice
 
 
 def test_other_names_are_the_same_flags(tmp_path):
@@ -262,6 +271,11 @@ def test_averages():
 
 # As people call that script, without what is the objective's.
 LINE = {
+    "objective": "consistency",
+    "discretization_s_1": 20,
+    "skip_steps": 2,
+    "p_std": 1.9,
+    "cast_teacher": True,
     "bundled_data": None,
     "model_preset": None,
     "logger": None,
