@@ -204,6 +204,8 @@ def trainings(script: str, words: list[str], monkeypatch) -> list[UnconditionalC
 def advised_against(config: UnconditionalConfig | TextToImageConfig) -> str:
     """Why docs/RESULTS.md advises against a configuration; nothing if it does not. A checkpoint that is not known predicts epsilon."""
     predicts = config.prediction_type
+    if getattr(config, "objective", "denoising") != "denoising":
+        predicts = "preconditioned"
     if predicts is None:
         predicts = "v_prediction" if config.pretrained_model_name_or_path in V_PREDICTION else "epsilon"
     if config.noise_coupling in ("independent", "flipped_assignment"):

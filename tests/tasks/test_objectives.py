@@ -1,7 +1,9 @@
 """Runs of EDM, FDM and consistency training: what they leave, how they go on, what they refuse."""
 
 import json
+import re
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from immiscible.tasks.from_run import load_model
 RUNS = {
     "edm": {"objective": "edm", "timestep_sampling": "asymmetric", "loss_weighting": "p2"},
     "momentum": {"objective": "edm", "momentum": True, "momentum_warmup_steps": 3, "edm_sampler": "euler"},
+    "momentum_classes": {"objective": "edm", "momentum": True, "class_conditional": True, "class_dropout_prob": 0.2},
     "consistency": {"objective": "consistency", "class_conditional": True, "class_dropout_prob": 0.1, "noise_coupling": "assignment"},
 }
 PLAIN = """
@@ -52,6 +55,23 @@ def test_plain_diffusers_samples_what_a_run_leaves(script, tmp_path, name, sched
     if name == "momentum":  # by the same steps as the saved one
         images = ours(batch_size=2, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
         assert float(images.mean()) == pytest.approx(float(plain.stdout.split()[2]), abs=1e-6)
+
+
+def test_the_card_says_how_fdm_with_classes_is_sampled(script, tmp_path, monkeypatch):
+    from diffusers.utils import dynamic_modules_utils
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    folder = tmp_path / "run"
+    assert script(tiny(folder, **RUNS["momentum_classes"])).code == 0
+    card = (folder / "README.md").read_text()
+    assert "which diffusers' samplers do not know" in card and "with `class_labels` and without guidance" in card
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    said: dict[str, Any] = {}
+    exec(example.replace("THIS_FOLDER", str(folder)), said)
+    assert type(said["pipeline"].scheduler).__name__ == "EDMScheduler" and said["pipeline"].scheduler.config.momentum
+    guided = said["pipeline"](class_labels=[1, 2], guidance_scale=2.0, guidance_interval=(0.2, 0.8), num_inference_steps=3).images
+    assert len(said["images"]) == 8 and len(guided) == 2
 
 
 @pytest.mark.parametrize("processes", [1, 2])
