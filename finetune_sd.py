@@ -4,7 +4,7 @@
 Takes every flag of diffusers' train_text_to_image.py and, with --use_lora, of its train_text_to_image_lora.py:
 
     accelerate launch finetune_sd.py --pretrained_model_name_or_path stabilityai/stable-diffusion-2-1 --dataset_name DATA \\
-      --config configs/methods/immiscible.yaml
+      --output_dir runs/tuned
 """
 
 from __future__ import annotations

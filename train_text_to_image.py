@@ -5,7 +5,7 @@ The checkpoint of --pretrained_model_name_or_path gives VAE, text encoder, token
 from its weights take finetune_sd.py. Takes every flag of the diffusers example of this name:
 
     accelerate launch train_text_to_image.py --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 --dataset_name DATA \\
-      --prediction_type v_prediction --config configs/methods/immiscible.yaml
+      --prediction_type v_prediction --output_dir runs/scratch
 """
 
 from __future__ import annotations

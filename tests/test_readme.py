@@ -214,6 +214,8 @@ def advised_against(config: UnconditionalConfig | TextToImageConfig) -> str:
         return f"{config.noise_coupling} with epsilon-prediction"
     if config.loss_weighting in ("snr", "change_aware", "change_aware_released"):
         return f"{config.noise_coupling} with {config.loss_weighting}, which weighs as epsilon-prediction does"
+    if isinstance(config, TextToImageConfig) and config.coupling_condition == "none":
+        return f"{config.noise_coupling} by the image alone on latents with captions"
     return ""
 
 
@@ -250,10 +252,12 @@ def test_the_rule_knows_what_is_advised_against(monkeypatch):
     ):
         (config,) = trainings("train_unconditional.py", words, monkeypatch)
         assert why in advised_against(config) and bool(why) == bool(advised_against(config))
-    for name, why in (("CompVis/stable-diffusion-v1-4", "epsilon"), ("stabilityai/stable-diffusion-2-1", "")):
+    for name, why in (("CompVis/stable-diffusion-v1-4", "epsilon"), ("stabilityai/stable-diffusion-2-1", "captions")):
         words = ["--pretrained_model_name_or_path", name, "--train_data_dir", "x", *coupled]
         (config,) = trainings("finetune_sd.py", words, monkeypatch)
-        assert why in advised_against(config) and bool(why) == bool(advised_against(config))
+        assert why in advised_against(config)
+        (config,) = trainings("finetune_sd.py", words[:-2], monkeypatch)
+        assert advised_against(config) == ""
 
 
 def test_commands_are_found_wherever_they_stand():

@@ -210,9 +210,12 @@ def leak_notice(coupling: Coupling, num_classes: int, *, captions: bool = False)
         if captions
         else "--coupling_condition within, over the epoch at best, avoids it and --log_class_leak measures it"
     )
+    effect = "harms unguided samples and helps strongly guided ones of few steps"
+    if captions:
+        effect = "was no better than independent noise, with guidance or without"
     return (
         f"{f'from timestep {first} on, ' if first else ''}the coupling pairs by the image alone: in training the noise tells which of "
         f"{num_classes} {kind} is wanted, in sampling it does not (a linear probe reads the class of a toy from the noise in "
-        f"{leak['accuracy']:.0%} of cases, chance {leak['chance']:.0%}). It harms unguided samples and helps strongly guided ones of few "
-        f"steps (docs/RESULTS.md); --noise_coupling assignment with {remedy}"
+        f"{leak['accuracy']:.0%} of cases, chance {leak['chance']:.0%}). It {effect} (docs/RESULTS.md); "
+        f"--noise_coupling assignment with {remedy}"
     )

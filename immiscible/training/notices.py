@@ -60,7 +60,7 @@ def _epsilon(task: Task) -> str:
     if not (pairs_batch(objective.coupling) and objective.prediction_type == "epsilon" and flat):
         return ""
     return (
-        "assignment under plain epsilon-prediction: in docs/RESULTS.md it helps at 5 inference steps and does harm at 20; "
+        "assignment under plain epsilon-prediction: on pixels in docs/RESULTS.md it helps at 5 inference steps and does harm at 20; "
         "--prediction_type v_prediction or sample gains at both; for a checkpoint that predicts epsilon, --loss_weighting velocity keeps "
         "the gain without the harm"
     )

@@ -521,6 +521,7 @@ def test_the_notice_speaks_where_the_image_alone_decides_and_its_numbers_are_mea
     assert leak_notice(AboveTimestep(AssignmentCoupling(), 300), 10) == f"from timestep 300 on, {told['assignment']}"
     of_captions = leak_notice(AssignmentCoupling(), 10, captions=True)
     assert "which of 10 captions" in of_captions and "--coupling_condition centered (experimental) or penalty" in of_captions
+    assert "no better than independent" in of_captions  # what was measured on them
     assert "within" not in of_captions and "--log_class_leak" not in of_captions  # both are refused there
 
 
