@@ -274,5 +274,5 @@ def objective_facts(config: ObjectiveArguments) -> dict[str, str]:
     levels += "" if kind == "constant" else f" to {config.discretization_s_1 + 1} over {config.curriculum_steps} steps"
     chosen = "uniform" if config.level_sampling == "uniform" else proposal
     return {
-        "objective": f"consistency, {levels} levels ({kind}), {chosen}, {config.consistency_distance}, teacher: {config.teacher}",
+        "objective": f"consistency, levels {levels} ({kind}), {chosen}, {config.consistency_distance}, teacher: {config.teacher}",
     }
