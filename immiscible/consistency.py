@@ -48,7 +48,7 @@ class Discretization:
 
     Args:
         curriculum: a key of `CURRICULA`.
-        first: s0, of which there is one more at the beginning.
+        first: s0, of which there is one more at the beginning (but see `square_root`).
         last: s1, of which there is one more at the end.
         steps: K, the optimizer steps of the whole course; it stays at its end after them.
     """
@@ -64,13 +64,13 @@ class Discretization:
 
 
 def doubling(step: int, first: int, last: int, steps: int) -> int:
-    """``min(s0 2^floor(k / K'), s1) + 1`` with ``K' = floor(K / (log2(s1 / s0) + 1))`` (Song and Dhariwal 2024)."""
-    period = max(1, math.floor(steps / (math.log2(last / first) + 1)))
+    """``min(s0 2^floor(k / K'), s1) + 1`` with ``K' = floor(K / (log2(floor(s1 / s0)) + 1))`` (Song and Dhariwal 2024)."""
+    period = max(1, math.floor(steps / (math.log2(last // first) + 1)))
     return int(min(first * 2 ** min(step // period, 64), last)) + 1
 
 
 def square_root(step: int, first: int, last: int, steps: int) -> int:
-    """``ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1`` (Song et al. 2023, appendix C)."""
+    """``ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1`` (Song et al. 2023, appendix C), which begins with s0 levels."""
     return math.ceil(math.sqrt(step / steps * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1
 
 

@@ -20,8 +20,6 @@ from immiscible.objectives import DenoisingObjective, Pairs
 from immiscible.process import NoiseLevels, NoiseProcess, check_prediction_type
 from immiscible.randomness import Draws
 
-SMALLEST = 2.0**-53  # the share of a proposal at which its quantiles end, where that of a normal law would be infinite
-
 
 class Scalings(NamedTuple):
     """What stands around a network F: the denoised image is ``skip x + out F(input x, time)``, x being ``x0 + sigma n``.
@@ -86,7 +84,8 @@ class LogNormal:
         """The sigmas, float64, below which these shares of the proposal lie; shares from 0 to 1."""
         ends = ((torch.tensor([self.low, self.high], dtype=torch.float64, device="cpu")).log() - self.mean) / self.std
         below, upto = torch.special.ndtr(ends).tolist()
-        position = (below + (upto - below) * share).clamp(SMALLEST, 1 - SMALLEST)
+        least = torch.finfo(share.dtype).eps / 2  # where quantiles end, as those of shares 0 and 1 would be infinite
+        position = (below + (upto - below) * share).clamp(least, 1 - least)
         return (self.mean + self.std * torch.special.ndtri(position)).exp().clamp(self.low, self.high)
 
 

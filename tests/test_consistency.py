@@ -128,6 +128,8 @@ def test_the_doubling_curriculum_in_eight_equal_parts():
     assert [count(step) for step in range(0, 800, 100)] == [11, 21, 41, 81, 161, 321, 641, 1281]
     assert [count(step) for step in (99, 100, 799, 800, 10**6)] == [11, 21, 1281, 1281, 1281]
     assert Discretization("doubling", 10, 1280, 3)(0) == 11  # shorter than its parts
+    uneven = Discretization("doubling", 3, 13, 90)  # s1 / s0 is cut to 4 first: three parts of 30 steps
+    assert [uneven(step) for step in (0, 29, 30, 59, 60, 89, 90)] == [4, 4, 7, 7, 13, 13, 14]
     assert {Discretization("constant", 10, 1280, 800)(step) for step in (0, 400, 800)} == {11}
 
 
