@@ -12,6 +12,7 @@ from immiscible.flags import Names, flag
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from immiscible.consistency import Discretization
     from immiscible.edm import SigmaProcess
     from immiscible.objectives import DenoisingObjective
 
@@ -90,7 +91,9 @@ class ObjectiveArguments(ProcessArguments):
         "how it grows finer: from s0 by doublings to s1 (improved), by a square root (original), or constant",
         choices=Names("immiscible.consistency", "CURRICULA"),
     )
-    discretization_s_0: int = flag(10, "s0: noise levels at the beginning, less one", least=1, most=10**5)
+    discretization_s_0: int = flag(
+        10, "s0: noise levels at the beginning, less one; of the square root, which begins with s0, at least 2", least=1, most=10**5
+    )
     discretization_s_1: int = flag(1280, "s1: noise levels at the end, less one", least=1, most=10**5)
     constant_discretization_steps: bool = flag(False, "the same as --discretization constant: s0 + 1 levels throughout")
     level_sampling: str = flag(
@@ -139,19 +142,31 @@ class ObjectiveArguments(ProcessArguments):
             raise UserError(f"--sigma_min {self.sigma_min:g} must be below --sigma_max {self.sigma_max:g}")
         self._check_own()
 
+    @property
+    def discretization_kind(self) -> str:
+        """How consistency's discretization grows, whichever flag says it."""
+        return "constant" if self.constant_discretization_steps else self.discretization
+
     def _check_own(self) -> None:
         if self.momentum_warmup_steps and not self.momentum:
             raise UserError("--momentum_warmup_steps is of --momentum; give it too")
         if self.objective == "consistency" and self.curriculum_steps is None:
             raise UserError("--objective consistency needs --max_train_steps, or --curriculum_steps: its noise levels grow finer over them")
-        if self.discretization_s_1 < self.discretization_s_0:
+        constant = self.discretization_kind == "constant"
+        if self.discretization_s_1 < self.discretization_s_0 and not constant:
             raise UserError(
                 f"--discretization_s_1 {self.discretization_s_1} must be at least --discretization_s_0 {self.discretization_s_0}"
             )
         if self.constant_discretization_steps and self.discretization == "square_root":
             raise UserError("--constant_discretization_steps and --discretization square_root contradict each other; choose one")
-        if self.skip_steps > self.discretization_s_0:
-            raise UserError(f"--skip_steps {self.skip_steps} must be at most --discretization_s_0 {self.discretization_s_0}")
+        fewest = self.discretization_s_0 + (self.discretization_kind != "square_root")
+        if fewest < 2:
+            raise UserError("--discretization_s_0 1 with --discretization square_root begins with one level, which has no neighbor: give 2")
+        if self.skip_steps >= fewest:
+            raise UserError(
+                f"--skip_steps {self.skip_steps} must be at most {fewest - 1}: --discretization_s_0 {self.discretization_s_0} begins with "
+                f"{fewest} levels"
+            )
         if self.huber_c is not None and self.consistency_distance != "pseudo_huber":
             raise UserError("--huber_c is of --consistency_distance pseudo_huber; leave it out")
         if self.teacher == "student" and self.teacher_decay != 0.9:
@@ -231,14 +246,14 @@ def chosen_objective(config: ObjectiveArguments, accelerator: Accelerator, axes:
         return MomentumObjective(**axes, warmup_steps=config.momentum_warmup_steps)
     if config.objective != "consistency":
         return DenoisingObjective(**axes)
-    from immiscible.consistency import AveragedTeacher, ConsistencyObjective, Discretization, student
+    from immiscible.consistency import AveragedTeacher, ConsistencyObjective, student
 
-    assert config.curriculum_steps is not None
-    kind = "constant" if config.constant_discretization_steps else config.discretization
-    discretization = Discretization(kind, config.discretization_s_0, config.discretization_s_1, config.curriculum_steps)
+    discretization = chosen_discretization(config)
     teacher: Any = student
     if config.teacher == "ema":
-        teacher = AveragedTeacher(discretization, config.teacher_decay, accelerator.unwrap_model)
+        teacher = AveragedTeacher(
+            discretization, config.teacher_decay, lambda model: accelerator.unwrap_model(model, keep_torch_compile=False)
+        )
         accelerator.register_for_checkpointing(teacher)
     return ConsistencyObjective(
         **axes,
@@ -249,6 +264,14 @@ def chosen_objective(config: ObjectiveArguments, accelerator: Accelerator, axes:
         by_gap=config.level_weighting == "inverse_gap",
         skip_steps=config.skip_steps,
     )
+
+
+def chosen_discretization(config: ObjectiveArguments) -> Discretization:
+    """How many noise levels there are at each step."""
+    from immiscible.consistency import Discretization
+
+    assert config.curriculum_steps is not None
+    return Discretization(config.discretization_kind, config.discretization_s_0, config.discretization_s_1, config.curriculum_steps)
 
 
 def chosen_distance(config: ObjectiveArguments, accelerator: Accelerator) -> Any:
@@ -269,10 +292,11 @@ def objective_facts(config: ObjectiveArguments) -> dict[str, str]:
         return {"objective": f"edm{' with momentum (FDM)' if config.momentum else ''}, {proposal}, sampled by {config.edm_sampler}"}
     if config.objective == "denoising":
         return {}
-    kind = "constant" if config.constant_discretization_steps else config.discretization
-    levels = str(config.discretization_s_0 + 1)
-    levels += "" if kind == "constant" else f" to {config.discretization_s_1 + 1} over {config.curriculum_steps} steps"
+    discretization, kind = chosen_discretization(config), config.discretization_kind
+    levels = f"{discretization(0)} levels"
+    if kind != "constant":
+        levels = f"{discretization(0)} to {discretization(discretization.steps)} levels over {discretization.steps} steps"
     chosen = "uniform" if config.level_sampling == "uniform" else proposal
     return {
-        "objective": f"consistency, levels {levels} ({kind}), {chosen}, {config.consistency_distance}, teacher: {config.teacher}",
+        "objective": f"consistency, {levels} ({kind}), {chosen}, {config.consistency_distance}, teacher: {config.teacher}",
     }

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from immiscible.configs import UnconditionalConfig
 from immiscible.consistency import (
     LPIPS,
     AveragedTeacher,
@@ -22,6 +24,7 @@ from immiscible.consistency import (
 from immiscible.coupling import AssignmentCoupling
 from immiscible.edm import Karras, LogNormal, SigmaProcess
 from immiscible.errors import UserError
+from immiscible.method import build_objective
 from immiscible.randomness import Draws, PoolDraws, reseed_globally
 from immiscible.timesteps import timestep_sampler
 from immiscible.weighting import loss_weights
@@ -194,6 +197,17 @@ def test_the_averaged_teacher_follows_and_goes_on_where_it_was():
     again.load_state_dict(copy.deepcopy(teacher.state_dict()))
     assert torch.equal(again(network, 6)(x, torch.zeros(1)).sample, teacher(network, 6)(x, torch.zeros(1)).sample)
     assert student(network, 0) is network
+
+
+def test_the_averaged_teacher_is_the_same_of_a_compiled_network():
+    """A run may be compiled from one of its checkpoints on."""
+    config = UnconditionalConfig(objective="consistency", teacher="ema", curriculum_steps=9)
+    network, said = Network(), []
+    for model in (network, torch.compile(network, backend="eager")):
+        found = build_objective(config, None, Accelerator(cpu=True))
+        said.append(found.teacher(model, 0)(torch.ones(1, 1, 1, 1), torch.zeros(1)).sample)
+        assert found.teacher.state_dict()["weights"].keys() == {"gain"}
+    assert torch.equal(*said)
 
 
 def test_lpips_is_asked_for_by_name(monkeypatch):

@@ -14,6 +14,7 @@ from PIL import Image
 from immiscible.configs import UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
+from immiscible.objective_choice import objective_facts
 from immiscible.tasks.from_run import load_model
 
 RUNS = {
@@ -142,6 +143,21 @@ def test_defaults_depend_on_the_objective():
 
 
 @pytest.mark.parametrize(
+    ("flags", "levels"),
+    [
+        (
+            {"discretization": "square_root", "discretization_s_0": 2, "discretization_s_1": 150},
+            "2 to 151 levels over 7 steps (square_root)",
+        ),
+        ({"discretization_s_1": 80}, "11 to 81 levels over 7 steps (doubling)"),
+        ({"constant_discretization_steps": True, "discretization_s_0": 2000}, "2001 levels (constant)"),
+    ],
+)
+def test_the_levels_that_are_told_are_the_curriculums(flags, levels):
+    assert levels in objective_facts(parse(objective="consistency", max_train_steps=7, **flags))["objective"]
+
+
+@pytest.mark.parametrize(
     ("flags", "said"),
     [
         ({"objective": "flows"}, "--objective.*denoising.*edm.*consistency"),
@@ -156,7 +172,9 @@ def test_defaults_depend_on_the_objective():
         ({"objective": "consistency"}, "needs --max_train_steps, or --curriculum_steps"),
         ({"discretization_s_0": 20, "discretization_s_1": 10}, "--discretization_s_1 10 must be at least --discretization_s_0 20"),
         ({"constant_discretization_steps": True, "discretization": "square_root"}, "contradict each other"),
-        ({"skip_steps": 11}, "--skip_steps 11 must be at most --discretization_s_0 10"),
+        ({"skip_steps": 11}, "--skip_steps 11 must be at most 10: --discretization_s_0 10 begins with 11 levels"),
+        ({"discretization": "square_root", "skip_steps": 10}, "--skip_steps 10 must be at most 9: .* begins with 10 levels"),
+        ({"discretization": "square_root", "discretization_s_0": 1}, "--discretization_s_0 1 .* one level, which has no neighbor: give 2"),
         ({"consistency_distance": "l2", "huber_c": 1}, "--huber_c is of --consistency_distance pseudo_huber"),
         ({"teacher_decay": 0.5}, "--teacher_decay is of --teacher ema"),
         ({"level_sampling": "uniform", "p_std": 1}, "--p_mean and --p_std are of --level_sampling log_normal"),
