@@ -15,7 +15,7 @@ from immiscible.errors import UserError
 from immiscible.evaluation.arguments import EvaluationArguments
 from immiscible.method import MethodArguments
 from immiscible.networks.arguments import ModelArguments, OptimizationArguments, TextModelArguments, TextOptimizationArguments
-from immiscible.objective_choice import ObjectiveArguments, settle_objective
+from immiscible.objective_choice import SAMPLED_LEVELS, ObjectiveArguments, settle_objective
 from immiscible.training.arguments import RunArguments, RunConfig, TextRunArguments
 
 LEAST_FP32 = 1.2e-38  # numbers below lose their digits in fp32, and then are 0
@@ -70,10 +70,7 @@ class UnconditionalConfig(
         steps = self.ddpm_num_steps
         if self.coupling_min_timestep >= steps:
             raise UserError(f"--coupling_min_timestep must be below --ddpm_num_steps {steps}, not {self.coupling_min_timestep}")
-        if self.ddpm_num_inference_steps > steps:
-            raise UserError(f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps} exceeds --ddpm_num_steps {steps}")
-        if self.eval_steps and not all(1 <= each <= steps for each in self.eval_inference_steps):
-            raise UserError(f"--eval_inference_steps {self.eval_inference_steps}: each must be from 1 to --ddpm_num_steps {steps}")
+        self._check_sampling()
         self._check_guidance()
         if self.objective != "denoising":
             self._check_sigmas()
@@ -89,6 +86,18 @@ class UnconditionalConfig(
                 "--vae_model_name_or_path with --noise_process flow: diffusers has no pipeline that samples such a network; "
                 "train latents with --noise_process ddpm"
             )
+
+    def _check_sampling(self) -> None:
+        """More steps than a sampler has levels; EDM's lays out as many as there are steps."""
+        steps, levels = self.ddpm_num_steps, f"--ddpm_num_steps {self.ddpm_num_steps}"
+        if self.objective == "edm":
+            return
+        if self.objective == "consistency":
+            steps, levels = SAMPLED_LEVELS, f"{SAMPLED_LEVELS}, the levels of a consistency model's sampler"
+        if self.sampling_steps > steps:
+            raise UserError(f"--ddpm_num_inference_steps {self.sampling_steps} exceeds {levels}")
+        if self.eval_steps and not all(each <= steps for each in self.eval_inference_steps):
+            raise UserError(f"--eval_inference_steps {self.eval_inference_steps}: each must be from 1 to {levels}")
 
     def _check_sigmas(self) -> None:
         """What has no meaning on an axis of sigma, which has samplers of its own."""
@@ -201,6 +210,7 @@ FREE_ON_RESUME = frozenset(
     [
         "max_train_steps",
         "num_epochs",
+        "edm_sampler",
         "learning_rate",
         "scale_lr",
         "lr_scheduler",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("denoising", "edm", "consistency")
 PROPOSALS = {"edm": (-1.2, 1.2), "consistency": (-1.1, 2.0)}  # --p_mean and --p_std: EDM's, and those of improved consistency training
+SAMPLING_STEPS = {"denoising": 1000, "edm": 18, "consistency": 1}  # --ddpm_num_inference_steps where it is not given
 SAMPLED_LEVELS = 40  # of which a consistency model's sampler takes its steps, as diffusers has it
 
 
@@ -190,6 +191,8 @@ USERS |= {
 def settle_objective(values: dict[str, Any]) -> None:
     """Gives the flags whose default depends on ``--objective`` and ``--max_train_steps`` their values."""
     objective = values["objective"]
+    if values["ddpm_num_inference_steps"] is None:
+        values["ddpm_num_inference_steps"] = SAMPLING_STEPS[objective]
     if objective in PROPOSALS:
         mean, std = PROPOSALS[objective]
         values["p_mean"] = mean if values["p_mean"] is None else values["p_mean"]

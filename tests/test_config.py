@@ -242,8 +242,8 @@ def test_tasks_and_methods_compose():
     for task, method in product(TASKS, METHODS):
         config = parse("--config", task, method)
         assert config.bundled_data or config.dataset_name or config.train_data_dir
-        alone = parse("--bundled_data", "digits", "--config", method)
-        changed = [name for name in DEFAULTS if name != "bundled_data" and getattr(alone, name) != DEFAULTS[name]]
+        plain, alone = parse("--bundled_data", "digits"), parse("--bundled_data", "digits", "--config", method)
+        changed = [name for name in DEFAULTS if getattr(alone, name) != getattr(plain, name)]
         assert all(getattr(config, name) == getattr(alone, name) for name in changed), (task, method)
         parts(config)
 

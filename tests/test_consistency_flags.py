@@ -42,6 +42,7 @@ DIFFERENT = {
     "dataset_class_label_column_name": None,  # `label`, but only where a flag needs classes: data without them is no error
     "ema_max_decay": 0.9999,  # of diffusers' unconditional script, whose name this one has
     "use_ema_warmup": True,  # likewise: there the average is always warmed up
+    "ddpm_num_inference_steps": 1,  # which that script does not read: it samples in one step
     "validation_steps": None,  # --save_images_epochs, which that script does not read: a grid of 1,000 steps costs 200 steps of training
     "tracker_project_name": "immiscible",
 }
@@ -100,7 +101,6 @@ def test_every_flag_has_its_default_and_type():
     numbers = {"int": ("7", 7), "float": ("0.5", 0.5)}
     needed = {
         "num_classes": ["--class_conditional"],
-        "ddpm_num_steps": ["--ddpm_num_inference_steps", "5"],
         "discretization_s_1": ["--discretization_s_0", "5"],
     }
     for name, facts in OURS.items():
@@ -276,6 +276,7 @@ LINE = {
     "skip_steps": 2,
     "p_std": 1.9,
     "cast_teacher": True,
+    "ddpm_num_inference_steps": None,
     "bundled_data": None,
     "model_preset": None,
     "logger": None,

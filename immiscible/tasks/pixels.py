@@ -65,7 +65,7 @@ class UnconditionalTask:
         config = self.config
         schedule = config.ddpm_beta_schedule if self.objective.process.kind == "ddpm" else ""
         self.facts = objective_facts(config) | method_facts(
-            config, self.objective, schedule=schedule, inference_steps=config.ddpm_num_inference_steps
+            config, self.objective, schedule=schedule, inference_steps=config.sampling_steps
         )
         if self.vae:
             self.facts["latents"] = f"of {config.vae_model_name_or_path}, scaled by {self.vae.config.scaling_factor:g}"
@@ -107,7 +107,7 @@ class UnconditionalTask:
             images = sample_images(
                 self.pipeline(),
                 count,
-                steps=config.ddpm_num_inference_steps,
+                steps=config.sampling_steps,
                 seed=int(config.seed or 0),
                 batch_size=count,
                 device=self.network.device,

@@ -14,6 +14,7 @@ from immiscible.evaluation.arguments import EvaluationArguments
 from immiscible.flags import flag
 from immiscible.method import MethodArguments
 from immiscible.networks.arguments import TrainingArguments
+from immiscible.objective_choice import SAMPLING_STEPS
 
 SPACINGS = ("leading", "trailing", "linspace")
 
@@ -131,7 +132,9 @@ class RunArguments(FolderArguments):
     )
     save_model_epochs: int = flag(10, "epochs between saves of the pipeline; 0 saves at the end only", least=0)
     eval_batch_size: int = flag(16, "images in a sample grid", least=1, most=2**14)
-    ddpm_num_inference_steps: int = flag(1000, "steps with which samples are drawn", least=1, most=10**5)
+    ddpm_num_inference_steps: int | None = flag(
+        None, "steps with which samples are drawn; 1000 by default, 18 for edm, 1 for consistency", least=1, most=10**5
+    )
     sampling_scheduler: str = flag(
         "ddpm", "sampler of a ddpm process, in the run and in the saved pipeline (ddim has eta 0)", choices=("ddpm", "ddim")
     )
@@ -175,9 +178,14 @@ class RunArguments(FolderArguments):
         return 1 + (int(epochs) // self.save_images_epochs if self.save_images_epochs else 0)
 
     @property
+    def sampling_steps(self) -> int:
+        """Steps with which samples are drawn."""
+        return self.ddpm_num_inference_steps or SAMPLING_STEPS["denoising"]
+
+    @property
     def grid_calls(self) -> int:
         """See `FolderArguments.grid_calls`."""
-        return round(self.eval_batch_size * self.ddpm_num_inference_steps * calls_in_a_step(self.guidance_scale, self.interval))
+        return round(self.eval_batch_size * self.sampling_steps * calls_in_a_step(self.guidance_scale, self.interval))
 
     def pipeline_is_due(self, passed: Callable[[int], bool]) -> bool:
         """See `FolderArguments.pipeline_is_due`."""

@@ -11,7 +11,7 @@ from kills import final_hashes, finish, kill, lines, start
 from launch import run_command, tiny
 from PIL import Image
 
-from immiscible.configs import UnconditionalConfig
+from immiscible.configs import FREE_ON_RESUME, UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
 from immiscible.objective_choice import objective_facts
@@ -140,6 +140,19 @@ def parse(**values):
 def test_defaults_depend_on_the_objective():
     found = [parse(objective=name, max_train_steps=7) for name in ("denoising", "edm", "consistency")]
     assert [(each.p_mean, each.p_std, each.curriculum_steps) for each in found] == [(None, None, None), (-1.2, 1.2, None), (-1.1, 2.0, 7)]
+
+
+def test_steps_of_samples():
+    """By default as many as the objective's networks are sampled in, and no more than the sampler has levels: EDM's lays out any number."""
+    assert [parse(objective=name, max_train_steps=7).sampling_steps for name in ("denoising", "edm", "consistency")] == [1000, 18, 1]
+    many = {"ddpm_num_steps": 10, "ddpm_num_inference_steps": 40, "eval_inference_steps": 40, "eval_steps": 1, "max_train_steps": 7}
+    assert {"edm_sampler", "sampling_scheduler", "ddpm_num_inference_steps"} <= FREE_ON_RESUME  # nothing of the training
+    assert {parse(objective=name, **many).sampling_steps for name in ("edm", "consistency")} == {40}
+    for name in ("ddpm_num_inference_steps", "eval_inference_steps"):
+        with pytest.raises(UserError, match=rf"--{name} \[?41.* 40, the levels of a consistency model's sampler"):
+            parse(objective="consistency", **{**many, name: 41})
+        with pytest.raises(UserError, match=rf"--{name} .*10.* --ddpm_num_steps 5"):
+            parse(**{**many, "ddpm_num_steps": 5, "ddpm_num_inference_steps": 5, "eval_inference_steps": 5, name: 10})
 
 
 @pytest.mark.parametrize(
