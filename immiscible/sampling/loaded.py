@@ -71,6 +71,9 @@ def take_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
 
     if "Flow" in type(pipeline.scheduler).__name__:
         raise UserError(f"--scheduler {name}: a flow is sampled by its own {type(pipeline.scheduler).__name__}; leave the flag out")
+    if "sigma_data" in pipeline.scheduler.config:  # the others would scale input and output of its network as no axis of sigma does
+        own = type(pipeline.scheduler).__name__
+        raise UserError(f"--scheduler {name}: EDM and consistency networks are sampled by their own {own}; leave the flag out")
     kind = getattr(diffusers, SCHEDULERS[name])
     pixels = type(pipeline).__name__ in PIXEL_PIPELINES.values()
     # Its default is to clip, and the schedulers of text-to-image checkpoints say nothing of it if they cannot.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import numpy
 import pytest
 import torch
@@ -9,9 +10,10 @@ from class_networks import CLASSES, painted, pipeline_of, tiny_unet
 from latent_networks import network
 from tiny_text import model_folder
 
+from immiscible.errors import UserError
 from immiscible.networks.latents import load_vae
 from immiscible.randomness import seeded_generator
-from immiscible.sampling.loaded import take_scheduler
+from immiscible.sampling.loaded import SCHEDULERS, take_scheduler
 from immiscible.sampling.pipelines import build_pipeline, class_pipeline, sample_images, sample_labels
 from immiscible.schedulers import build_scheduler
 
@@ -90,3 +92,12 @@ def test_samplers_with_sigmas_begin_at_the_right_scale_in_every_batch(vae, one, 
         pipeline = build_pipeline(network(), build_scheduler("ddpm"), sampler="ddpm", spacing="leading", vae=vae)
         images.append(sample_images(take_scheduler(pipeline, name), 4, steps=3, seed=0, batch_size=2, device=CPU).astype(int))
     assert numpy.abs(images[0] - images[1]).max() <= 1 and len(numpy.unique(images[0])) > 10
+
+
+@pytest.mark.parametrize("kind", ["CMStochasticIterativeScheduler", "EDMEulerScheduler"])
+def test_an_axis_of_sigma_is_sampled_by_its_own_sampler(kind):
+    """Others would run, and sample noise: they scale the network's input and output otherwise."""
+    pipeline = build_pipeline(tiny_unet(None), getattr(diffusers, kind)(), sampler="ddpm", spacing="leading")
+    for name in SCHEDULERS:
+        with pytest.raises(UserError, match=f"--scheduler {name}: EDM and consistency networks are sampled by their own"):
+            take_scheduler(pipeline, name)
