@@ -9,6 +9,8 @@ import torch
 
 from immiscible.coupling import bias_notice, pairs_batch
 from immiscible.evaluation.leakage import leak_notice
+from immiscible.flags import defaults_of
+from immiscible.objective_choice import ObjectiveArguments
 from immiscible.training.arguments import calls_in_a_step
 from immiscible.training.task import Task
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from immiscible.training.arguments import RunConfig
 
 BACKWARD = 3  # forward passes that a training step of an image costs, about: its own and a backward pass of two
+OF_DENOISING = ("prediction_type", "sampling_scheduler", "timestep_spacing")  # no errors elsewhere: task files that are combined name them
 UNWARMED = ("constant",)  # schedules that know no warm-up
 
 
@@ -37,6 +40,7 @@ def notices(config: RunConfig, task: Task, order: GlobalBatchOrder | StreamOrder
     found = [
         _warm_up(config, max_steps),
         _epsilon(task),
+        _unread(config),
         _sampling(config, max_steps, epochs, max_steps * images),
         bias_notice(coupling, prod(task.shape)),
         leak_notice(coupling, int(conditions), captions=captions),
@@ -64,6 +68,14 @@ def _epsilon(task: Task) -> str:
         "--prediction_type v_prediction or sample gains at both; for a checkpoint that predicts epsilon, --loss_weighting velocity keeps "
         "the gain without the harm"
     )
+
+
+def _unread(config: RunConfig) -> str:
+    if not isinstance(config, ObjectiveArguments) or config.objective == "denoising":
+        return ""
+    defaults = defaults_of(type(config))
+    flags = [f"--{name} {value}" for name in OF_DENOISING if (value := getattr(config, name)) != defaults[name]]
+    return f"not read, as {config.objective} has a target and a sampler of its own: {', '.join(flags)}" if flags else ""
 
 
 def _sampling(config: RunConfig, max_steps: int, epochs: float, images: int) -> str:

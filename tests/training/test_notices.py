@@ -23,6 +23,11 @@ SPOKEN = {
         "eval_inference_steps": [2, 40],
         "eval_guidance_scales": [1, 3],
     },
+    "not read, as edm has a target and a sampler of its own: --prediction_type sample, --timestep_spacing trailing": {
+        "objective": "edm",
+        "prediction_type": "sample",
+        "timestep_spacing": "trailing",
+    },
     "accelerate is launched with mixed precision bf16": {},
 }
 
@@ -38,7 +43,9 @@ def test_a_line_where_a_user_would_want_it(script, tmp_path, line):
 def test_an_ordinary_run_has_nothing_to_hear(script, tmp_path):
     changes = {"noise_coupling": "assignment", "prediction_type": "v_prediction", "max_train_steps": 6}
     result = script(tiny(tmp_path / "run", **changes))
-    assert result.code == 0 and not any(word in result.stderr for word in ("warm-up", "epsilon", "calls of the network", "probe"))
+    assert result.code == 0 and not any(
+        word in result.stderr for word in ("warm-up", "epsilon", "not read", "calls of the network", "probe")
+    )
     assert "moves 0.0" not in result.stderr + result.stdout and "-0.00000" not in result.stdout
 
 
