@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from immiscible.reports.arms import Report
 from immiscible.reports.clock import SECONDS_RULE
@@ -143,13 +144,24 @@ def trained_on(report: Report) -> str:
     parts = [
         f"{source} {config['resolution']}x{config['resolution']}" if source and "resolution" in config else source,
         *(f"{what} {config[name]}" for name, what in part.items() if config.get(name)),
-        str(config.get("prediction_type", "")),
-        f"{config['sampling_scheduler']} sampling, {config.get('timestep_spacing', '')} spacing" if "sampling_scheduler" in config else "",
+        *_predicted_and_sampled(report, config),
         f"{config['max_train_steps']} steps" if "max_train_steps" in config else "",
         f"batch {config['train_batch_size']}" if "train_batch_size" in config else "",
         f"seeds {', '.join(map(str, seeds))}",
     ]
     return "; ".join(part for part in parts if part)
+
+
+def _predicted_and_sampled(report: Report, shared: Mapping[str, Any]) -> list[str]:
+    """What all networks predict and how they are sampled, as far as it is one for all; flags of denoising are not read elsewhere."""
+    objectives = {run.config.get("objective", "denoising") for run in report.runs}
+    if objectives == {"denoising"}:
+        sampler, spacing = shared.get("sampling_scheduler"), shared.get("timestep_spacing", "")
+        return [str(shared.get("prediction_type", "")), f"{sampler} sampling, {spacing} spacing" if sampler else ""]
+    if objectives == {"edm"}:
+        sampler = shared.get("edm_sampler")
+        return ["edm with momentum" if shared.get("momentum") else "edm", f"{sampler} sampling" if sampler else ""]
+    return sorted(objectives) if len(objectives) == 1 else []
 
 
 def reading_guide(comparison: Comparison) -> list[str]:

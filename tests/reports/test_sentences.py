@@ -3,7 +3,7 @@ from compared import decay, run_pair, words, write_run
 from immiscible.reports.comparison import compare
 from immiscible.reports.page import html_report, markdown_report
 from immiscible.reports.ratios import GAIN, UNKNOWN
-from immiscible.reports.sentences import headline
+from immiscible.reports.sentences import headline, setting
 
 
 def test_two_seeds_say_that_it_may_be_chance(arms):
@@ -79,3 +79,17 @@ def test_a_report_says_what_samples_were_told(tmp_path):
     assert "coupled, step 500. Guidance 7.5; row by row: a <cat>; a dog" in page
     classes = words(html_report(compare({"a": [write_run(tmp_path / "classes", {5: decay()}, class_conditional=True)]})))
     assert "(every class equally often)" in classes and "In the order of classes." in classes
+
+
+def test_what_is_predicted_and_sampled_is_said_of_the_objective(tmp_path):
+    """A task file of denoising under another may give flags that are not read."""
+    flags = {"prediction_type": "v_prediction", "sampling_scheduler": "ddim", "timestep_spacing": "trailing", "edm_sampler": "heun"}
+    kinds = {
+        "denoising": ({}, "; v_prediction; ddim sampling, trailing spacing; "),
+        "edm": ({"objective": "edm", "momentum": True}, "; edm with momentum; heun sampling; "),
+        "consistency": ({"objective": "consistency"}, "; consistency; "),
+    }
+    arms = {name: [write_run(tmp_path / name, {1: decay()}, **flags, **own)] for name, (own, _) in kinds.items()}
+    for name, (_, said) in kinds.items():
+        assert said in setting(compare({name: arms[name]}))
+    assert not any(word in setting(compare(arms)) for word in ("v_prediction", "sampling", "edm"))
