@@ -115,7 +115,9 @@ class ObjectiveArguments(ProcessArguments):
         "student", "whose answer is aimed at: the network's own (improved) or its average's (ema)", choices=("student", "ema")
     )
     teacher_decay: float = flag(0.9, "mu0 of the averaged teacher: mu = exp(s0 ln(mu0) / N)", above=0, below=1)
-    skip_steps: int = flag(1, "how many levels lie between network and teacher", least=1, most=10**4)
+    skip_steps: int = flag(
+        1, "by how many levels the teacher is below the network; draws of the last ones train the last pair", least=1, most=10**4
+    )
     noise_precond_type: str = flag(
         "cm", "what the network is told of sigma: 250 ln(sigma), as diffusers' sampler tells it", choices=("cm",)
     )
