@@ -332,7 +332,7 @@ def test_the_report_is_opened_where_there_is_a_screen(script, grid, monkeypatch)
         (["--methods", "plain.yaml"], "--methods needs --task"),
         (["--method", "plain.yaml"], "unrecognized arguments: --method"),
         (["--task", "digits", "--methods", "nope"], "--methods nope: no such file; configs/methods holds baseline, "),
-        (["--task", "nope", "--methods", "baseline"], "--task nope: no such file; configs/tasks holds cifar10_ddim, "),
+        (["--task", "nope", "--methods", "baseline"], "--task nope: no such file; configs/tasks holds celeba64_consistency, "),
         (["--task", "task.yaml", "--methods", "plain.yaml", "plain.yaml"], "plain is there twice"),
         (["--task", "task.yaml", "--methods", "plain.yaml", "--baseline", "x"], "--baseline x is not one of the arms: plain"),
         (["--task", "plain.yaml", "--methods", "plain.yaml"], "nothing would be measured: set eval_steps"),
