@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from immiscible.errors import UserError
 from immiscible.objectives import DenoisingObjective, Pairs
-from immiscible.process import NoiseLevels, NoiseProcess, check_prediction_type
+from immiscible.process import NoiseLevels, NoiseProcess, check_prediction_type, rows_at
 from immiscible.randomness import Draws
 
 
@@ -160,6 +160,11 @@ class SigmaProcess(NoiseProcess):
         """The standard deviation of the noise in ``x0 + sigma n``, fp32 [T], increasing."""
         return self.exact_sigma.float()
 
+    @property
+    def log_snr(self) -> Tensor:
+        """See `NoiseProcess.log_snr`: ``-2 ln sigma``, whatever sigma_data is."""
+        return -2 * self.exact_sigma.log()
+
     def to(self, device: torch.device | str) -> SigmaProcess:
         """See `NoiseProcess.to`."""
         moved = super().to(device)
@@ -186,23 +191,18 @@ class SigmaProcess(NoiseProcess):
     def target(self, x0: Tensor, noise: Tensor, t: Tensor, prediction_type: str) -> Tensor:
         """``(x0 - skip (x0 + sigma n)) / out``: what the network must say for the denoised image to be x0; fp32, of x0's shape."""
         check_prediction_type(self.kind, prediction_type)
-        return _rows(self.of_image, t, x0) * x0.float() + _rows(self.of_noise, t, x0) * noise.float()
+        return rows_at(self.of_image, t, x0) * x0.float() + rows_at(self.of_noise, t, x0) * noise.float()
 
     def predict_x0(self, xt: Tensor, output: Tensor, t: Tensor, prediction_type: str) -> Tensor:
         """See `NoiseProcess.predict_x0`: ``skip x + out F``."""
         check_prediction_type(self.kind, prediction_type)
         skip, out, scale, _ = self.scalings(self.exact_sigma)
-        return _rows((skip / scale).float(), t, xt) * xt.float() + _rows(out.float(), t, xt) * output.float()
+        return rows_at((skip / scale).float(), t, xt) * xt.float() + rows_at(out.float(), t, xt) * output.float()
 
     def noise_error(self, prediction_type: str) -> Tensor:
         """See `NoiseProcess.noise_error`: ``(out / sigma)^2``; with EDM's scalings that is alpha_bar."""
         check_prediction_type(self.kind, prediction_type)
         return (self.scalings(self.exact_sigma).out / self.exact_sigma) ** 2
-
-
-def _rows(vector: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """``vector[t]`` as fp32 [B, 1, ...] on the device of ``like`` [B, ...]."""
-    return vector.to(like.device)[t.to(like.device)].view(-1, *[1] * (like.ndim - 1))
 
 
 @dataclass(frozen=True)

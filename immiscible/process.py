@@ -158,6 +158,11 @@ class NoiseProcess:
             return ((1 - self.alpha_bar) / self.alpha_bar).sqrt().float()
         return self.noise.cpu()
 
+    @property
+    def log_snr(self) -> Tensor:
+        """The logarithm of the SNR of data of unit variance, by which `LossWeights.at` finds a sigma: float64 [T], decreasing."""
+        return self.snr.log()
+
     def levels(self, t: Tensor, within: Tensor | None = None) -> NoiseLevels:
         """The noise levels of indices ``t`` in the scheduler's own terms.
 
@@ -209,7 +214,7 @@ class NoiseProcess:
         Returns:
             fp32, of x0's shape. (diffusers first casts alpha-bar to x0's dtype: in bf16 the first steps then get no noise at all.)
         """
-        return _at(self.signal, t, x0) * x0.float() + _at(self.noise, t, x0) * noise.float()
+        return rows_at(self.signal, t, x0) * x0.float() + rows_at(self.noise, t, x0) * noise.float()
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor, prediction_type: str) -> Tensor:
         """What the network is to predict, fp32, of x0's shape.
@@ -227,7 +232,7 @@ class NoiseProcess:
         if prediction_type == "sample":
             return x0
         if prediction_type == "v_prediction":
-            return _at(self.signal, t, x0) * noise - _at(self.noise, t, x0) * x0
+            return rows_at(self.signal, t, x0) * noise - rows_at(self.noise, t, x0) * x0
         return noise - x0
 
     def predict_x0(self, xt: Tensor, output: Tensor, t: Tensor, prediction_type: str) -> Tensor:
@@ -242,7 +247,7 @@ class NoiseProcess:
         xt, output = xt.float(), output.float()
         if prediction_type == "sample":
             return output
-        signal, noise = _at(self.signal, t, xt), _at(self.noise, t, xt)
+        signal, noise = rows_at(self.signal, t, xt), rows_at(self.noise, t, xt)
         if prediction_type == "epsilon":
             return (xt - noise * output) / signal
         if prediction_type == "v_prediction":
@@ -333,7 +338,7 @@ def check_prediction_type(kind: str, prediction_type: str) -> None:
         raise UserError(f"the noise process {kind!r} needs `prediction_type` {' or '.join(known[kind])}, not {prediction_type!r}{reason}")
 
 
-def _at(vector: Tensor, t: Tensor, like: Tensor) -> Tensor:
+def rows_at(vector: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """``vector[t]`` as fp32 [B, 1, ...] on the device of ``like`` [B, ...]."""
     return vector.to(like.device)[t.to(like.device)].view(-1, *[1] * (like.ndim - 1))
 

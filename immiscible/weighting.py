@@ -228,7 +228,7 @@ def loss_weights(name: str, process_or_scheduler: Any, prediction_type: str, **o
     process = as_process(process_or_scheduler)
     check_prediction_type(process.kind, prediction_type)
     vector = build_choice(LOSS_WEIGHTINGS, "loss_weights", name, process, prediction_type, **options)
-    return LossWeights(vector, process.snr.log(), process.kind)
+    return LossWeights(vector, process.log_snr, process.kind)
 
 
 def _change_aware(process: NoiseProcess, change_aware_lambda: float) -> Tensor:

@@ -22,7 +22,6 @@ from immiscible.method import build_objective, chosen_coupling, chosen_sampler, 
 from immiscible.networks.unet import build_unet, unet_config
 from immiscible.objective_choice import training_scheduler
 from immiscible.process import NoiseProcess
-from immiscible.schedulers import build_scheduler
 
 # Those of Stable Diffusion: test_recipes.py. `classes` goes beside another.
 PARTS = ("classes", "consistency", "edm")  # added to another task
@@ -186,16 +185,7 @@ def test_the_token_is_not_written_into_the_run(tmp_path):
 
 def parts(config: UnconditionalConfig) -> None:
     """Builds everything that a run builds, without data, and the network without memory."""
-    scheduler = build_scheduler(
-        config.noise_process,
-        num_train_timesteps=config.ddpm_num_steps,
-        beta_schedule=config.ddpm_beta_schedule,
-        beta_start=config.ddpm_beta_start,
-        beta_end=config.ddpm_beta_end,
-        prediction_type=config.prediction_type,
-        image_scale=config.image_scale,
-    )
-    process = NoiseProcess.from_scheduler(scheduler)
+    process = NoiseProcess.from_scheduler(training_scheduler(config))
     sampler = chosen_sampler(config, process)
     assert sampler(4, generator=torch.Generator().manual_seed(0)).shape == (4,)
     x0, labels = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)

@@ -93,6 +93,12 @@ def test_change_aware_follows_the_noise_share_per_share_of_the_proposal():
     assert numpy.allclose(loss_weights("change_aware", process, "preconditioned").vector / process.alpha_bar, expected)
 
 
+def test_weights_of_a_sigma_are_those_of_its_level():
+    process = edm_process(sigma_data=1.7)
+    weights = loss_weights("min_snr", process, "preconditioned")
+    assert torch.allclose(weights.at(process.exact_sigma), weights.vector.float(), rtol=1e-5)
+
+
 def test_sigma_is_log_normal_and_the_same_for_any_split():
     process = edm_process()
     draws, t = Draws(0, 0, 0, CPU), timestep_sampler("uniform", process)(20_000, generator=torch.Generator().manual_seed(0))

@@ -111,18 +111,23 @@ def unet_config(
         config["dropout"] = dropout
     if class_embed_type is not None:
         config["class_embed_type"] = class_embed_type
+    classes = _classes(config, num_classes, null_class, flag)
+    return {**config, **classes, "sample_size": resolution // downsampling}
+
+
+def _classes(config: dict[str, Any], num_classes: int | None, null_class: bool, flag: str) -> dict[str, Any]:
+    """What a configuration must say of the classes that its network is told; ``flag`` names where it comes from."""
     embeddings, what = (num_classes or 0) + null_class, f"{num_classes} classes{' and that of no class' if null_class else ''}"
     declared, kind = config.get("num_class_embeds"), config.get("class_embed_type")
     if num_classes is None:
         if declared or kind:
             raise UserError(f"{flag}: the network expects class labels; give --class_conditional")
-    elif declared not in (None, embeddings):
+        return {}
+    if declared not in (None, embeddings):
         raise UserError(f"{flag}: num_class_embeds is {declared}, but the data has {what}; make them equal or leave it out")
-    elif kind not in (None, "timestep"):
+    if kind not in (None, "timestep"):
         raise UserError(f"{flag}: class_embed_type {kind!r} does not take class numbers; leave it out or give 'timestep'")
-    else:
-        config |= {"num_class_embeds": embeddings, **({NULL_CLASS: num_classes} if null_class else {})}
-    return {**config, "sample_size": resolution // downsampling}
+    return {"num_class_embeds": embeddings, **({NULL_CLASS: num_classes} if null_class else {})}
 
 
 def build_unet(config: dict[str, Any]) -> UNet2DModel:
