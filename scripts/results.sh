@@ -88,6 +88,9 @@ grids() {
   grid digits_consistency 40 "digits classes consistency" "0 1 2" "baseline immiscible epoch epoch_within speed_sampling" "${held[@]}" --max_train_steps 600 --eval_steps 100 --eval_samples 500
   grid digits_consistency_unconditional 26 "digits consistency" "0 1 2" "baseline immiscible epoch" "${held[@]}" --max_train_steps 600 --eval_steps 100 --eval_samples 500
   grid digits_consistency_1281 16 "digits consistency" "0 1 2" "baseline immiscible" "${held[@]}" --max_train_steps 600 --eval_steps 100 --eval_samples 500 --discretization_s_1 1280
+  grid digits_consistency_batch_16 12 "digits consistency" "0 1 2" "baseline immiscible" "${held[@]}" --max_train_steps 600 --eval_steps 100 --eval_samples 500 --train_batch_size 16
+  grid digits_consistency_batch_256 40 "digits consistency" "0 1 2" "baseline immiscible" "${held[@]}" --max_train_steps 600 --eval_steps 100 --eval_samples 500 --train_batch_size 256
+  grid digits_consistency_late 8 "digits consistency" "0 1 2" "baseline immiscible" "${held[@]}" --max_train_steps 600 --eval_steps 100 --eval_samples 500 --coupling_start_step 300
   grid digits_consistency_original 16 "digits consistency" "0 1 2" "baseline immiscible" "${held[@]}" --max_train_steps 600 --eval_steps 100 --eval_samples 500 --discretization square_root --discretization_s_0 2 --level_sampling uniform --level_weighting none --consistency_distance l2 --teacher ema
   grid digits_edm 30 "digits classes edm" "0 1 2" "baseline immiscible epoch epoch_within speed" "${held[@]}" --eval_steps 200
   grid emoji_consistency 120 "emoji classes consistency" "0 1 2" "baseline immiscible epoch epoch_within speed_sampling" "${quiet[@]}" --max_train_steps 1500 --eval_steps 500
