@@ -16,6 +16,7 @@ from immiscible.errors import UserError
 from immiscible.files import PARTIAL, replace
 from immiscible.reports.arms import Report
 from immiscible.reports.comparison import Comparison
+from immiscible.reports.evidence import evidence_table
 from immiscible.reports.figures import arm_figure, crowded, curve_figure, inference_figure, ratio_figure
 from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, RULE, UNCLEAR
 from immiscible.reports.samples import samples_of
@@ -55,6 +56,7 @@ def html_report(comparison: Comparison) -> str:
         rule=RULE,
         seconds=comparison.clock.why,
         summaries=[summary_table(comparison, count) for count in steps],
+        evidence=[evidence_table(comparison, count) for count in steps],
         guidance=guidance_table(comparison),
         costs=cost_table(comparison),
         held_out=[table for table in (held_out_table(comparison), validation_table(comparison)) if table],
@@ -115,6 +117,7 @@ def markdown_report(comparison: Comparison) -> str:
         "## How many steps and seconds it saves",
         line(comparison.clock.why),
         *(summary_table(comparison, count).markdown() for count in steps),
+        *(evidence_table(comparison, count).markdown() for count in steps),
         f"## {inline(comparison.feature)} while training",
         *(curve_table(comparison, count).markdown() for count in steps),
         *(["## Quality against guidance", guidance.markdown()] if guidance else []),

@@ -86,6 +86,26 @@ def seed_ratio(baseline: Curve, curve: Curve, threshold: float) -> Interval:
     return ratio(crossing(baseline, asked), crossing(curve, asked))
 
 
+def highest_ratio(baseline: Curve, curve: Curve) -> tuple[Interval, float] | None:
+    """The greatest ratio of times over all qualities: what papers call their highest acceleration, read off two curves.
+
+    The qualities are those at which the baseline is better than it was before; at each the ratio is `crossing` of the baseline over
+    `crossing` of the curve. Of many noisy ratios the greatest flatters, also where there is no effect: beside `seed_ratio`, which asks
+    at one quality that was fixed beforehand, it only serves to be held against published numbers.
+
+    Returns:
+        the ratio of the greatest lower end, and its quality; None where the curve reaches none of them.
+    """
+    best, found = math.inf, []
+    for _, value in baseline:
+        if value < best:
+            best = value
+            at = ratio(crossing(baseline, value), crossing(curve, value))
+            if at.low > 0:
+                found.append((at, value))
+    return max(found, key=lambda pair: pair[0].low) if found else None
+
+
 def middle(values: Iterable[Interval]) -> Interval:
     """The median of numbers that may be known as intervals only: the medians of their lower and of their upper ends.
 

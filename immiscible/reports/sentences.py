@@ -182,7 +182,10 @@ def reading_guide(comparison: Comparison) -> list[str]:
         "more. '< n' means that the arm never got there and its ratio is below n; '> n' that it was there before its first evaluation. "
         "In brackets are the least and the greatest of the seeds: 'up to n' where the least is unknown, 'n and more' where the greatest "
         f"is. 'Sooner in {comparison.clock.unit}' is the same in time of training.",
-        RULE + chance + " No confidence interval is given: so few seeds do not carry one.",
+        RULE + chance,
+        "Under 'How sure it is': p is of a paired t-test of the logarithms of the final distances, and the interval resamples the seeds; "
+        "of three seeds it is narrower than it says. The highest ratio of steps is the greatest over all qualities that the baseline "
+        "passes, as papers quote it: of many noisy ratios the greatest flatters, so compare it with published ones alone.",
         SECONDS_RULE,
         "The baseline compares with itself: its ratio is 1 by definition. Equal seeds share initial weights, batches and noises.",
     ]

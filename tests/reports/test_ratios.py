@@ -5,7 +5,20 @@ from itertools import pairwise
 import pytest
 from compared import INF, decay, exactly, near, noisy
 
-from immiscible.reports.ratios import GAIN, HARM, NO_EFFECT, UNCLEAR, UNKNOWN, Interval, crossing, middle, ratio, seed_ratio, verdict
+from immiscible.reports.ratios import (
+    GAIN,
+    HARM,
+    NO_EFFECT,
+    UNCLEAR,
+    UNKNOWN,
+    Interval,
+    crossing,
+    highest_ratio,
+    middle,
+    ratio,
+    seed_ratio,
+    verdict,
+)
 
 
 def test_crossing_interpolates_the_logarithm():
@@ -123,3 +136,20 @@ def test_half_of_what_is_not_known_is_not_known():
     assert middle([Interval(0.0, 0.83), exactly(0.91)]).show(2) == "< 0.87"
     assert middle([Interval(0.0, 0.83), exactly(0.9), exactly(1.0)]) == exactly(0.9)
     assert middle([Interval(500.0, INF), exactly(400.0)]).show() == "> 450"
+
+
+def test_the_highest_ratio_is_that_of_the_quality_where_it_is_greatest():
+    found, level = highest_ratio(decay(), decay(speed=2))
+    assert near(found, 2) and level in [value for _, value in decay()]
+    generator = random.Random(5)
+    for _ in range(50):
+        baseline, curve = noisy(generator), noisy(generator)
+        levels = [value for number, (_, value) in enumerate(baseline) if all(value < before for _, before in baseline[:number])]
+        lows = [at.low for value in levels if (at := ratio(crossing(baseline, value), crossing(curve, value))).low > 0]
+        found = highest_ratio(baseline, curve)
+        assert found is None if not lows else found[0].low == max(lows) and found[1] in levels
+
+
+def test_the_highest_ratio_of_the_baseline_itself_is_one_and_of_a_curve_that_never_gets_there_none():
+    assert highest_ratio(decay(), decay())[0] == exactly(1.0)
+    assert highest_ratio(decay(), [(500.0, 1e3)]) is None
