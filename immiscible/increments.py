@@ -160,17 +160,19 @@ def ddpm(beta_schedule: str, steps: int = 1000, beta_start: float = 1e-4, beta_e
     """The closed form of a schedule of betas in the paper's steps t = 1..T, index t - 1 elsewhere.
 
     "linear" is theorem 1 (``beta_0 = beta_1 - (beta_T - beta_1) / T``, appendix A.8.1). The others are ours, in the same manner:
-    "scaled_linear", ``beta = (a + b t)^2``, where exp(-B) bounds alpha_bar from above as in lemma 1, because ``log(1 - beta) <= -beta``
-    and the sum of growing betas is at least their integral; and "squaredcos_cap_v2", where exp(-B) is alpha_bar itself up to the cap of
-    the last step.
+    "scaled_linear" and "quadratic", ``beta = (a + b t)^2``, where exp(-B) bounds alpha_bar from above as in lemma 1, because
+    ``log(1 - beta) <= -beta`` and the sum of growing betas is at least their integral; and "squaredcos_cap_v2", where exp(-B) is alpha_bar
+    itself up to the cap of the last step.
 
     Raises:
         UserError: the schedule has no closed form here.
     """
     if beta_schedule == "squaredcos_cap_v2":
         return _cosine(steps)
-    if beta_schedule not in ("linear", "scaled_linear"):
-        raise UserError(f"the beta schedule {beta_schedule!r} has no closed form; known: linear, scaled_linear, squaredcos_cap_v2")
+    if beta_schedule not in ("linear", "scaled_linear", "quadratic"):
+        raise UserError(
+            f"the beta schedule {beta_schedule!r} has no closed form; known: linear, scaled_linear, squaredcos_cap_v2, quadratic"
+        )
     if beta_schedule == "linear" or beta_start == beta_end or steps == 1:
         slope = (beta_end - beta_start) / steps
         return vp(beta_start - slope, slope, last=steps)

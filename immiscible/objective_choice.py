@@ -39,7 +39,7 @@ class ProcessArguments:
     )
     ddpm_beta_schedule: str = flag(
         "linear",
-        "the noise schedule; the papers' quadratic is scaled_linear, Stable Diffusion's too with betas 0.00085 and 0.012",
+        "the noise schedule; the papers' quadratic is scaled_linear with their betas, Stable Diffusion's that with 0.00085 and 0.012",
         choices=Names("immiscible.process", "BETA_SCHEDULES"),
     )
     ddpm_beta_start: float = flag(1e-4, "beta of the first step", least=0, most=1)

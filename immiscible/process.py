@@ -23,7 +23,7 @@ PREDICTION_TYPES: dict[str, tuple[str, ...]] = {"ddpm": ("epsilon", "sample", "v
 EDM_PREDICTION_TYPES = ("epsilon", "sample")  # of loops with a scheduler of their own; the scripts train the kinds above
 PRECONDITIONED = "preconditioned"  # the kind of the processes in `immiscible.edm`, and what a network predicts there
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "quadratic")
 
 EDM_SCHEDULERS = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"}
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from immiscible.errors import UserError
 from immiscible.process import BETA_SCHEDULES, PREDICTION_TYPES
 
+QUADRATIC_BETAS = (1e-4, 0.02)  # the papers' ends
+
 
 def build_scheduler(
     noise_process: str,
@@ -26,8 +28,8 @@ def build_scheduler(
     Args:
         noise_process: "ddpm" for a `DDPMScheduler`, "flow" for a `FlowMatchEulerDiscreteScheduler`.
         num_train_timesteps: T.
-        beta_schedule: one of `BETA_SCHEDULES`, for "ddpm". The papers' quadratic schedule is scaled_linear with the default
-            ends; Stable Diffusion's is scaled_linear from 0.00085 to 0.012.
+        beta_schedule: one of `BETA_SCHEDULES`, for "ddpm". The papers' "quadratic" is diffusers' scaled_linear with the default ends, as
+            which it is saved; Stable Diffusion's is scaled_linear from 0.00085 to 0.012.
         beta_start: the first beta, for "ddpm" (not read by squaredcos_cap_v2).
         beta_end: the last beta.
         prediction_type: what the network predicts, one of `PREDICTION_TYPES`; the first one of the process if not given.
@@ -51,6 +53,13 @@ def build_scheduler(
         raise UserError(
             f"--ddpm_beta_start {beta_start:g} and --ddpm_beta_end {beta_end:g} are out of range: they must be 0 < start <= end < 1"
         )
+    if beta_schedule == "quadratic":
+        if (beta_start, beta_end) != QUADRATIC_BETAS:
+            raise UserError(
+                f"--ddpm_beta_schedule quadratic is the papers', with betas from {QUADRATIC_BETAS[0]:g} to {QUADRATIC_BETAS[1]:g}: for "
+                f"{beta_start:g} to {beta_end:g} give scaled_linear"
+            )
+        beta_schedule = "scaled_linear"
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     if noise_process == "flow":

@@ -202,5 +202,6 @@ def test_wrong_values_are_refused():
     for sigma_data in (0.0, -1.0, math.nan):
         with pytest.raises(UserError, match="`sigma_data`"):
             edm().tau(10, sigma_data)
+    assert ddpm("quadratic").peak == ddpm("scaled_linear").peak
     with pytest.raises(UserError, match="'sigmoid' has no closed form; known: linear"):
         ddpm("sigmoid")

@@ -185,9 +185,22 @@ def test_build_scheduler_gives_what_diffusers_samples(kind, prediction_type):
 
 @pytest.mark.parametrize("schedule", BETA_SCHEDULES)
 def test_build_scheduler_passes_the_schedule_on(schedule):
-    built = build_scheduler("ddpm", beta_schedule=schedule, beta_start=0.001, beta_end=0.01)
-    expected = DDPMScheduler(beta_schedule=schedule, beta_start=0.001, beta_end=0.01)
-    assert torch.equal(built.alphas_cumprod, expected.alphas_cumprod)
+    if schedule != "quadratic":
+        built = build_scheduler("ddpm", beta_schedule=schedule, beta_start=0.001, beta_end=0.01)
+        expected = DDPMScheduler(beta_schedule=schedule, beta_start=0.001, beta_end=0.01)
+        assert torch.equal(built.alphas_cumprod, expected.alphas_cumprod)
+
+
+def test_quadratic_is_the_papers_and_is_saved_as_diffusers_knows_it():
+    built = build_scheduler("ddpm", beta_schedule="quadratic")
+    again = DDPMScheduler.from_config(built.config)
+    assert built.config.beta_schedule == "scaled_linear" and (again.config.beta_start, again.config.beta_end) == (1e-4, 0.02)
+    process, a, b = as_process(again), 1e-4**0.5, 0.02**0.5
+    betas = (a + (b - a) * torch.arange(1000, dtype=torch.float64) / 999) ** 2
+    torch.testing.assert_close(process.alpha_bar, (1 - betas).cumprod(0), rtol=1e-5, atol=1e-12)
+    assert process.peak_step() + 1 == 412 and [process.convergence_step(r) for r in (10, 100, 1000)] == [661, 851, 985]
+    with pytest.raises(UserError, match=r"--ddpm_beta_schedule quadratic is the papers', .* for 0\.00085 to 0\.012 give scaled_linear"):
+        build_scheduler("ddpm", beta_schedule="quadratic", beta_start=0.00085, beta_end=0.012)
 
 
 @pytest.mark.parametrize("kind, schedule", [("ddpm", LINEAR), ("ddpm", STABLE_DIFFUSION), ("ddpm", COSINE), ("flow", {})])
