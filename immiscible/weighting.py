@@ -159,6 +159,76 @@ def min_snr(process: NoiseProcess, prediction_type: str, *, snr_gamma: float = 5
     return from_epsilon((snr_gamma / process.snr).clamp(max=1), process, prediction_type)
 
 
+def min_snr_released(process: NoiseProcess, prediction_type: str) -> Tensor:
+    """What SpeeD's released code weighs by as its rival "min-SNR": ``5 / (1 + SNR)`` on the noise's error, five times P2.
+
+    It divides the least noisy step's min(SNR, 5) by each step's SNR plus one.
+    """
+    return from_epsilon(5 / (1 + process.snr), process, prediction_type)
+
+
+def soft_min_snr(process: NoiseProcess, prediction_type: str, *, snr_gamma: float = 4.0) -> Tensor:
+    """Soft-min-SNR (Crowson et al. 2024, arXiv 2401.11605): ``1 / (sigma^2 + 1 / gamma)`` on the image's error, sigma^2 = 1 / SNR.
+
+    So ``gamma / (SNR + gamma)`` on the noise's.
+
+    Raises:
+        UserError: gamma is not above 0.
+    """
+    if not 0 < snr_gamma < math.inf:
+        raise UserError(f"`snr_gamma` {snr_gamma:g} is out of range: it must be above 0")
+    return from_epsilon(snr_gamma / (snr_gamma + process.snr), process, prediction_type)
+
+
+def debiased(process: NoiseProcess, prediction_type: str, *, debiased_cap: float | None = None) -> Tensor:
+    """Debiased estimation (Yu et al. 2023, arXiv 2310.08442): ``1 / sqrt(SNR)`` on the noise's error.
+
+    Args:
+        process: the noise process.
+        prediction_type: what the network predicts.
+        debiased_cap: SNRs above it count as it does, above 0; kohya's scripts have 1000, the paper has none.
+
+    Raises:
+        UserError: the cap is not above 0, or the weight is infinite under epsilon on a process that ends without signal.
+    """
+    if debiased_cap is not None and not 0 < debiased_cap < math.inf:
+        raise UserError(f"`debiased_cap` {debiased_cap:g} is out of range: it must be above 0")
+    weights = process.snr.clamp(max=debiased_cap if debiased_cap else math.inf) ** -0.5
+    return _from_unbounded(weights, process, prediction_type, "debiased", 0.0)
+
+
+def cosmap(process: NoiseProcess, prediction_type: str) -> Tensor:
+    """SD3's cosmap (Esser et al. 2024, eq. 21): ``2 / (pi - 2 pi s + 2 pi s^2)`` on the error of the flow's velocity, at flow time s.
+
+    A step of another process stands for the flow time of its SNR; the velocity's error is the noise's over ``1 - s``.
+
+    Raises:
+        UserError: the weight is infinite under epsilon on a process that ends without signal.
+    """
+    flow_time = 1 / (1 + process.snr.sqrt())
+    on_velocity = 2 / (math.pi * (1 - 2 * flow_time + 2 * flow_time**2))
+    return _from_unbounded(on_velocity / (1 - flow_time) ** 2, process, prediction_type, "cosmap", 2 / math.pi)
+
+
+def edm(process: NoiseProcess, prediction_type: str, *, edm_sigma_data: float = 0.5) -> Tensor:
+    """EDM's (Karras et al. 2022, table 1): ``(sigma^2 + d^2) / (sigma d)^2`` on the image's error.
+
+    So ``1 + sigma^2 / d^2`` on the noise's. Sigma is the noise's deviation over the signal's coefficient.
+
+    Args:
+        process: the noise process.
+        prediction_type: what the network predicts.
+        edm_sigma_data: d, the data's standard deviation, above 0.
+
+    Raises:
+        UserError: d is not above 0, or the weight is infinite under epsilon on a process that ends without signal.
+    """
+    if not 0 < edm_sigma_data < math.inf:
+        raise UserError(f"`edm_sigma_data` {edm_sigma_data:g} is out of range: it must be above 0")
+    weights = 1 + (-process.log_snr).exp() / edm_sigma_data**2
+    return _from_unbounded(weights, process, prediction_type, "edm", 1 / edm_sigma_data**2)
+
+
 def snr(process: NoiseProcess, prediction_type: str) -> Tensor:
     """One on the noise's error, whatever is predicted: SNR under sample, SNR / (SNR + 1) under v_prediction.
 
@@ -206,6 +276,11 @@ LOSS_WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
     "snr": snr,
     "p2": p2,
     "velocity": velocity,
+    "soft_min_snr": soft_min_snr,
+    "min_snr_released": min_snr_released,
+    "debiased": debiased,
+    "cosmap": cosmap,
+    "edm": edm,
 }
 
 
@@ -229,6 +304,21 @@ def loss_weights(name: str, process_or_scheduler: Any, prediction_type: str, **o
     check_prediction_type(process.kind, prediction_type)
     vector = build_choice(LOSS_WEIGHTINGS, "loss_weights", name, process, prediction_type, **options)
     return LossWeights(vector, process.log_snr, process.kind)
+
+
+def _from_unbounded(weights: Tensor, process: NoiseProcess, prediction_type: str, name: str, without_signal: float) -> Tensor:
+    """`from_epsilon` of weights that are infinite where no signal is left; under other types there is a limit there.
+
+    Raises:
+        UserError: epsilon is trained there.
+    """
+    ends = process.snr == 0
+    if prediction_type == "epsilon" and bool(ends.any()):
+        raise UserError(
+            f"loss_weights({name!r}) is infinite under `prediction_type` epsilon on a noise process that ends without signal: predict "
+            "something else"
+        )
+    return torch.where(ends, without_signal, from_epsilon(weights, process, prediction_type))
 
 
 def _change_aware(process: NoiseProcess, change_aware_lambda: float) -> Tensor:
