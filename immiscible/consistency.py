@@ -196,8 +196,8 @@ class ConsistencyObjective(DenoisingObjective):
     by_gap: bool = True
     skip_steps: int = 1
 
-    def __call__(self, model: nn.Module, pairs: Pairs, draws: Draws) -> Tensor:
-        """The loss of each image, fp32 [B]; see `DenoisingObjective.__call__`."""
+    def loss(self, model: nn.Module, pairs: Pairs, draws: Draws) -> Tensor:
+        """The loss of each image, fp32 [B]; see `DenoisingObjective.loss`."""
         x0, noise = pairs.x0, pairs.noise  #                                   [B,C,H,W]
         below, above = self.pair_of_levels(pairs.timesteps, draws)  #          [B], [B]
         with torch.no_grad(), preserved_randomness(x0.device):

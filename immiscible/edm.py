@@ -231,11 +231,11 @@ class MomentumObjective(DenoisingObjective):
         share = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         return self.first_cap + share * (self.last_cap - self.first_cap)
 
-    def __call__(self, model: nn.Module, pairs: Pairs, draws: Draws) -> Tensor:
-        """See `DenoisingObjective.__call__`."""
+    def loss(self, model: nn.Module, pairs: Pairs, draws: Draws) -> Tensor:
+        """See `DenoisingObjective.loss`."""
         process = self.process
         assert isinstance(process, SigmaProcess)
         sigma = process.drawn_sigma(pairs.timesteps, draws)
         weight = (sigma**2 + process.sigma_data**2) / (sigma * process.sigma_data) ** 2
         kept = (self.cap(draws.step) / weight).clamp(max=1).float()
-        return kept * super().__call__(model, pairs, draws)
+        return kept * super().loss(model, pairs, draws)

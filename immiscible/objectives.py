@@ -18,7 +18,7 @@ from immiscible.coupling import Coupling, coupling_statistics, paired_together, 
 from immiscible.epoch import EpochCoupling
 from immiscible.process import NoiseProcess
 from immiscible.randomness import Draws, PoolDraws
-from immiscible.timesteps import TimestepSampler
+from immiscible.samplers import TimestepSampler
 from immiscible.weighting import LossWeights
 
 
@@ -133,7 +133,8 @@ class DenoisingObjective:
             condition: keyword arguments of the network, each [K * B, ...].
         """
         uniforms = draws.uniform("timesteps").split(draws.batch_size)  #     a law may tie the draws of one micro-batch together
-        t = torch.cat([self.sampler.from_uniforms(part) for part in uniforms])
+        steps = [part.step for part in draws.parts for _ in range(draws.ranks)]  # a pool may begin in one step and end in another
+        t = torch.cat([self.sampler.at(step).from_uniforms(part) for step, part in zip(steps, uniforms, strict=True)])
         t = t.to(x0.device)  #                                               [N]       how often each level is trained  <- SpeeD
         drawn = draws.normal("noise", *x0.shape[1:])  #                      [N,C,H,W] the pool of noises
         scaled = x0 if self.image_scale == 1 else self.image_scale * x0
@@ -155,6 +156,10 @@ class DenoisingObjective:
         return Pairs(x0, t[own], noise, labels, condition or {}, statistics)
 
     def __call__(self, model: nn.Module, pairs: Pairs, draws: Draws) -> Tensor:
+        """The loss of each image, as `loss`; a law that goes by losses learns of it and weighs it."""
+        return self.sampler.settled(draws.step, pairs.timesteps, self.loss(model, pairs, draws))
+
+    def loss(self, model: nn.Module, pairs: Pairs, draws: Draws) -> Tensor:
         """The loss of each image.
 
         Args:

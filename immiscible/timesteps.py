@@ -1,14 +1,20 @@
 """How often each noise level is trained: a timestep law is one probability vector over the T steps.
 
 To add a law: a function ``law(process, *, <options>) -> TimestepSampler`` and an entry in `TIMESTEP_SAMPLINGS`; its options are known
-by its signature. Indices are 0-based, from least to most noise; SpeeD's paper counts steps from 1.
+by its signature. Indices are 0-based, from least to most noise; SpeeD's paper counts steps from 1. Laws that change in a run are made of
+the samplers in `samplers`.
+
+Laws of a continuum, of flow time s, sigma or log-SNR, are cut to the noise levels that a process has: a step stands for the flow time of
+its SNR, ``s = 1 / (1 + sqrt(SNR))``, and gets the law's mass between the midpoints to its neighbors. What lies beyond would otherwise pile
+up on the ends: 39 % of the draws of `logit_normal` on the last step of a linear schedule of 100.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,135 +22,12 @@ from torch import Tensor
 
 from immiscible.choices import build_choice
 from immiscible.errors import UserError
-from immiscible.process import NoiseLevels, NoiseProcess, as_process
+from immiscible.process import NoiseProcess, as_process
+from immiscible.samplers import LossHistory, LossSampler, RampedSampler
+from immiscible.samplers import TimestepSampler as TimestepSampler
 
 DEFAULT_R = 143.55  # the r at which the linear schedule gives the released code's tau; the paper names none
 RELEASED_TAU = 700
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class TimestepSampler:
-    """Draws timesteps from a law; to be used in the place of ``torch.randint``, or by `levels` in a loop that wants sigmas.
-
-    Args:
-        probabilities: the law p, float64 [T], sums to 1.
-        reflect_at: the m of SpeeD's released draw rule, in [1, T): half of a batch, n // 2 + 1 rows, is drawn from p, and the rest are
-            the reflections of these rows, t -> |t - m|. None for independent draws from p.
-        process: the noise process whose steps these are, for `levels`; `timestep_sampler` fills it in.
-
-    Raises:
-        UserError: ``probabilities`` is no such vector, ``reflect_at`` is out of range, or the process has another number of steps.
-    """
-
-    probabilities: Tensor
-    reflect_at: int | None = None
-    process: NoiseProcess | None = None
-
-    def __post_init__(self) -> None:
-        p = self.probabilities
-        if p.dtype != torch.float64 or p.ndim != 1 or len(p) == 0:
-            raise UserError(f"timestep probabilities must be a float64 vector over the timesteps, not {p.dtype} {list(p.shape)}")
-        if not (bool((p >= 0).all()) and abs(float(p.sum()) - 1) < 1e-9):
-            raise UserError(f"timestep probabilities must be at least 0 and sum to 1; their sum is {float(p.sum()):g}")
-        if self.reflect_at is not None and not 1 <= self.reflect_at < len(p):
-            raise UserError(f"`reflect_at` {self.reflect_at} is out of range: it must be in [1, {len(p)})")
-        if self.process is not None and self.process.num_timesteps != len(p):
-            raise UserError(f"{len(p)} timestep probabilities do not go with a noise process of {self.process.num_timesteps} timesteps")
-
-    def __repr__(self) -> str:
-        reflected = "" if self.reflect_at is None else f", reflected at {self.reflect_at}"
-        return f"TimestepSampler({len(self.probabilities)} timesteps, moves {self.moved_share():.1%} of the draws{reflected})"
-
-    def __call__(self, n: int, device: torch.device | str | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Draws n timesteps.
-
-        Args:
-            n: how many: the batch size. With ``reflect_at`` the rows of one call depend on each other; across ranks each rank reflects
-                its own rows.
-            device: where the result is to be; the generator's device if not given.
-            generator: drawn from on its own device; the global CPU generator if not given, so that a seed gives the same timesteps
-                whatever the device.
-
-        Returns:
-            int64 [n], in [0, T): 0 is the least noise. With betas this is the timestep of diffusers' schedulers and of the network; flow
-            and EDM schedulers count the other way, and `levels` gives what their loops want.
-        """
-        source = generator.device if generator is not None else torch.device("cpu")
-        uniforms = torch.rand(n, dtype=torch.float64, device=source, generator=generator)
-        return self.from_uniforms(uniforms).to(device if device is not None else source)
-
-    def levels(
-        self,
-        n: int,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-        *,
-        ndim: int = 1,
-        continuous: bool = False,
-    ) -> NoiseLevels:
-        """Draws n noise levels and gives them as loops over flows and EDM write them.
-
-        For diffusers' flow scripts ``sigmas, timesteps, indices = sampler.levels(n, ndim=x0.ndim)`` stands for drawing ``indices``,
-        ``timesteps = scheduler.timesteps[indices]`` and ``sigmas = get_sigmas(timesteps)``, to the last bit.
-
-        Args:
-            n: how many: the batch size.
-            device: as in a call of the sampler.
-            generator: as in a call of the sampler, which draws the same indices from it.
-            ndim: of the images; sigma is [n, 1, ...] with so many dimensions, and broadcasts against them.
-            continuous: any value instead of the T levels: the law is spread evenly over each level's bin (`NoiseProcess.levels`).
-
-        Returns:
-            ``sigma`` fp32 [n, 1, ...], ``time`` [n], and ``index`` int64 [n] into the scheduler (of the bin, if continuous).
-
-        Raises:
-            UserError: the sampler was made without a noise process.
-        """
-        if self.process is None:
-            raise UserError("this law knows no noise process, so it has no noise levels: give TimestepSampler its `process`")
-        source = generator.device if generator is not None else torch.device("cpu")
-        t = self(n, generator=generator)
-        within = torch.rand(n, dtype=torch.float64, device=source, generator=generator) if continuous else None
-        sigma, time, index = self.process.levels(t, within)
-        target = device if device is not None else source
-        return NoiseLevels(sigma.view(-1, *[1] * (ndim - 1)).to(target), time.to(target), index.to(target))
-
-    def from_uniforms(self, uniforms: Tensor) -> Tensor:
-        """The timesteps that uniform numbers stand for, by the inverse of the law's distribution function.
-
-        Args:
-            uniforms: float64 [n], in [0, 1). With ``reflect_at`` only the first n // 2 + 1 are used.
-
-        Returns:
-            int64 [n] on the device of ``uniforms``; steps of probability zero are never among them.
-        """
-        cumulative = self.probabilities.cumsum(0)
-        # Divided by its end, which rounding leaves beside 1: then a uniform below 1 cannot fall beyond the last possible step.
-        cumulative = (cumulative / cumulative[-1]).to(uniforms.device)
-        t = torch.searchsorted(cumulative, uniforms.double().clamp(max=1 - 2**-53), right=True)
-        if self.reflect_at is None:
-            return t
-        direct = t[: len(t) // 2 + 1]
-        return torch.cat([direct, (direct - self.reflect_at).abs()])[: len(t)]
-
-    def marginal(self, n: int | None = None) -> Tensor:
-        """The probability of each timestep in a batch of n, averaged over its rows, float64 [T].
-
-        It is p itself for independent draws. With ``reflect_at`` it depends on n, and n=None gives the limit of large batches:
-        half p and half p reflected.
-        """
-        p = self.probabilities
-        if self.reflect_at is None:
-            return p
-        direct_share = 0.5 if n is None else min(n, n // 2 + 1) / n
-        images = (torch.arange(len(p), device=p.device) - self.reflect_at).abs()
-        reflected = torch.zeros_like(p).index_add(0, images, p)
-        return direct_share * p + (1 - direct_share) * reflected
-
-    def moved_share(self) -> float:
-        """The share of draws that the law moves elsewhere than uniform draws would go: their total variation distance, in [0, 1)."""
-        marginal = self.marginal()
-        return 0.5 * float((marginal - 1 / len(marginal)).abs().sum())
 
 
 def threshold(process: NoiseProcess, asymmetric_r: float | None = None, asymmetric_tau: int | None = None) -> int:
@@ -228,10 +111,6 @@ def logit_normal(process: NoiseProcess, *, logit_mean: float = 0.0, logit_std: f
     P_std). On a shifted flow s is the time after the shift; diffusers' SD3 scripts draw the one before it, for which ``logit_mean`` is
     ln(shift) larger (and counts their indices, from most to least noise, so that their mean has the opposite sign).
 
-    A step of any process stands for the flow time of its SNR, s = 1 / (1 + sqrt(SNR)), and gets the law's mass between the midpoints to
-    its neighbors. The law is cut to the noise levels that the process has: what lies beyond would otherwise pile up on its ends, 39 %
-    of the draws on the last step of a linear schedule of 100.
-
     Args:
         process: the noise process.
         logit_mean: the mean of logit(s); above 0 is noisier.
@@ -240,18 +119,142 @@ def logit_normal(process: NoiseProcess, *, logit_mean: float = 0.0, logit_std: f
     Raises:
         UserError: a value is out of range, or the law has no mass on the process's noise levels.
     """
-    if not math.isfinite(logit_mean):
-        raise UserError(f"`logit_mean` {logit_mean:g} is out of range: it must be finite")
-    if not 0 < logit_std < math.inf:
-        raise UserError(f"`logit_std` {logit_std:g} is out of range: it must be above 0")
-    flow_time = 1 / (1 + process.snr.sqrt())
-    midpoints = (flow_time[1:] + flow_time[:-1]) / 2
-    ends = (2 * flow_time[:1] - midpoints[:1], 2 * flow_time[-1:] - midpoints[-1:])  # as far out as the midpoints lie inside
-    edges = torch.cat([ends[0], midpoints, ends[1]]).clamp(0, 1) if len(midpoints) else flow_time.new_tensor([0.0, 1.0])
+    _check(logit_mean=logit_mean)
+    _check_positive(logit_std=logit_std)
+    edges = _flow_edges(process.snr)
     masses = torch.special.ndtr((edges.logit() - logit_mean) / logit_std).diff()
-    if not masses.sum() > 0:
-        raise UserError(f"`logit_mean` {logit_mean:g} with `logit_std` {logit_std:g} is off this noise process: bring the mean nearer to 0")
-    return _normalized(masses)
+    return _on_levels(masses, f"`logit_mean` {logit_mean:g} with `logit_std` {logit_std:g}")
+
+
+def edm_log_normal(process: NoiseProcess, *, edm_mean: float = -1.2, edm_std: float = 1.2, edm_sigma_data: float = 0.5) -> TimestepSampler:
+    """EDM's law (Karras et al. 2022, table 1): ``ln sigma ~ N(-1.2, 1.2^2)``.
+
+    Sigma is the noise's deviation over the signal's coefficient: ``sqrt((1 - alpha_bar) / alpha_bar)`` of betas, ``s / (1 - s)`` of a flow.
+    EDM's numbers are for data of deviation 0.5; of other data sigma is as many times larger, so that the SNR's law stays.
+
+    Args:
+        process: the noise process.
+        edm_mean: P_mean; above is noisier.
+        edm_std: P_std, above 0.
+        edm_sigma_data: the data's standard deviation, above 0: 0.5 leaves the law as it is written, 1 adds ln 2 to its mean.
+
+    Raises:
+        UserError: a value is out of range, or the law has no mass on the process's noise levels.
+    """
+    _check(edm_mean=edm_mean)
+    _check_positive(edm_std=edm_std, edm_sigma_data=edm_sigma_data)
+    mean = edm_mean + math.log(edm_sigma_data / 0.5)
+    edges = _flow_edges(process.log_snr.exp())  # of sigma itself also where a process states its SNR for another deviation
+    return _on_levels(torch.special.ndtr((edges.logit() - mean) / edm_std).diff(), f"`edm_mean` {edm_mean:g} with `edm_std` {edm_std:g}")
+
+
+def mode(process: NoiseProcess, *, mode_scale: float = 1.29) -> TimestepSampler:
+    """SD3's mode law with heavy tails (Esser et al. 2024, eq. 20): flow time ``1 - u - c (cos^2(pi u / 2) - 1 + u)`` of uniform u.
+
+    Unlike `logit_normal` it leaves the ends some of the draws.
+
+    Args:
+        process: the noise process.
+        mode_scale: c, from -1 (the ends most) to 2 / (pi - 2), where that is monotone; 0 is uniform in flow time. SD3's best is 1.29.
+
+    Raises:
+        UserError: c is out of range.
+    """
+    most = 2 / (math.pi - 2)
+    if not -1 <= mode_scale <= most:
+        raise UserError(f"`mode_scale` {mode_scale:g} is out of range: it must be from -1 to {most:.4g}")
+    edges = _flow_edges(process.snr)
+    low, high = torch.zeros_like(edges), torch.ones_like(edges)
+    for _ in range(60):  # bisection to the last bit: flow time falls as u grows
+        u = (low + high) / 2
+        above = 1 - u - mode_scale * ((math.pi / 2 * u).cos() ** 2 - 1 + u) > edges
+        low, high = torch.where(above, u, low), torch.where(above, high, u)
+    return _on_levels((1 - (low + high) / 2).diff(), f"`mode_scale` {mode_scale:g}")
+
+
+def laplace(process: NoiseProcess, *, laplace_mean: float = 0.0, laplace_scale: float = 0.5) -> TimestepSampler:
+    """The Laplace law on log-SNR (Hang et al. 2024, arXiv 2407.03297): ``p(l) = exp(-|l - mu| / b) / (2 b)`` of ``l = ln SNR``.
+
+    Args:
+        process: the noise process.
+        laplace_mean: mu; above 0 is less noisy.
+        laplace_scale: b, above 0.
+
+    Raises:
+        UserError: a value is out of range, or the law has no mass on the process's noise levels.
+    """
+    _check(laplace_mean=laplace_mean)
+    _check_positive(laplace_scale=laplace_scale)
+    distance = (-2 * _flow_edges(process.snr).logit() - laplace_mean) / laplace_scale  # falls from index to index
+    tail = (-distance.abs()).exp() / 2
+    return _on_levels(
+        torch.where(distance > 0, tail, 1 - tail).diff(), f"`laplace_mean` {laplace_mean:g} with `laplace_scale` {laplace_scale:g}"
+    )
+
+
+def beta(process: NoiseProcess, *, beta_a: float = 0.8, beta_b: float = 1.0) -> TimestepSampler:
+    """B-TTDM (Zheng et al. 2024): ``t / T ~ Beta(a, b)``; index i has the mass from i / T to (i + 1) / T.
+
+    Args:
+        process: the noise process.
+        beta_a: above 0; below 1 the least noise most.
+        beta_b: above 0; below 1 the most noise most.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    from scipy.special import betainc
+
+    _check_positive(beta_a=beta_a, beta_b=beta_b)
+    shares = torch.arange(process.num_timesteps + 1, dtype=torch.float64, device="cpu") / process.num_timesteps
+    masses = torch.from_numpy(betainc(beta_a, beta_b, shares.numpy())).diff()
+    return _on_levels(masses.to(process.alpha_bar.device), f"`beta_a` {beta_a:g} with `beta_b` {beta_b:g}")
+
+
+def log_normal_released(process: NoiseProcess) -> TimestepSampler:
+    """What SpeeD's released code draws as its rival "log-normal", which is neither EDM's law nor SD3's.
+
+    ``p ~ n / (1 - n) pi(n)`` of ``n = sqrt(1 - alpha_bar)`` on the grid of timesteps, pi being the density of `logit_normal` with mean 0
+    and deviation 1: SD3's loss weight of that law, taken for a law. It leaves both ends next to nothing.
+    """
+    n = (1 - process.alpha_bar).sqrt()
+    logarithm = -2 * (-n).log1p() - n.logit() ** 2 / 2  # n / (1 - n) over n (1 - n), and the normal density of logit n
+    return _on_levels(torch.where(n < 1, logarithm.exp(), 0.0), "log_normal_released")
+
+
+def clts(process: NoiseProcess, *, clts_mean: float = 0.3, clts_std: float = 1.0, clts_ramp_steps: int = 50_000) -> TimestepSampler:
+    """CLTS (Xu et al. 2024, arXiv 2404.07946): from uniform to a Gaussian in t, ``P_n(t) = (1 - g_n) / T + g_n N(t; mu, sigma^2)``.
+
+    The Gaussian is normalized over t = 1..T, and g_n = n / ramp at optimizer step n, 1 from the ramp's end on. (In the code that SpeeD
+    released g goes on to grow, until probabilities are negative.) Neither sigma nor the ramp is published: the defaults are those of that
+    code, whose Gaussian reads as if sigma = T was meant.
+
+    Args:
+        process: the noise process.
+        clts_mean: mu as a share of T.
+        clts_std: sigma as a share of T, above 0.
+        clts_ramp_steps: optimizer steps until the Gaussian alone is left, at least 1.
+
+    Raises:
+        UserError: a value is out of range, or the Gaussian has no mass on the timesteps.
+    """
+    _check(clts_mean=clts_mean)
+    _check_positive(clts_std=clts_std, clts_ramp_steps=clts_ramp_steps)
+    steps = process.num_timesteps
+    t = torch.arange(1, steps + 1, dtype=torch.float64, device=process.alpha_bar.device)
+    gaussian = _on_levels(
+        (-(((t / steps - clts_mean) / clts_std) ** 2) / 2).exp(), f"`clts_mean` {clts_mean:g} with `clts_std` {clts_std:g}"
+    )
+    return RampedSampler(uniform(process).probabilities, target=gaussian.probabilities, ramp_steps=clts_ramp_steps)
+
+
+def loss_second_moment(process: NoiseProcess) -> TimestepSampler:
+    """IDDPM's importance sampling (Nichol and Dhariwal 2021, eq. 18): ``p_t ~ sqrt(E[L_t^2])``, each loss weighted by ``1 / (T p_t)``.
+
+    The mean is of each timestep's last ten losses: see `LossHistory`. In a loop of one's own: ``law = sampler.at(step)``,
+    ``t = law(n)``, and ``loss = sampler.settled(step, t, loss)`` of the loss of each image.
+    """
+    return LossSampler(uniform(process).probabilities, losses=LossHistory(process.num_timesteps))
 
 
 TIMESTEP_SAMPLINGS: dict[str, Callable[..., TimestepSampler]] = {
@@ -259,11 +262,24 @@ TIMESTEP_SAMPLINGS: dict[str, Callable[..., TimestepSampler]] = {
     "asymmetric": asymmetric,
     "asymmetric_released": asymmetric_released,
     "logit_normal": logit_normal,
+    "edm_log_normal": edm_log_normal,
+    "mode": mode,
+    "laplace": laplace,
+    "beta": beta,
+    "log_normal_released": log_normal_released,
+    "clts": clts,
+    "loss_second_moment": loss_second_moment,
 }
 
 
-def timestep_sampler(name: str, process_or_scheduler: Any, **options: Any) -> TimestepSampler:
+def timestep_sampler(name: str, process_or_scheduler: Any, *, timestep_shift: float = 1.0, **options: Any) -> TimestepSampler:
     """The named law of `TIMESTEP_SAMPLINGS` for a `NoiseProcess` or a diffusers scheduler, with the law's own options.
+
+    Args:
+        name: a key of `TIMESTEP_SAMPLINGS`.
+        process_or_scheduler: the noise process.
+        timestep_shift: m: the law is pushed forward by `shifted`; 1 leaves it as it is.
+        **options: of the law.
 
     Raises:
         UserError: the name or an option is unknown (the known ones are listed), an option is out of range, or the scheduler has no noise
@@ -271,7 +287,70 @@ def timestep_sampler(name: str, process_or_scheduler: Any, **options: Any) -> Ti
     """
     process = as_process(process_or_scheduler)
     sampler = build_choice(TIMESTEP_SAMPLINGS, "timestep_sampler", name, process, **options)
+    _check_positive(timestep_shift=timestep_shift)
+    if timestep_shift != 1:
+        sampler = sampler.mapped(partial(shifted, process, timestep_shift))
     return replace(sampler, process=process)
+
+
+def shifted(process: NoiseProcess, timestep_shift: float, probabilities: Tensor) -> Tensor:
+    """SD3's resolution shift of a law (Esser et al. 2024, eq. 23): flow time ``s -> m s / (1 + (m - 1) s)``, where sigma is m times itself.
+
+    The process stays what it is; m = sqrt(D / D0) makes up for D pixels or latent numbers in the place of D0, as what averages over more
+    of them sees less noise. The law is taken to be even between the midpoints of levels, and what is pushed beyond the process's levels is
+    cut off.
+
+    Args:
+        process: the noise process.
+        timestep_shift: m, above 0; above 1 is noisier.
+        probabilities: the law, float64 [T].
+
+    Returns:
+        float64 [T], sums to 1.
+
+    Raises:
+        UserError: nothing of the law is left on the process's noise levels.
+    """
+    edges = _flow_edges(process.snr)
+    cumulative = torch.cat([torch.zeros_like(probabilities[:1]), probabilities.cumsum(0)])
+    before = edges / (timestep_shift - (timestep_shift - 1) * edges)  # what is pushed to the edges
+    right = torch.searchsorted(edges, before).clamp(1, len(edges) - 1)
+    share = ((before - edges[right - 1]) / (edges[right] - edges[right - 1])).clamp(0, 1)
+    masses = torch.lerp(cumulative[right - 1], cumulative[right], share).diff()
+    return _on_levels(masses, f"`timestep_shift` {timestep_shift:g}").probabilities
+
+
+def _flow_edges(snr: Tensor) -> Tensor:
+    """Between which flow times each level stands, float64 [T + 1]; the ends are as far out as the midpoints next to them lie inside."""
+    flow_time = 1 / (1 + snr.sqrt())
+    midpoints = (flow_time[1:] + flow_time[:-1]) / 2
+    if not len(midpoints):
+        return flow_time.new_tensor([0.0, 1.0])
+    return torch.cat([2 * flow_time[:1] - midpoints[:1], midpoints, 2 * flow_time[-1:] - midpoints[-1:]]).clamp(0, 1)
+
+
+def _on_levels(masses: Tensor, options: str) -> TimestepSampler:
+    """The law of these masses.
+
+    Raises:
+        UserError: it has none, for which ``options`` are to blame.
+    """
+    masses = masses.clamp(min=0)  # differences of a distribution function that rises by less than its last digit
+    if not masses.sum() > 0:
+        raise UserError(f"{options} is off this noise process, whose levels get no draws: bring it nearer to the default")
+    return _normalized(masses)
+
+
+def _check(**options: float) -> None:
+    for name, value in options.items():
+        if not math.isfinite(value):
+            raise UserError(f"`{name}` {value:g} is out of range: it must be finite")
+
+
+def _check_positive(**options: float) -> None:
+    for name, value in options.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"`{name}` {value:g} is out of range: it must be above 0")
 
 
 def _normalized(masses: Tensor, reflect_at: int | None = None) -> TimestepSampler:

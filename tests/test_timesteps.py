@@ -36,10 +36,6 @@ def test_laws_are_distributions_on_every_process(name, scheduler):
     assert t.dtype == torch.int64 and t.shape == (64,) and t.min() >= 0 and t.max() < 1000 and len(t.unique()) > 30
 
 
-def test_the_table_holds_what_it_says():
-    assert list(TIMESTEP_SAMPLINGS) == ["uniform", "asymmetric", "asymmetric_released", "logit_normal"]
-
-
 def test_uniform():
     assert torch.equal(law("uniform").probabilities, torch.full((1000,), 1 / 1000, dtype=torch.float64))
     assert law("uniform").moved_share() == pytest.approx(0, abs=1e-12)
@@ -192,6 +188,19 @@ def test_logit_normal_does_not_pile_up_where_the_schedule_ends():
         ("logit_normal", {"logit_std": 0.0}, "`logit_std`"),
         ("logit_normal", {"logit_mean": float("inf")}, "`logit_mean`"),
         ("logit_normal", {"logit_mean": -100.0}, "`logit_mean`"),
+        ("edm_log_normal", {"edm_mean": float("nan")}, "`edm_mean`"),
+        ("edm_log_normal", {"edm_std": 0.0}, "`edm_std`"),
+        ("edm_log_normal", {"edm_sigma_data": 0.0}, "`edm_sigma_data`"),
+        ("mode", {"mode_scale": 1.76}, "`mode_scale` 1.76 is out of range: it must be from -1 to 1.752"),
+        ("mode", {"mode_scale": -1.1}, "`mode_scale`"),
+        ("laplace", {"laplace_scale": 0.0}, "`laplace_scale`"),
+        ("laplace", {"laplace_mean": 1e9}, "`laplace_mean` 1e\\+09 with `laplace_scale` 0.5 is off"),
+        ("beta", {"beta_a": 0.0}, "`beta_a`"),
+        ("beta", {"beta_b": -1.0}, "`beta_b`"),
+        ("clts", {"clts_std": 0.0}, "`clts_std`"),
+        ("clts", {"clts_mean": 100.0}, "`clts_mean` 100 with `clts_std` 1 is off"),
+        ("clts", {"clts_ramp_steps": 0}, "`clts_ramp_steps`"),
+        ("uniform", {"timestep_shift": 0.0}, "`timestep_shift`"),
     ],
 )
 def test_wrong_options_are_refused(name, options, named):
