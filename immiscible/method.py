@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from immiscible.coupling import Coupling
     from immiscible.objectives import DenoisingObjective
     from immiscible.process import NoiseProcess
-    from immiscible.timesteps import TimestepSampler
+    from immiscible.samplers import TimestepSampler
     from immiscible.weighting import LossWeights
 
 # The constructors' parameters behind the flags of couplings; those of laws and weightings have the flags' names.
@@ -95,8 +95,16 @@ class MethodArguments:
     )
     timestep_sampling: str = flag(
         "uniform",
-        "how often each noise level is trained: asymmetric is SpeeD's eq. 3, asymmetric_released what its code does",
+        "how often each noise level is trained: asymmetric is SpeeD's eq. 3, what ends in released is what its code does; clts and "
+        "loss_second_moment change in a run",
         choices=Names("immiscible.timesteps", "TIMESTEP_SAMPLINGS"),
+    )
+    second_timestep_sampling: str | None = flag(
+        None, "another law from --second_phase_step on", choices=Names("immiscible.timesteps", "TIMESTEP_SAMPLINGS")
+    )
+    second_phase_step: int | None = flag(None, "the optimizer step at which --second_timestep_sampling begins", least=1)
+    timestep_shift: float = flag(
+        1.0, "m: push the law forward in flow time, to m times its noise (SD3's resolution shift); 1 is none", above=0, most=1e3
     )
     asymmetric_k: float = flag(5.0, "k of SpeeD: steps before the threshold are drawn k times as often as those after", least=1, most=1e6)
     asymmetric_r: float | None = flag(
@@ -109,6 +117,19 @@ class MethodArguments:
     asymmetric_tau: int | None = flag(None, "tau of SpeeD, directly: steps 0..tau-1 are boosted; not together with --asymmetric_r", least=1)
     logit_mean: float = flag(0.0, "m of logit_normal; positive means noisier", least=-10, most=10)
     logit_std: float = flag(1.0, "s of logit_normal", above=0, most=100)
+    edm_mean: float = flag(-1.2, "mean of ln(sigma) of edm_log_normal; EDM's", least=-10, most=10)
+    edm_std: float = flag(1.2, "its standard deviation", above=0, most=100)
+    edm_sigma_data: float = flag(
+        0.5, "the data's standard deviation, of edm_log_normal and edm: 0.5 is EDM's, latents have about 1", above=0, most=1e3
+    )
+    mode_scale: float = flag(1.29, "s of mode", least=-1, most=1.75)
+    laplace_mean: float = flag(0.0, "mu of laplace, of log-SNR; positive means less noisy", least=-20, most=20)
+    laplace_scale: float = flag(0.5, "b of laplace", above=0, most=100)
+    beta_a: float = flag(0.8, "a of beta; below 1 means the least noise most", above=0, most=1e3)
+    beta_b: float = flag(1.0, "b of beta; below 1 means the most noise most", above=0, most=1e3)
+    clts_mean: float = flag(0.3, "mu of clts as a share of T", least=-10, most=10)
+    clts_std: float = flag(1.0, "sigma of clts as a share of T; the paper's is not known", above=0, most=100)
+    clts_ramp_steps: int = flag(50_000, "optimizer steps until clts is its Gaussian", least=1)
     loss_weighting: str = flag(
         "none",
         "what an error at each level costs: none is the plain MSE, change_aware SpeeD's, snr the diffusers script's for "
@@ -116,10 +137,11 @@ class MethodArguments:
         choices=Names("immiscible.weighting", "LOSS_WEIGHTINGS"),
     )
     change_aware_lambda: float = flag(0.6, "lambda of SpeeD's weighting; 0.5 is flat", least=0.5, most=1)
-    snr_gamma: float | None = flag(None, "gamma of min_snr; 5 if not given", above=0, most=1e6)
+    snr_gamma: float | None = flag(None, "gamma of min_snr, 5 if not given, and of soft_min_snr, 4 if not given", above=0, most=1e6)
     p2_k: float = flag(1.0, "k of p2", least=0, most=1000)
     p2_gamma: float = flag(1.0, "gamma of p2", least=0, most=10)
     velocity_cap: float = flag(10.0, "the most that a level costs under velocity", least=1, most=1e6)
+    debiased_cap: float | None = flag(None, "debiased counts SNRs above this as this; kohya's scripts have 1000", above=0, most=1e12)
     noise_offset: float = flag(
         0.0, "add this times a normal number per image and channel to the noise, after the coupling", least=0, most=10
     )
@@ -149,6 +171,7 @@ class MethodArguments:
         check_ranges(self)  # which parsing has done; these arguments are also put together by hand
         if self.asymmetric_tau is not None and self.asymmetric_r is not None:
             raise UserError("--asymmetric_tau and --asymmetric_r both say where SpeeD's threshold is; give one of them")
+        self._check_laws()
         for name, users in _unused(vars(self)).items():
             if name in ("coupling_scope", "coupling_window", "coupling_condition"):
                 raise UserError(
@@ -163,6 +186,16 @@ class MethodArguments:
             raise UserError(
                 f"--coupling_condition {self.coupling_condition} is of a batch; --coupling_window epoch takes none, or within, which there "
                 f"has whole classes to assign"
+            )
+
+    def _check_laws(self) -> None:
+        if (self.second_timestep_sampling is None) != (self.second_phase_step is None):
+            raise UserError("--second_timestep_sampling and --second_phase_step go together: give both, or neither")
+        if self.second_timestep_sampling == self.timestep_sampling:
+            raise UserError(f"--second_timestep_sampling {self.timestep_sampling} is the first law too: leave it out, or name another")
+        if "loss_second_moment" in (self.timestep_sampling, self.second_timestep_sampling) and self.window > 1:
+            raise UserError(
+                "--coupling_window draws the timesteps of steps to come, whose law loss_second_moment does not know yet: give 1 or epoch"
             )
 
 
@@ -188,7 +221,8 @@ def _unused(values: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
     found: dict[str, dict[str, list[str]]] = {}
     for name in changed:
         users = _users(name)
-        if users and not any(chosen[choice] in names for choice, names in users.items()):
+        laws = {chosen["second_timestep_sampling"]} & set(users.get("timestep_sampling", ()))
+        if users and not laws and not any(chosen[choice] in names for choice, names in users.items()):
             found[name] = users
         elif name == "coupling_condition_ratio" and chosen["coupling_condition"] != "penalty":
             found[name] = {"coupling_condition": ["penalty"]}
@@ -197,7 +231,7 @@ def _unused(values: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
 
 def _users(name: str) -> dict[str, list[str]]:
     """Which choices of which flags use the flag ``name``; empty for one that every method uses, or that chooses itself."""
-    if name in ("noise_coupling", "timestep_sampling", "loss_weighting"):
+    if name in ("noise_coupling", "timestep_sampling", "second_timestep_sampling", "loss_weighting"):
         return {}
     from immiscible.choices import option_names
     from immiscible.coupling import COUPLINGS, IndependentCoupling
@@ -282,7 +316,7 @@ def build_objective(
             coupling = GlobalCoupling(accelerator, coupling, window=config.window)
         axes: dict[str, Any] = {
             "process": process.to(accelerator.device),
-            "sampler": chosen_sampler(config, process),
+            "sampler": kept_sampler(config, process, accelerator),
             "coupling": coupling,
             "weights": chosen_weights(config, process, prediction_type).float().to(accelerator.device),
             "prediction_type": prediction_type,
@@ -308,12 +342,27 @@ def chosen_coupling(config: MethodArguments) -> Coupling:
 
 
 def chosen_sampler(config: MethodArguments, process: NoiseProcess) -> TimestepSampler:
-    """The timestep law that the flags ask for."""
+    """The timestep law that the flags ask for, or the two."""
     from immiscible.choices import used_options
+    from immiscible.samplers import TwoPhases
     from immiscible.timesteps import TIMESTEP_SAMPLINGS, timestep_sampler
 
-    name = config.timestep_sampling
-    return timestep_sampler(name, process, **used_options(TIMESTEP_SAMPLINGS[name], given(config, MethodArguments)))
+    def built(name: str) -> TimestepSampler:
+        options = used_options(TIMESTEP_SAMPLINGS[name], given(config, MethodArguments))
+        return timestep_sampler(name, process, timestep_shift=config.timestep_shift, **options)
+
+    if config.second_timestep_sampling is None or config.second_phase_step is None:
+        return built(config.timestep_sampling)
+    return TwoPhases.of(built(config.timestep_sampling), built(config.second_timestep_sampling), config.second_phase_step)
+
+
+def kept_sampler(config: MethodArguments, process: NoiseProcess, accelerator: Accelerator) -> TimestepSampler:
+    """`chosen_sampler` of a run: what its law must remember is in every checkpoint, and is of the losses of all ranks."""
+    sampler = chosen_sampler(config, process)
+    if sampler.history is not None:
+        sampler.history.gather = accelerator.gather
+        accelerator.register_for_checkpointing(sampler.history)
+    return sampler
 
 
 def chosen_weights(config: MethodArguments, process: NoiseProcess, prediction_type: str) -> LossWeights:

@@ -2,8 +2,8 @@
 
     python scripts/plot_timesteps.py --ddpm_beta_schedule scaled_linear --timestep_sampling uniform asymmetric --output laws.png
 
-A law or weighting that is not asked for by name is left out where it does not apply. With --increments it draws and tabulates what the
-areas come from instead, the process increments of SpeeD's theorem 1 and table 1:
+A law or weighting that is not asked for by name is left out where it does not apply; laws that change in a run are drawn as they end.
+With --increments it draws and tabulates what the areas come from instead, the process increments of SpeeD's theorem 1 and table 1:
 
     python scripts/plot_timesteps.py --increments ddpm vp ve edm flow --output increments.png
 """
@@ -14,6 +14,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,10 @@ LAW_FLAGS = (
     *("asymmetric_k", "asymmetric_r", "asymmetric_tau", "change_aware_lambda"),
 )
 STYLES = ("-", "-", "--", "-.", ":", "--")  # so that curves that coincide are all seen
+TWELVE = (*STYLES, *STYLES[2:], *STYLES[:2])  # another for each color when it comes again
+LAWS = ("uniform", "asymmetric", "asymmetric_released", "logit_normal")  # drawn where none are named
+WEIGHTINGS = ("none", "change_aware", "change_aware_released", "min_snr", "snr", "p2")
+IN_THE_END = 10**9  # an optimizer step by which laws that change have changed
 
 
 class Shown(NamedTuple):
@@ -61,8 +66,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ddpm_beta_end", type=float, default=0.02)
     parser.add_argument("--prediction_type", help="what the weights are for (default: epsilon, or flow_prediction under flow)")
     parser.add_argument("--image_scale", type=float, default=1.0, help="below 1 every step is noisier (default 1)")
-    parser.add_argument("--timestep_sampling", nargs="+", metavar="LAW", help=f"of {', '.join(TIMESTEP_SAMPLINGS)} (default: all)")
-    parser.add_argument("--loss_weighting", nargs="+", metavar="WEIGHTING", help=f"of {', '.join(LOSS_WEIGHTINGS)} (default: all)")
+    parser.add_argument(
+        "--timestep_sampling", nargs="+", metavar="LAW", help=f"of {', '.join(TIMESTEP_SAMPLINGS)} (default: {' '.join(LAWS)})"
+    )
+    parser.add_argument(
+        "--loss_weighting", nargs="+", metavar="WEIGHTING", help=f"of {', '.join(LOSS_WEIGHTINGS)} (default: {' '.join(WEIGHTINGS)})"
+    )
     parser.add_argument("--asymmetric_k", type=float, default=5.0, help="how much more often steps before tau are drawn (default 5)")
     parser.add_argument("--asymmetric_r", type=float, help="tau is where at most 1/r of the image's variance is left (default 143.55)")
     parser.add_argument("--asymmetric_tau", type=int, help="tau itself, in the place of r")
@@ -128,10 +137,10 @@ def save(figure: Any, output: Path) -> None:
     print(f"picture in {output}")
 
 
-def build_each(names: Sequence[str] | None, table: dict[str, Any], build: Callable[[str], Any]) -> dict[str, Any]:
-    """The named entries, or those of the whole table that apply to this process and these options."""
+def build_each(names: Sequence[str] | None, usual: Sequence[str], build: Callable[[str], Any]) -> dict[str, Any]:
+    """The named entries, or those of the usual ones that apply to this process and these options."""
     built = {}
-    for name in names or table:
+    for name in names or usual:
         try:
             with naming_flags():
                 built[name] = build(name)
@@ -181,13 +190,13 @@ def draw(
     top.legend(handles=share_line + rate_line, loc="center left", bbox_to_anchor=(1.07, 0.5), frameon=False)
 
     middle.set(title="How often a step is drawn", ylabel="probability x T (uniform = 1)")
-    for (name, law), color, style in zip(laws.items(), SIX, STYLES, strict=False):
+    for (name, law), color, style in zip(laws.items(), cycle(SIX), cycle(TWELVE), strict=False):
         label = f"{name}\n{law.moved_share():.0%} of draws moved"
         middle.plot(steps, law.marginal() * process.num_timesteps, color=color, linestyle=style, drawstyle="steps-mid", label=label)
     middle.set_ylim(bottom=0)
 
     bottom.set(title=f"What an error costs: weight on the squared error of {prediction_type}", ylabel="weight")
-    for (name, weight), color, style in zip(weights.items(), SIX, STYLES, strict=False):
+    for (name, weight), color, style in zip(weights.items(), cycle(SIX), cycle(TWELVE), strict=False):
         bottom.plot(steps, weight, color=color, linestyle=style, label=name)
     if max(float(weight.max()) for weight in weights.values()) > 50:
         bottom.set_yscale("log", nonpositive="mask")
@@ -377,11 +386,11 @@ def main(argv: Sequence[str]) -> None:
         return used_options(table[name], options) if name in table else {}  # an unknown name has an error of its own
 
     laws = build_each(
-        args.timestep_sampling, TIMESTEP_SAMPLINGS, lambda name: timestep_sampler(name, process, **of(TIMESTEP_SAMPLINGS, name))
+        args.timestep_sampling, LAWS, lambda name: timestep_sampler(name, process, **of(TIMESTEP_SAMPLINGS, name)).at(IN_THE_END)
     )
     weights = build_each(
         args.loss_weighting,
-        LOSS_WEIGHTINGS,
+        WEIGHTINGS,
         lambda name: loss_weights(name, process, prediction_type, **of(LOSS_WEIGHTINGS, name)).vector,
     )
     for name, law in laws.items():

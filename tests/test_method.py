@@ -26,7 +26,9 @@ UNUSED = [  # a flag that the other ones do not use, and what would
     ({"logit_mean": 0.5}, "--timestep_sampling logit_normal"),
     ({"logit_std": 0.5, "timestep_sampling": "asymmetric"}, "--timestep_sampling logit_normal"),
     ({"change_aware_lambda": 0.8, "loss_weighting": "p2"}, "--loss_weighting change_aware or change_aware_released"),
-    ({"snr_gamma": 5.0}, "--loss_weighting min_snr"),
+    ({"snr_gamma": 5.0}, "--loss_weighting min_snr or soft_min_snr"),
+    ({"edm_sigma_data": 1.0}, "--timestep_sampling edm_log_normal, or --loss_weighting edm"),
+    ({"clts_std": 0.1, "second_timestep_sampling": "beta", "second_phase_step": 5}, "--timestep_sampling clts"),
     ({"p2_k": 2.0}, "--loss_weighting p2"),
     ({"p2_gamma": 2.0, "loss_weighting": "min_snr"}, "--loss_weighting p2"),
     ({"coupling_metric": "l1"}, PAIRING),
@@ -51,6 +53,8 @@ USED = [
     {"coupling_metric": "l1", "coupling_window": 2, "coupling_scope": "global", "noise_coupling": "flipped_assignment"},
     {"coupling_condition_ratio": 0.1, "coupling_condition": "penalty", "noise_coupling": "assignment"},
     {"coupling_min_timestep": 10, "coupling_start_step": 3, "coupling_score": "dot", "noise_coupling": "nearest"},
+    {"clts_std": 0.1, "beta_a": 0.5, "timestep_sampling": "beta", "second_timestep_sampling": "clts", "second_phase_step": 5},
+    {"edm_sigma_data": 1.0, "loss_weighting": "edm", "timestep_shift": 2.0},
     {"noise_offset": 0.1, "input_perturbation": 0.1, "log_class_leak": True},
 ]
 
@@ -85,6 +89,13 @@ def test_ranges_are_checked_also_of_what_is_not_on():
         ({"coupling_candidates": 0}, "--coupling_candidates must be at least 1, not 0"),
         ({"p2_k": -1.0}, "--p2_k must be at least 0, not -1.0"),
         ({"asymmetric_tau": 3, "asymmetric_r": 10.0}, "give one of them"),
+        ({"second_timestep_sampling": "beta"}, "--second_phase_step go together"),
+        ({"second_phase_step": 3}, "--second_phase_step go together"),
+        ({"second_timestep_sampling": "uniform", "second_phase_step": 3}, "--second_timestep_sampling uniform is the first law too"),
+        (
+            {"timestep_sampling": "loss_second_moment", "coupling_window": 2, "noise_coupling": "assignment"},
+            "--coupling_window draws the timesteps of steps to come",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             MethodArguments(**values).check()

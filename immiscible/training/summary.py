@@ -25,6 +25,7 @@ from immiscible.data.batches import GlobalBatchOrder
 from immiscible.errors import UserError
 from immiscible.files import PARTIAL, read_lines, replace
 from immiscible.objectives import Objective
+from immiscible.samplers import TimestepSampler, TwoPhases
 from immiscible.training.loop import StepStats
 from immiscible.training.notices import notices
 from immiscible.training.task import Task
@@ -109,20 +110,33 @@ def method_facts(config: RunConfig, objective: Objective, *, schedule: str, infe
         coupling += f", timesteps from {config.coupling_min_timestep}"
     if config.coupling_start_step:
         coupling += f", from optimizer step {config.coupling_start_step}"
-    moved = objective.sampler.moved_share()
-    law = config.timestep_sampling + (f", moves {100 * moved:.1f} % of the draws" if moved >= 0.0005 else "")
-    law += " (on this schedule the law hardly differs from uniform)" if config.timestep_sampling != "uniform" and moved < 0.05 else ""
     steps = f"{objective.process.num_timesteps} steps"
     process = f"{objective.process.kind} ({schedule}, {steps})" if schedule else f"{objective.process.kind} ({steps})"
     return {
         "noise_coupling": config.noise_coupling + coupling,
-        "timestep_sampling": law,
+        "timestep_sampling": _laws(config, objective.sampler),
         "loss_weighting": config.loss_weighting,
         "noise_process": process + (f", image scale {objective.image_scale:g}" if objective.image_scale != 1 else ""),
         "prediction_type": objective.prediction_type,
         "inference_steps": str(inference_steps),
         "seed": str(config.seed),
     }
+
+
+def _laws(config: RunConfig, sampler: TimestepSampler) -> str:
+    shift = f", shift {config.timestep_shift:g}" if config.timestep_shift != 1 else ""
+    if not isinstance(sampler, TwoPhases):
+        return _law(config.timestep_sampling, sampler) + shift
+    first, second = _law(config.timestep_sampling, sampler.first), _law(str(config.second_timestep_sampling), sampler.second)
+    return f"{first}; from optimizer step {sampler.switch:,} on {second}{shift}"
+
+
+def _law(name: str, sampler: TimestepSampler) -> str:
+    if sampler.course:
+        return f"{name}, {sampler.course}"
+    moved = sampler.moved_share()
+    told = name + (f", moves {100 * moved:.1f} % of the draws" if moved >= 0.0005 else "")
+    return told + (" (on this schedule the law hardly differs from uniform)" if name != "uniform" and moved < 0.05 else "")
 
 
 def measured_facts(config: RunConfig) -> dict[str, str]:

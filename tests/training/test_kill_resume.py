@@ -25,6 +25,26 @@ FULL = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_law_that_follows_the_losses_goes_on_as_it_was(script, tmp_path, processes):
+    """With ten timesteps every one soon has ten losses; killed before or after, looking ahead or not, the run ends with the same bits."""
+    changes = {"timestep_sampling": "loss_second_moment", "ddpm_num_steps": 10, "max_train_steps": 16, "use_ema": True}
+    changes |= {"gradient_accumulation_steps": 2, "noise_coupling": "assignment", "resume_from_checkpoint": "latest"}
+    finish(start(script, tiny(tmp_path / "whole", **changes, look_ahead="false"), processes))
+    expected = final_hashes(tmp_path / "whole", 16)
+    folder = tmp_path / "killed"
+    argv = tiny(folder, **changes, checkpointing_steps=3)
+    runs = start(script, argv, processes)
+    runs[0].wait_until(lambda: lines(folder) > 11)
+    kill(runs)
+    assert (folder / "checkpoint-9").exists() and not (folder / "checkpoint-16").exists()
+    finish(start(script, argv, processes))
+    assert final_hashes(folder, 16) == expected
+    finish(start(script, tiny(tmp_path / "uniform", **{**changes, "timestep_sampling": "uniform"}), processes))
+    assert final_hashes(tmp_path / "uniform", 16) != expected
+
+
 def freeze_in_a_save(run, folder):
     """Stops the process while a checkpoint is half written, so that the kill that follows comes in time, or lets it finish."""
 

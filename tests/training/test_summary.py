@@ -8,6 +8,9 @@ import psutil
 import pytest
 
 from immiscible.configs import UnconditionalConfig
+from immiscible.method import chosen_sampler
+from immiscible.objective_choice import training_scheduler
+from immiscible.process import NoiseProcess
 from immiscible.training.summary import NEEDED, measured_facts, method_facts, peak_memory
 
 
@@ -74,7 +77,30 @@ def test_of_a_coupling_that_did_nothing_nothing_is_told(tmp_path):
     ],
 )
 def test_no_law_moves_nothing(law, moved, told):
-    parts = {"sampler": SimpleNamespace(moved_share=lambda: moved), "process": SimpleNamespace(num_timesteps=7, kind="ddpm")}
+    parts = {"sampler": SimpleNamespace(moved_share=lambda: moved, course=""), "process": SimpleNamespace(num_timesteps=7, kind="ddpm")}
     objective = SimpleNamespace(**parts, image_scale=1, prediction_type="sample")
     facts = method_facts(UnconditionalConfig(timestep_sampling=law), objective, schedule="linear", inference_steps=2)
     assert facts["timestep_sampling"] == told
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            {"timestep_sampling": "clts", "clts_std": 0.1, "clts_ramp_steps": 2000},
+            "clts, moves 0.0 to 57.2 % of the draws over 2,000 optimizer steps",
+        ),
+        ({"timestep_sampling": "loss_second_moment"}, "loss_second_moment, follows the losses once every timestep has ten"),
+        ({"timestep_shift": 3.0}, "uniform, moves 18.6 % of the draws, shift 3"),
+        (
+            {"timestep_sampling": "asymmetric", "second_timestep_sampling": "uniform", "second_phase_step": 1500},
+            "asymmetric, moves 22.1 % of the draws; from optimizer step 1,500 on uniform",
+        ),
+    ],
+)
+def test_what_becomes_of_a_law_is_said(flags, told):
+    config = UnconditionalConfig(**flags)
+    process = NoiseProcess.from_scheduler(training_scheduler(config))
+    objective = SimpleNamespace(sampler=chosen_sampler(config, process), process=process, image_scale=1, prediction_type="epsilon")
+    facts = method_facts(config, objective, schedule="linear", inference_steps=2)
+    assert facts["timestep_sampling"].startswith(told)
