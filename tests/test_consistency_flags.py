@@ -140,7 +140,7 @@ def test_other_names_are_the_same_flags(tmp_path):
     ("words", "line"),
     [
         (["--optimizer_type", "sgd"], "--optimizer_type: invalid choice: 'sgd' .*adamw.*radam"),
-        (["--optimizer_type", "radam", "--use_8bit_adam"], "--use_8bit_adam .* --optimizer_type radam"),
+        (["--optimizer_type", "radam", "--use_8bit_adam"], "--use_8bit_adam .* --optimizer radam"),
         (["--ema_min_decay", "0.5", "--ema_max_decay", "0.4"], "--ema_min_decay 0.5 must not be above --ema_max_decay 0.4"),
         (["--num_classes", "3"], "--num_classes 3 needs --class_conditional"),
         (["--class_embed_type", "timestep"], "--class_embed_type timestep needs --class_conditional"),
@@ -162,7 +162,7 @@ def test_what_contradicts_is_one_line(words, line):
 
 def test_what_may_change_on_resume():
     free = {"scale_lr", "num_classes", "class_embed_type", "validation_steps", "tracker_project_name", "logger", "num_epochs"}
-    kept = {"optimizer_type", "use_8bit_adam", "ema_min_decay", "use_ema_warmup", "image_interpolation_mode", "image_column"}
+    kept = {"optimizer", "use_8bit_adam", "ema_min_decay", "use_ema_warmup", "image_interpolation_mode", "image_column"}
     assert free <= FREE_ON_RESUME and not kept & FREE_ON_RESUME
 
 
@@ -265,6 +265,7 @@ def test_averages():
     assert warm == pytest.approx([0.0, *(min(1 - (1 + step) ** -0.75, 0.8) for step in steps)])
     assert decays("--use_ema_warmup") == decays("--ema_min_decay", "0") == warm
     assert decays("--ema_min_decay", "0.7") == [0.0, *(max(decay, 0.7) for decay in warm[1:])]
+    assert decays("--ema_min_decay", "0.8") == [0.0, *[0.8] * 38]  # constant, but for the copy that the average begins with
     cold = [0.0, *(min((1 + step) / (10 + step), 0.8) for step in steps)]
     assert decays("--no_use_ema_warmup") == decays("--use_ema_warmup", "false") == pytest.approx(cold) and cold != warm
 
@@ -320,7 +321,7 @@ def test_a_command_line_of_that_script_runs(script, tmp_path):
     assert result.code == 0, result.stderr
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [f"step-000000{step}.png" for step in (2, 4, 5)]
     assert list((tmp_path / "run" / "logs" / "consistency-training").rglob("events.out.tfevents.*"))
-    assert (tmp_path / "run" / "unet_non_ema").is_dir() and "optimizer_type: radam" in (tmp_path / "run" / "config.yaml").read_text()
+    assert (tmp_path / "run" / "unet_non_ema").is_dir() and "optimizer: radam" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 @pytest.mark.slow
@@ -331,7 +332,7 @@ def test_a_run_with_radam_goes_on_exactly_through_its_rectification(script, tmp_
     assert script(line(tmp_path / "data", tmp_path / "cut", **options, max_train_steps=4)).code == 0
     again = {**options, "max_train_steps": 8, "resume_from_checkpoint": "latest"}
     refused = script(line(tmp_path / "data", tmp_path / "cut", **{**again, "optimizer_type": "adamw"}))
-    assert refused.code != 0 and "--optimizer_type was radam, is now adamw" in refused.error
+    assert refused.code != 0 and "--optimizer was radam, is now adamw" in refused.error
     result = script(line(tmp_path / "data", tmp_path / "cut", **again))
     assert result.code == 0, result.stderr
     assert final_hashes(tmp_path / "cut", 8) == final_hashes(tmp_path / "whole", 8)

@@ -102,13 +102,17 @@ class TrainingArguments:
     scale_lr: bool = flag(False, "multiply the learning rate by accumulation, batch size and processes")
     lr_scheduler: str = flag("cosine", "the learning rate's course over the optimizer steps", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = flag(500, "optimizer steps over which the learning rate rises", least=0)
-    optimizer_type: str = flag(
+    optimizer: str = flag(
         "adamw",
-        "adamw, or radam: its first steps are shorter where the average of squared gradients is still uncertain (improved consistency "
-        "training has it); weight decay is apart from the gradient in both",
+        "adamw; adamw_8bit (needs bitsandbytes); radam: its first steps are shorter where the average of squared gradients is still "
+        "uncertain (improved consistency training has it); adafactor: --learning_rate is relative to a weight's size; muon: torch's Muon "
+        "for the matrices of linear layers, AdamW for the rest; prodigy (prodigyopt): finds its rate, which --learning_rate 1 multiplies; "
+        "schedule_free (schedulefree): AdamW whose own average is that of --use_ema; weight decay is apart from the gradient in all",
         choices=Names("immiscible.networks.optimization", "OPTIMIZERS"),
+        alias="optimizer_type",
     )
-    use_8bit_adam: bool = flag(False, "AdamW with 8-bit states (bitsandbytes)")
+    use_8bit_adam: bool = flag(False, "the same as --optimizer adamw_8bit")
+    decay_norms_and_biases: bool = flag(True, "weight decay for vectors too: norms and biases")
     adam_beta1: float = flag(0.95, "the optimizer's beta1", least=0, below=1)
     adam_beta2: float = flag(0.999, "the optimizer's beta2", least=0, below=1)
     adam_weight_decay: float = flag(1e-6, "the optimizer's weight decay", least=0, most=1000)
@@ -145,8 +149,20 @@ class TrainingArguments:
         Raises:
             UserError: they contradict each other.
         """
-        if self.use_8bit_adam and self.optimizer_type != "adamw":
-            raise UserError(f"--use_8bit_adam is AdamW with 8-bit states; leave it or --optimizer_type {self.optimizer_type} out")
+        if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw_8bit"):
+            raise UserError(f"--use_8bit_adam is AdamW with 8-bit states; leave it or --optimizer {self.optimizer} out")
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            raise UserError(f"--optimizer prodigy finds its rate, and --learning_rate multiplies it: give 1, not {self.learning_rate:g}")
+        if self.optimizer == "schedule_free":
+            self._check_schedule_free()
+
+    def _check_schedule_free(self) -> None:
+        if not self.use_ema:
+            raise UserError("--optimizer schedule_free trains one point and keeps another, their average, for use: give --use_ema")
+        if not self.lr_scheduler.startswith("constant"):
+            raise UserError(f"--optimizer schedule_free has no schedule: --lr_scheduler constant_with_warmup, not {self.lr_scheduler}")
+        if not self.adam_beta1:
+            raise UserError("--optimizer schedule_free: --adam_beta1 must be above 0")
 
 
 @dataclass

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import io
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from immiscible.errors import UserError, first_line
 from immiscible.networks.arguments import TrainingArguments
@@ -18,25 +20,101 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
     from diffusers.training_utils import EMAModel
 
+Groups = list[dict[str, Any]]  # an optimizer's groups of weights
+
+
+def _as_it_is(kind: Any, groups: Groups, **settings: Any) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = kind(groups, **settings)
+    return optimizer
+
+
+def _adafactor(kind: Any, groups: Groups, *, lr: float, weight_decay: float, **adam: Any) -> torch.optim.Optimizer:
+    """Shazeer and Stern 2018; its betas and epsilons are its own."""
+    return _as_it_is(kind, groups, lr=lr, weight_decay=weight_decay)
+
+
+def _prodigy(kind: Any, groups: Groups, **settings: Any) -> torch.optim.Optimizer:
+    """Mishchenko and Defazio 2023, set as in diffusers' examples, which learn with a warm-up too."""
+    with redirect_stdout(io.StringIO()):  # it prints that the weight decay is apart
+        return _as_it_is(kind, groups, **settings, decouple=True, use_bias_correction=True, safeguard_warmup=True)
+
+
+def _schedule_free(kind: Any, groups: Groups, **settings: Any) -> torch.optim.Optimizer:
+    """AdamW of Defazio et al. 2024. The network always holds y, where the gradient is taken; `build_ema` gives their x."""
+    optimizer: Any = _as_it_is(kind, groups, **settings)
+    optimizer.train()
+    return optimizer
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the groups that say so, AdamW for the others, at one learning rate: Muon's step has the size of AdamW's (2502.16982).
+
+    One optimizer to whoever sets rates, clips, scales or saves: both work on the groups and the state of this one.
+
+    Args:
+        muon: `torch.optim.Muon`.
+        groups: each with ``use_muon``.
+        lr: of both.
+        betas: of AdamW.
+        weight_decay: of both, apart from the gradient.
+        eps: of AdamW.
+    """
+
+    def __init__(self, muon: Any, groups: Groups, *, lr: float, betas: tuple[float, float], weight_decay: float, eps: float) -> None:
+        kinds = {
+            True: partial(muon, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            False: partial(torch.optim.AdamW, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps),
+        }
+        chosen = {use_muon: [group for group in groups if group["use_muon"] is use_muon] for use_muon in kinds}
+        self._parts: dict[bool, Any] = {use_muon: kinds[use_muon](own) for use_muon, own in chosen.items() if own}
+        super().__init__([group for part in self._parts.values() for group in part.param_groups], {})
+
+    def step(self, closure: Any = None) -> Any:
+        """See `torch.optim.Optimizer.step`."""
+        loss = None if closure is None else closure()
+        for use_muon, part in self._parts.items():
+            part.param_groups = [group for group in self.param_groups if group["use_muon"] is use_muon]  # loading makes new ones
+            part.state = self.state
+            part.step()
+        return loss
+
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),  # AdamW with the rectification of Liu et al. 2020
+    "adamw_8bit": _as_it_is,
+    "adafactor": _adafactor,
+    "muon": MuonWithAdamW,
+    "prodigy": _prodigy,
+    "schedule_free": _schedule_free,
+}
+CLASSES = {  # first argument of those above that every torch does not have: the package that has it, and where
+    "adamw_8bit": ("bitsandbytes", "optim.AdamW8bit"),
+    "adafactor": ("torch>=2.5", "optim.Adafactor"),
+    "muon": ("torch>=2.9", "optim.Muon"),
+    "prodigy": ("prodigyopt", "Prodigy"),
+    "schedule_free": ("schedulefree", "AdamWScheduleFree"),
 }
 
 
-def build_ema(network: ModelMixin, arguments: TrainingArguments, device: torch.device) -> EMAModel | None:
+def build_ema(
+    network: ModelMixin, arguments: TrainingArguments, device: torch.device, optimizer: torch.optim.Optimizer | None = None
+) -> EMAModel | None:
     """The moving average of the network's weights that the flags ask for, or None.
 
     Args:
         network: of diffusers; its class and configuration are saved with the average.
         arguments: ``ema_settings`` say how the decay rises and where it stops.
         device: where the average lives; with ``offload_ema`` that is host memory, which it leaves for its update alone.
+        optimizer: from `build_optimizer`, before accelerate wraps it; schedule-free has the average already.
     """
     from diffusers.training_utils import EMAModel
 
     if not arguments.use_ema:
         return None
-    kind = _offloaded_ema() if arguments.offload_ema else EMAModel
+    kind: Any = _offloaded_ema() if arguments.offload_ema else EMAModel
+    if arguments.optimizer == "schedule_free":
+        kind = partial(_schedule_free_average(), optimizer)
     ema: EMAModel = kind(network.parameters(), model_cls=type(network), model_config=network.config, **arguments.ema_settings)
     ema.to("cpu" if arguments.offload_ema else device)
     return ema
@@ -59,25 +137,83 @@ def _offloaded_ema() -> type[EMAModel]:
     return OffloadedEMA
 
 
+@cache
+def _schedule_free_average() -> Any:
+    """Made when it is asked for, as `_offloaded_ema` is."""
+    from diffusers.training_utils import EMAModel
+
+    class ScheduleFreeAverage(EMAModel):
+        """x of schedule-free, the average it evaluates, from the network's y and the optimizer's z: ``y = (1 - beta1) z + beta1 x``."""
+
+        def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], **settings: Any) -> None:
+            super().__init__(parameters, **settings)
+            self._optimizer = optimizer
+
+        @torch.no_grad()
+        def step(self, parameters: Iterable[nn.Parameter]) -> None:
+            beta1, _ = self._optimizer.param_groups[0]["betas"]
+            for x, y in zip(self.shadow_params, parameters, strict=True):
+                z = self._optimizer.state[y]["z"] if y in self._optimizer.state else y  # of what is not trained
+                x.copy_(y.lerp(z, 1 - 1 / beta1))
+
+    return ScheduleFreeAverage
+
+
 def build_optimizer(network: nn.Module, arguments: TrainingArguments) -> torch.optim.Optimizer:
-    """The optimizer of the weights that are trained, those that require a gradient; with 8-bit states if the flags ask for them.
+    """The optimizer that the flags name, of the weights that are trained, those that require a gradient.
 
     Raises:
-        UserError: bitsandbytes is asked for and not installed.
+        UserError: what it needs is not installed, or it refuses the settings.
     """
-    kind: Any = OPTIMIZERS[arguments.optimizer_type]
-    if arguments.use_8bit_adam:
-        if find_spec("bitsandbytes") is None:
-            raise UserError("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`")
-        kind = import_module("bitsandbytes").optim.AdamW8bit
-    optimizer: torch.optim.Optimizer = kind(
-        [parameter for parameter in network.parameters() if parameter.requires_grad],
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        weight_decay=arguments.adam_weight_decay,
-        eps=arguments.adam_epsilon,
-    )
+    name = "adamw_8bit" if arguments.use_8bit_adam else arguments.optimizer
+    flag = "--use_8bit_adam" if arguments.use_8bit_adam else f"--optimizer {name}"
+    kind: Any = OPTIMIZERS[name]
+    if name in CLASSES:
+        kind = partial(kind, _imported(flag, *CLASSES[name]))
+    groups = _groups(network, arguments.decay_norms_and_biases, hidden_matrices(network) if name == "muon" else None)
+    if name == "muon" and not any(group["use_muon"] for group in groups):
+        raise UserError("--optimizer muon is for matrices, and the network has none but in its first and last layer; choose another")
+    settings = {"betas": (arguments.adam_beta1, arguments.adam_beta2), "weight_decay": arguments.adam_weight_decay}
+    try:
+        optimizer: torch.optim.Optimizer = kind(groups, lr=arguments.learning_rate, **settings, eps=arguments.adam_epsilon)
+    except ValueError as error:
+        raise UserError(f"{flag}: {first_line(error)}") from None
     return optimizer
+
+
+def _imported(flag: str, package: str, path: str) -> Any:
+    name = package.partition(">")[0]
+    found = import_module(name) if find_spec(name) else None
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        raise UserError(f"{flag} needs {package}: `pip install {package if package == name else repr(package)}`")
+    return found
+
+
+def hidden_matrices(network: nn.Module) -> list[Tensor]:
+    """What Muon is for: the weights of linear layers, but for the network's first and last layer. Embeddings and convolutions are not."""
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    return [layer.weight for layer in layers[1:-1] if isinstance(layer, nn.Linear)]
+
+
+def _groups(network: nn.Module, decay_all: bool, hidden: Sequence[Tensor] | None) -> Groups:
+    """The trained weights by what is done with them; vectors, which norms and biases are, decay only if all do.
+
+    Args:
+        network: whose weights they are.
+        decay_all: whether vectors decay too.
+        hidden: those that get ``use_muon``; None, and no group says anything of it.
+    """
+    muon = {id(weight) for weight in hidden or ()}
+    found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for weight in (weight for weight in network.parameters() if weight.requires_grad):
+        key = (id(weight) in muon, decay_all or weight.dim() > 1)
+        found.setdefault(key, []).append(weight)
+    return [
+        {"params": weights, **({} if decays else {"weight_decay": 0.0}), **({} if hidden is None else {"use_muon": use_muon})}
+        for (use_muon, decays), weights in found.items()
+    ]
 
 
 def learning_rate(

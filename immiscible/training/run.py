@@ -119,8 +119,9 @@ class _State:
     def prepare(cls, config: RunConfig, accelerator: Accelerator, task: Task, seed: int) -> _State:
         """Of a run that begins."""
         processes, accumulation = accelerator.num_processes, config.gradient_accumulation_steps
-        ema = build_ema(task.network, config, accelerator.device)
-        model, optimizer = accelerator.prepare(tuned(task.network, config, accelerator.device), build_optimizer(task.network, config))
+        bare = build_optimizer(task.network, config)
+        ema = build_ema(task.network, config, accelerator.device, bare)
+        model, optimizer = accelerator.prepare(tuned(task.network, config, accelerator.device), bare)
         source, rank = task.data.source, accelerator.process_index
         order = batch_order(source, config, batch_size=config.train_batch_size, seed=seed, rank=rank, num_processes=processes)
         check_batch_size(config, task.objective, order.num_images, order.global_batch_size)

@@ -62,7 +62,7 @@ def test_weight_decay_of_radam_is_apart_from_the_gradient():
     settings = {"adam_beta1": 0.5, "adam_beta2": 0.6, "adam_weight_decay": 0.25, "adam_epsilon": 0.125, "learning_rate": 0.5}
     for arguments in (OptimizationArguments, TextOptimizationArguments):
         network = nn.Linear(1, 1, bias=False)
-        optimizer = build_optimizer(network, arguments(optimizer_type="radam", **settings))
+        optimizer = build_optimizer(network, arguments(optimizer="radam", **settings))
         (group,) = optimizer.param_groups
         assert type(optimizer) is torch.optim.RAdam and group["foreach"] is None  # torch's choice: foreach on a GPU
         assert (group["betas"], group["weight_decay"], group["eps"], group["lr"]) == ((0.5, 0.6), 0.25, 0.125, 0.5)

@@ -1,0 +1,218 @@
+"""Each optimizer by name: the library's own step, with schedule and clipping, saved and loaded, on the weights it is for."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from class_networks import tiny_unet
+from torch import nn
+
+from immiscible.errors import UserError
+from immiscible.networks.arguments import OptimizationArguments
+from immiscible.networks.optimization import CLASSES, OPTIMIZERS, build_ema, build_optimizer, hidden_matrices, learning_rate
+
+CPU = torch.device("cpu")
+BETAS = (0.5, 0.75)
+OWN = {  # the class of each, and what it is called with beside rate, decay, betas and epsilon
+    "adamw": (torch.optim.AdamW, {}),
+    "radam": (torch.optim.RAdam, {"decoupled_weight_decay": True}),
+    "adafactor": (torch.optim.Adafactor, {}),
+    "prodigy": ("prodigyopt.Prodigy", {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}),
+    "schedule_free": ("schedulefree.AdamWScheduleFree", {}),
+}
+
+
+class Net(nn.Module):
+    """Something of everything: convolutions at the ends, an embedding, a norm, a matrix in between that is hidden."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.told, self.norm = nn.Conv2d(1, 4, 1), nn.Embedding(3, 4), nn.LayerNorm(4)
+        self.hidden, self.last = nn.Linear(4, 6), nn.Linear(6, 1)
+        self.config = {}
+
+    def forward(self, x, label):
+        x = self.first(x).mean((2, 3)) + self.told(label)
+        return self.last(self.hidden(self.norm(x)).tanh())
+
+
+def arguments(name, **changes):
+    rate = 1.0 if name == "prodigy" else 0.01
+    settings = {"learning_rate": rate, "adam_beta1": 0.5, "adam_beta2": 0.75, "adam_weight_decay": 0.1, "lr_scheduler": "constant"}
+    made = OptimizationArguments(optimizer=name, **{**settings, "lr_warmup_steps": 2, "use_ema": True, **changes})
+    made.check()
+    return made
+
+
+def libraries(name, weights, flags):
+    kind, options = OWN[name]
+    if isinstance(kind, str):
+        package, _, attribute = kind.partition(".")
+        kind = getattr(pytest.importorskip(package), attribute)
+    adam = {} if name == "adafactor" else {"betas": BETAS, "eps": 1e-8}
+    optimizer = kind(weights, lr=flags.learning_rate, weight_decay=0.1, **adam, **options)
+    if name == "schedule_free":
+        optimizer.train()
+    return optimizer
+
+
+def needed(name):
+    if name in CLASSES:
+        pytest.importorskip(CLASSES[name][0].partition(">")[0])
+
+
+def take_step(network, optimizer, step, rate=None, after=lambda: None):
+    generator = torch.Generator().manual_seed(step)
+    x, label = torch.randn(8, 1, 2, 2, generator=generator), torch.randint(3, (8,), generator=generator)
+    (network(x, label) - x.mean((2, 3))).square().mean().backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 0.1)
+    if rate is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+    optimizer.step()
+    optimizer.zero_grad()
+    after()
+
+
+def equal(one, other):
+    return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_its_steps_are_those_of_its_library(name):
+    needed(name)
+    ours, theirs = Net(), Net()
+    flags = arguments(name, lr_scheduler="constant_with_warmup")
+    optimizer = build_optimizer(ours, flags)
+    own = libraries(name, [*theirs.parameters()], flags)
+    rate = learning_rate(flags, optimizer, 4)
+    for step in range(4):
+        take_step(ours, optimizer, step, rate)
+        take_step(theirs, own, step, rate)
+    assert equal(ours, theirs) and not equal(ours, Net())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_muon_takes_hidden_matrices_and_adamw_the_rest(scaled):
+    """To the last bit those of two optimizers beside each other; also under a loss scaler, to which it is one."""
+    needed("muon")
+    ours, theirs, flags = Net(), Net(), arguments("muon")
+    optimizer = build_optimizer(ours, flags)
+    assert [weight is ours.hidden.weight for weight in hidden_matrices(ours)] == [True]
+    rest = [weight for weight in theirs.parameters() if weight is not theirs.hidden.weight]
+    both = [
+        torch.optim.Muon([theirs.hidden.weight], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1, betas=BETAS, eps=1e-8),
+    ]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+    for step in range(3):
+        x = torch.full((2, 1, 1, 1), float(step))
+        scaler.scale(ours(x, torch.tensor([0, 1])).square().mean()).backward()
+        theirs(x, torch.tensor([0, 1])).square().mean().backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        for each in both:
+            each.step()
+            each.zero_grad()
+        optimizer.zero_grad()
+    assert equal(ours, theirs) and not torch.equal(ours.hidden.weight, Net().hidden.weight)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw_8bit"])
+def test_saved_and_loaded_it_goes_on_exactly(name):
+    needed(name)
+    flags = arguments(name, lr_scheduler="constant_with_warmup", decay_norms_and_biases=False)
+
+    def begin():
+        network = Net()
+        optimizer = build_optimizer(network, flags)
+        return network, optimizer, build_ema(network, flags, CPU, optimizer), learning_rate(flags, optimizer, 6)
+
+    def go_on(network, optimizer, ema, rate, steps):
+        for step in steps:
+            take_step(network, optimizer, step, rate, lambda: ema.step(network.parameters()))
+
+    whole, cut = begin(), begin()
+    go_on(*whole, range(6))
+    go_on(*cut, range(3))
+    file = io.BytesIO()
+    torch.save(cut[1].state_dict(), file)
+    file.seek(0)
+    network, optimizer, ema, rate = begin()
+    network.load_state_dict(cut[0].state_dict())
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    ema.load_state_dict(copy.deepcopy(cut[2].state_dict()))
+    go_on(network, optimizer, ema, rate, range(3, 6))
+    assert equal(network, whole[0]) and not equal(network, cut[0])
+    assert all(map(torch.equal, ema.shadow_params, whole[2].shadow_params))
+
+
+def test_the_average_of_schedule_free_is_the_point_that_it_evaluates():
+    needed("schedule_free")
+    network, flags = Net(), arguments("schedule_free")
+    network.told.requires_grad_(False)
+    optimizer = build_optimizer(network, flags)
+    ema = build_ema(network, flags, CPU, optimizer)
+    for step in range(3):
+        take_step(network, optimizer, step, after=lambda: ema.step(network.parameters()))
+    trained = copy.deepcopy(network)
+    optimizer.eval()
+    for average, weight in zip(ema.shadow_params, network.parameters(), strict=True):
+        torch.testing.assert_close(average, weight.detach(), rtol=0, atol=0)
+    assert not equal(trained, network)
+
+
+def test_norms_and_biases_are_spared_the_decay_where_that_is_asked_for():
+    network = Net()
+    groups = build_optimizer(network, arguments("adamw", decay_norms_and_biases=False)).param_groups
+    spared = {id(weight) for group in groups if group["weight_decay"] == 0 for weight in group["params"]}
+    vectors = (network.first.bias, network.norm.weight, network.norm.bias, network.hidden.bias, network.last.bias)
+    assert spared == set(map(id, vectors)) and sum(len(group["params"]) for group in groups) == len([*network.parameters()])
+    (group,) = build_optimizer(network, arguments("adamw")).param_groups
+    assert group["weight_decay"] == 0.1
+    kinds = {(group["use_muon"], group["weight_decay"]) for group in build_optimizer(network, arguments("muon")).param_groups}
+    assert kinds == {(True, 0.1), (False, 0.1)}
+
+
+def test_muon_in_a_unet_is_for_its_linear_layers():
+    network = tiny_unet()
+    hidden = {id(weight) for weight in hidden_matrices(network)}
+    found = {name for name, weight in network.named_parameters() if id(weight) in hidden}
+    assert found and all(name.endswith("weight") and "conv" not in name for name in found)
+    assert "class_embedding.weight" not in found and "time_embedding.linear_2.weight" in found
+    with pytest.raises(UserError, match="--optimizer muon is for matrices, and the network has none"):
+        build_optimizer(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)), arguments("muon"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"optimizer": "prodigy", "learning_rate": 1e-4}, "--optimizer prodigy finds its rate.*: give 1, not 0.0001"),
+        ({"optimizer": "schedule_free", "use_ema": False}, "--optimizer schedule_free .*: give --use_ema"),
+        ({"optimizer": "schedule_free", "lr_scheduler": "cosine"}, "--lr_scheduler constant_with_warmup, not cosine"),
+        ({"optimizer": "schedule_free", "adam_beta1": 0.0}, "--adam_beta1 must be above 0"),
+        ({"optimizer": "muon", "use_8bit_adam": True}, "--use_8bit_adam .* --optimizer muon"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(changes, says):
+    with pytest.raises(UserError, match=says):
+        arguments(changes.pop("optimizer"), **changes)
+
+
+@pytest.mark.parametrize(("name", "package"), [(name, package) for name, (package, _) in CLASSES.items()])
+def test_a_package_that_is_missing_or_too_old_is_one_line(name, package, monkeypatch):
+    monkeypatch.setattr("immiscible.networks.optimization.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"^--optimizer {name} needs {package}: `pip install '?{package}'?`$"):
+        build_optimizer(Net(), arguments(name))
+    assert arguments("adamw_8bit", use_8bit_adam=True).optimizer == "adamw_8bit"
+
+
+def test_settings_that_an_optimizer_refuses_are_one_line():
+    needed("prodigy")
+    with pytest.raises(UserError, match="--optimizer prodigy: Invalid epsilon value"):
+        build_optimizer(Net(), arguments("prodigy", adam_epsilon=0.0))
