@@ -94,6 +94,10 @@ class UnconditionalConfig(
             return
         if self.objective == "consistency":
             steps, levels = SAMPLED_LEVELS, f"{SAMPLED_LEVELS}, the levels of a consistency model's sampler"
+        if self.learned_sigma and self.sampling_scheduler != "ddpm":
+            raise UserError(f"--sampling_scheduler {self.sampling_scheduler} has no variance to learn; leave it out with --learned_sigma")
+        if self.learned_sigma and self.timestep_spacing == "trailing":  # which does not end at the first timestep
+            raise UserError("--timestep_spacing trailing adds a learned variance to the last step's image; take linspace or leading")
         if self.sampling_steps > steps:
             raise UserError(f"--ddpm_num_inference_steps {self.sampling_steps} exceeds {levels}")
         if self.eval_steps and not all(each <= steps for each in self.eval_inference_steps):

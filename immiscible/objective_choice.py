@@ -68,6 +68,11 @@ class ObjectiveArguments(ProcessArguments):
         "2022); consistency: consistency training, sampled in one or two steps (Song and Dhariwal 2024)",
         choices=OBJECTIVES,
     )
+    learned_sigma: bool = flag(
+        False,
+        "the network has twice the channels and learns the variance of each sampling step too, by the hybrid loss (Nichol and Dhariwal "
+        "2021), as DiT does; of denoising on ddpm",
+    )
     sigma_min: float = flag(0.002, "the least sigma, of edm and consistency: of x0 + sigma noise", above=0, most=1)
     sigma_max: float = flag(80.0, "the greatest sigma, of edm and consistency", least=0.1, most=1e5)
     sigma_data: float = flag(0.5, "the data's standard deviation, of edm and consistency", above=0, most=1e3)
@@ -137,6 +142,8 @@ class ObjectiveArguments(ProcessArguments):
             if users and self.objective not in users:
                 raise UserError(f"--{name} belongs to --objective {' or '.join(users)}, not to {self.objective}")
         if self.objective == "denoising":
+            if self.learned_sigma and self.noise_process != "ddpm":
+                raise UserError(f"--learned_sigma is of the steps of a ddpm process, not of --noise_process {self.noise_process}")
             return
         for name in ("noise_process", "image_scale", "ddpm_beta_schedule", "ddpm_beta_start", "ddpm_beta_end"):
             if name in changed:
@@ -180,6 +187,7 @@ class ObjectiveArguments(ProcessArguments):
 
 SIGMAS = ("edm", "consistency")
 USERS = {
+    "learned_sigma": ("denoising",),
     **dict.fromkeys(("sigma_min", "sigma_max", "sigma_data", "rho", "p_mean", "p_std"), SIGMAS),
     **dict.fromkeys(("edm_sampler", "momentum", "momentum_warmup_steps"), ("edm",)),
 }
@@ -214,7 +222,7 @@ def training_scheduler(config: ProcessArguments) -> Any:
         if config.objective == "consistency":
             return CMStochasticIterativeScheduler(num_train_timesteps=SAMPLED_LEVELS, **ends)
         return EDMEulerScheduler(**ends)
-    return build_scheduler(
+    scheduler = build_scheduler(
         config.noise_process,
         num_train_timesteps=config.ddpm_num_steps,
         beta_schedule=config.ddpm_beta_schedule,
@@ -223,6 +231,10 @@ def training_scheduler(config: ProcessArguments) -> Any:
         prediction_type=config.prediction_type,
         image_scale=config.image_scale,
     )
+    if isinstance(config, ObjectiveArguments) and config.learned_sigma:
+        settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        return type(scheduler)(**{**settings, "variance_type": "learned_range"})
+    return scheduler
 
 
 def sigma_process(config: ObjectiveArguments) -> SigmaProcess:
@@ -249,6 +261,10 @@ def chosen_objective(config: ObjectiveArguments, accelerator: Accelerator, axes:
 
     if config.objective == "edm" and config.momentum:
         return MomentumObjective(**axes, warmup_steps=config.momentum_warmup_steps)
+    if config.learned_sigma:
+        from immiscible.learned_sigma import LearnedSigmaObjective
+
+        return LearnedSigmaObjective(**axes)
     if config.objective != "consistency":
         return DenoisingObjective(**axes)
     from immiscible.consistency import AveragedTeacher, ConsistencyObjective, student
@@ -296,7 +312,7 @@ def objective_facts(config: ObjectiveArguments) -> dict[str, str]:
     if config.objective == "edm":
         return {"objective": f"edm{' with momentum (FDM)' if config.momentum else ''}, {proposal}, sampled by {config.edm_sampler}"}
     if config.objective == "denoising":
-        return {}
+        return {"objective": "denoising, with a learned variance (hybrid loss)"} if config.learned_sigma else {}
     discretization, kind = chosen_discretization(config), config.discretization_kind
     levels = f"{discretization(0)} levels"
     if kind != "constant":

@@ -45,7 +45,8 @@ def validation_loss(
     process and prediction type. Drawn on the CPU, so the device does not matter either.
 
     Args:
-        model: called as ``model(xt, time, **condition)``, returns an object with ``sample``; measured in evaluation mode.
+        model: called as ``model(xt, time, **condition)``, returns an object with ``sample``; measured in evaluation mode. A variance
+            that it learns beside its prediction is not looked at.
         images: pixels or latents, fp32 [N, C, H, W], N at least 1.
         process: the noise process of training, on the model's device.
         prediction_type: what the model predicts.
@@ -69,7 +70,7 @@ def validation_loss(
                 noise = Draws(EVALUATION_SEED, level, first, torch.device("cpu")).normal("validation", *x0.shape).to(device)
                 t = torch.full((len(x0),), (start + stop) // 2, device=device)
                 told = {name: value[first : first + batch_size].to(device) for name, value in (condition or {}).items()}
-                output = model(process.add_noise(x0, noise, t), process.model_time[t], **told).sample
+                output = model(process.add_noise(x0, noise, t), process.model_time[t], **told).sample[:, : x0.shape[1]]
                 target = process.target(x0, noise, t, prediction_type)
                 total += float(weighted_mse(output, target, torch.ones(len(x0), device=device)).sum())
             losses[f"{start}-{stop - 1}"] = total / len(images)

@@ -72,6 +72,7 @@ def unet_config(
     null_class: bool = False,
     class_embed_type: str | None = None,
     downsampling: int = 1,
+    learned_sigma: bool = False,
 ) -> dict[str, Any]:
     """The constructor arguments of the U-Net that these flags mean.
 
@@ -86,6 +87,7 @@ def unet_config(
         null_class: whether there is one class more, numbered ``num_classes``, which says that an image has none.
         class_embed_type: overrides the configuration's if not None.
         downsampling: the side of an image divided by that of its latent; 1 for a network of pixels.
+        learned_sigma: twice as many channels come out as go in; a configuration may say so, or not yet.
 
     Raises:
         UserError: the configuration cannot be found or is not such a U-Net's, the resolution does not halve often enough, or the
@@ -107,6 +109,9 @@ def unet_config(
         )
     if downsampling > 1 and config["in_channels"] != channels:
         raise UserError(f"{flag} has {config['in_channels']} channels, and the VAE's latents have {channels}; make them equal")
+    if config["out_channels"] not in (config["in_channels"], 2 * config["in_channels"] if learned_sigma else 0):
+        raise UserError(f"{flag}: in_channels and out_channels differ; twice as many come out of a network of --learned_sigma, no others")
+    config["out_channels"] = (2 if learned_sigma else 1) * config["in_channels"]
     if dropout is not None:
         config["dropout"] = dropout
     if class_embed_type is not None:
@@ -165,6 +170,4 @@ def _load_config(name_or_path: str) -> dict[str, Any]:
     unknown = [key for key in config if not key.startswith("_") and key not in known]
     if unknown or not isinstance(config["block_out_channels"], list | tuple):
         raise UserError(f"{flag}: not a UNet2DModel configuration: {', '.join(unknown) or 'block_out_channels'} is not one of its settings")
-    if config.get("in_channels", 3) != config.get("out_channels", 3):
-        raise UserError(f"{flag}: in_channels and out_channels differ; a learned variance is not trained here")
     return {"in_channels": 3, "out_channels": 3} | {key: value for key, value in config.items() if not key.startswith("_")}

@@ -106,7 +106,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if scale == 0:
             return self.unet(x, t, class_labels=none).sample
         without, told = self.unet(torch.cat([x, x]), t, class_labels=torch.cat([none, labels])).sample.chunk(2)
-        return without + scale * (told - without)
+        mean = x.shape[1]  # a learned variance comes after it, and stays that of the class
+        return torch.cat([(without + scale * (told - without))[:, :mean], told[:, mean:]], 1)
 
     def _images(self, x: Tensor, output_type: str) -> object:
         """What was sampled, as images of the kind that is asked for."""

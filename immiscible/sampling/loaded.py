@@ -74,6 +74,8 @@ def take_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
     if "sigma_data" in pipeline.scheduler.config:  # the others would scale input and output of its network as no axis of sigma does
         own = type(pipeline.scheduler).__name__
         raise UserError(f"--scheduler {name}: EDM and consistency networks are sampled by their own {own}; leave the flag out")
+    if str(pipeline.scheduler.config.get("variance_type")).startswith("learned") and name != "ddpm":
+        raise UserError(f"--scheduler {name}: the network learned the variance of ddpm's steps; leave the flag out")
     kind = getattr(diffusers, SCHEDULERS[name])
     pixels = type(pipeline).__name__ in PIXEL_PIPELINES.values()
     # Its default is to clip, and the schedulers of text-to-image checkpoints say nothing of it if they cannot.

@@ -182,6 +182,7 @@ def network_settings(config: UnconditionalConfig, source: ImageSource | Stream, 
         null_class=config.class_dropout_prob > 0,
         class_embed_type=config.class_embed_type,
         downsampling=downsampling,
+        learned_sigma=config.learned_sigma,
     )
 
 
