@@ -204,6 +204,8 @@ def _check_together(config: RunConfig) -> None:
             raise UserError(
                 "--coupling_window epoch assigns all images of an epoch, which --streaming reads in passing; leave out one of them"
             )
+    if config.eval_raw_weights and not config.use_ema:
+        raise UserError("--eval_raw_weights measures them beside their average; without --use_ema they are what is measured: leave it out")
     if config.cache_latents and config.crop != "adm" and not config.center_crop:
         raise UserError("--cache_latents needs --center_crop or --crop adm: a random crop is another one in every epoch")
 

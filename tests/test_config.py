@@ -252,3 +252,10 @@ def test_every_flag_is_used_by_some_test_or_file():
     files = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("configs/**/*.yaml")]
     words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in files)))
     assert sorted(set(DEFAULTS) - words) == []
+
+
+def test_raw_weights_are_measured_beside_an_average_alone():
+    for words, says in ((["--use_ema"], "give --eval_steps too"), (["--eval_steps", "2"], "without --use_ema they are what is measured")):
+        with pytest.raises(UserError, match=f"--eval_raw_weights .*{says}"):
+            parse("--bundled_data", "digits", "--eval_raw_weights", *words)
+    assert parse("--bundled_data", "digits", "--eval_raw_weights", "--use_ema", "--eval_steps", "2").eval_raw_weights

@@ -27,6 +27,9 @@ class EvaluationArguments:
         most=100,
     )
     eval_samples: int = flag(1500, "samples per number of inference steps, from the same noises in every run", least=1, most=10**7)
+    eval_raw_weights: bool = flag(
+        False, "measure the weights themselves beside their average of --use_ema, into `raw` of the same line: what the average's lag costs"
+    )
     eval_features: str | None = flag(
         None,
         "what the Frechet distance compares: digits (a classifier of the bundled digits; FD-digits), pixels (8x8 pooled; FD-pixels-8x8) or "
@@ -57,5 +60,7 @@ class EvaluationArguments:
         for name in ("validation_split", "eval_data_dir"):
             if getattr(self, name) is not None and self.eval_steps is None:
                 raise UserError(f"--{name} holds images out for evaluation: give --eval_steps too")
+        if self.eval_raw_weights and self.eval_steps is None:
+            raise UserError("--eval_raw_weights is of evaluation: give --eval_steps too")
         if self.validation_split is not None and self.eval_data_dir is not None:
             raise UserError("--validation_split and --eval_data_dir both say which images are held out; give one of them")

@@ -89,23 +89,27 @@ class RunEvaluation:
     def __call__(self, ema: EMAModel | None, step: int, times: Mapping[str, float]) -> None:
         """Measures the weights at ``step`` and appends a line, with the ``times`` that the run has spent in steps."""
         task = self._task
-        line: dict[str, Any] = {
-            "step": step,
-            **times,
-            "data": task.data.source.fingerprint,
-            **self._evaluation(task.pipeline(), ema),
-        }
+        line: dict[str, Any] = {"step": step, **times, "data": task.data.source.fingerprint, **self._measured(ema)}
         if self._held_out:
             line["held_out"] = task.data.held_out.fingerprint  # type: ignore[union-attr]
-            x0 = torch.cat([batch.x0 for batch in self._held_out])
-            condition = {name: torch.cat([batch.condition[name] for batch in self._held_out]) for name in self._held_out[0].condition}
-            process, prediction_type = task.objective.process, task.objective.prediction_type
-            together = images_together(task.data.transform.resolution)
-            options: dict[str, Any] = {"condition": condition, "ema": ema, "batch_size": together}
-            line["validation_loss"] = validation_loss(task.network, x0, process, prediction_type, **options)
+        if self._config.eval_raw_weights:
+            line["raw"] = self._measured(None)
         append_line(self._path, {**line, "weights": "raw" if ema is None else "ema", "told": told(asdict(self._config))})
         for name, what in MEASURED.items():
             by_guidance = {"": line.get(name, {}), **{f" with guidance {w}": of for w, of in line.get(f"{name}_guided", {}).items()}}
             found = [f"{value:.3f} at {steps} steps{how}" for how, of in by_guidance.items() for steps, value in of.items()]
             if found:
                 logger.info("step %d: %s %s", step, what.format(line["feature"]), ", ".join(found))
+
+    def _measured(self, ema: EMAModel | None) -> dict[str, Any]:
+        """Of the average, or of the weights themselves."""
+        task = self._task
+        found: dict[str, Any] = {**self._evaluation(task.pipeline(), ema)}
+        if self._held_out:
+            x0 = torch.cat([batch.x0 for batch in self._held_out])
+            condition = {name: torch.cat([batch.condition[name] for batch in self._held_out]) for name in self._held_out[0].condition}
+            process, prediction_type = task.objective.process, task.objective.prediction_type
+            together = images_together(task.data.transform.resolution)
+            options: dict[str, Any] = {"condition": condition, "ema": ema, "batch_size": together}
+            found["validation_loss"] = validation_loss(task.network, x0, process, prediction_type, **options)
+        return found

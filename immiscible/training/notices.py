@@ -82,7 +82,8 @@ def _sampling(config: RunConfig, max_steps: int, epochs: float, images: int) -> 
     calls = config.grids(max_steps, epochs) * config.grid_calls
     if config.eval_steps:
         a_sample = sum(config.eval_inference_steps) * sum(calls_in_a_step(scale, config.interval) for scale in config.eval_guidance_scales)
-        calls += round(-(-max_steps // config.eval_steps) * config.eval_samples * a_sample)
+        times = -(-max_steps // config.eval_steps) * (2 if config.eval_raw_weights else 1)
+        calls += round(times * config.eval_samples * a_sample)
     ratio = calls / (BACKWARD * images)
     if ratio <= 1:
         return ""

@@ -159,6 +159,18 @@ def test_held_out_images_give_a_loss_per_noise_level(script, tmp_path):
     assert line["held_out_images"] == 90 and line["frechet_distance_held_out"]["1"] > 0 and 0.5 < line["nearest_neighbor_ratio"]["1"] < 2
 
 
+def test_the_weights_are_measured_beside_their_average(script, tmp_path):
+    """As the run without an average measures them; the average, of constant decay from its second update on, is elsewhere."""
+    flags = {"eval_steps": 4, "eval_samples": 70, "eval_inference_steps": [1], "validation_split": 0.05, "eval_features": "pixels"}
+    average = {"use_ema": True, "ema_min_decay": 0.9999, "eval_raw_weights": True}
+    for name, changes in (("plain", {}), ("averaged", average)):
+        assert script(tiny(tmp_path / name, **flags, **changes)).code == 0
+    plain, averaged = (json.loads((tmp_path / name / "evaluation.jsonl").read_text()) for name in ("plain", "averaged"))
+    for measure in ("frechet_distance", "frechet_distance_held_out", "validation_loss"):
+        assert averaged["raw"][measure] == plain[measure] != averaged[measure]
+    assert (plain["weights"], averaged["weights"]) == ("raw", "ema") and "raw" not in plain
+
+
 def test_images_of_another_folder_are_measured_against(script, tmp_path):
     colored(tmp_path / "bright", count=12)
     flags = {"eval_steps": 4, "eval_samples": 6, "eval_inference_steps": [1], "eval_feature_directions": 3, "eval_features": "pixels"}
