@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from immiscible.assignment.conditions import CONDITIONS, centered, check_labels, conditioned_index
-from immiscible.assignment.costs import COST_DTYPES, EXACT_BELOW, METRICS, cost_matrix
+from immiscible.assignment.costs import EXACT_BELOW, check_names, cost_matrix
 from immiscible.assignment.reservoir import ReservoirCoupling
 from immiscible.assignment.solve import LARGEST_BLOCK, SOLVERS, assign
 from immiscible.choices import build_choice
@@ -99,8 +99,8 @@ class AssignmentCoupling:
 
     Args:
         metric: ``l2`` (the paper), ``squared_l2`` or ``l1``.
-        dtype: precision of the operands of the cost: ``float32``, ``float16`` (the paper's quantized assignment), ``bfloat16``, or
-            ``auto``.
+        dtype: precision of the operands of the cost: ``float32``, ``float16`` or ``float8`` (the paper's quantized assignments),
+            ``bfloat16``, ``int8`` or ``auto``; see `assign`.
         solver: ``exact``, ``auction`` or ``auto``; see `assign`.
         condition: what is done about the labels, so that the noise does not tell them: ``none``, ``within``, ``centered`` (experimental) or
             ``penalty``; see `immiscible.assignment.conditions`.
@@ -118,12 +118,10 @@ class AssignmentCoupling:
     pairs_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        known = {"metric": METRICS, "dtype": COST_DTYPES, "solver": SOLVERS, "condition": CONDITIONS}
-        for argument, names in known.items():
+        check_names(self.metric, self.dtype)
+        for argument, names in {"solver": SOLVERS, "condition": CONDITIONS}.items():
             if getattr(self, argument) not in names:
                 raise UserError(f"`{argument}` {getattr(self, argument)!r} is unknown; known: {', '.join(names)}")
-        if self.metric == "l1" and self.dtype == "int8":
-            raise UserError("`metric` l1 is no inner product and has no int8 form; give `dtype` float32")
         if not 0 <= self.condition_ratio <= 1:
             raise UserError(f"`condition_ratio` must be from 0 to 1, not {self.condition_ratio}")
 

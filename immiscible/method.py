@@ -51,7 +51,7 @@ class MethodArguments:
     coupling_metric: str = flag("l2", "the distance that the assignment minimizes", choices=Names("immiscible.assignment.costs", "METRICS"))
     coupling_dtype: str = flag(
         "auto",
-        "precision of the operands of the assignment's cost; the paper quantizes to float16; auto is bfloat16 where the hardware has it",
+        "precision of the operands of the cost; float16 and float8 are the paper's; auto is bfloat16 (or int8) where the hardware has it",
         choices=Names("immiscible.assignment.costs", "COST_DTYPES"),
     )
     coupling_solver: str = flag(

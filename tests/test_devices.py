@@ -35,6 +35,7 @@ COUPLINGS = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     **({"int8": {"dtype": "int8"}} if costs._multiplies_int8() else {}),
+    **({"float8": {"dtype": "float8"}} if hasattr(torch, costs.FLOAT8) else {}),
     "within": {"condition": "within"},
     "penalty": {"condition": "penalty", "condition_ratio": 0.3},
     "centered": {"condition": "centered"},

@@ -11,10 +11,12 @@ from torch import Tensor
 from immiscible.errors import UserError
 
 METRICS = ("l2", "squared_l2", "l1")
-COST_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
+COST_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "float8")
 
 EXACT_BELOW = 128  # where scipy takes less than a millisecond
 ROWS_PER_PRODUCT = 2048  # of a matrix product whose result is kept beside the cost
+FLOAT8 = "float8_e4m3fn"  # three bits after the leading one, largest value 448; some torch versions lack it
+FLOAT8_TILE = 16  # what the sides of a product of 8-bit floats must be multiples of
 INT8_DIMENSIONS = range(2, 2**31 // 127**2)  # D whose inner products cannot leave 32 bits; torch misreads operands of one column
 
 
@@ -77,7 +79,7 @@ def _costs(
     if metric == "l1":
         ratio = float(image_norm.mean() / noise_norm.mean())
         wide = torch.float32 if 1e-2 < ratio < 1e2 else torch.float64  # what pairs differ by must not drown in the larger one's digits
-        images, noises = (rows.to(getattr(torch, dtype)).to(wide) for rows in (images, noises))
+        images, noises = (operand.to(wide) * scale[:, None] for operand, scale in (_operand(images, dtype), _operand(noises, dtype)))
         cost = torch.cdist(images, noises, p=1).sub_(noises.abs().sum(1))
         return cost.sub_(cost.mean(1, keepdim=True)).float()
     columns, noise_scale = _operand(noises, dtype)  # [M,D], [M]
@@ -91,8 +93,7 @@ def _costs(
         operand, image_scale = _operand(images[rows], dtype)  # [R,D], [R]
         if rows_per_product is not None:
             operand = torch.nn.functional.pad(operand, (0, 0, 0, height - len(operand)))
-        products = torch._int_mm(operand, columns.T) if dtype == "int8" else (operand @ columns.T).float()
-        products = products[: len(image_scale)]  # [R,M]
+        products = _products(operand, columns)[: len(image_scale)]  # [R,M]
         if cost.device.type == "cpu" and (dtype == "int8" or len(noises) >= EXACT_BELOW):  # few need no compiler, which fills 100 MiB
             from immiscible.assignment.auction import costs_from_products
 
@@ -107,14 +108,19 @@ def _costs(
                 cost[rows].numpy(),
             )
         else:
+            if dtype == "float8":
+                products *= image_scale[:, None] * noise_scale
             cost[rows] = costs_on_device(products, image_norm[rows], noise_norm, far[rows], metric)
     return cost
 
 
 def _operand(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Rows [N, D] in the precision of a matrix product, and the factor fp32 [N] that is missing from each."""
+    if dtype == "float8":
+        scale = rows.abs().amax(1).float().clamp(min=1e-30) / torch.finfo(getattr(torch, FLOAT8)).max
+        return (rows.float() / scale[:, None]).to(getattr(torch, FLOAT8)), scale
     if dtype != "int8":
-        return rows.to(getattr(torch, dtype)), torch.ones(len(rows), device="cpu")
+        return rows.to(getattr(torch, dtype)), torch.ones(len(rows), device=rows.device)
     from immiscible.assignment.auction import quantize
 
     if rows.device.type != "cpu" or rows.shape[1] not in INT8_DIMENSIONS or not _multiplies_int8():
@@ -125,6 +131,44 @@ def _operand(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     scaled, scale = torch.empty(rows.shape, dtype=torch.int8, device="cpu"), torch.empty(len(rows), device="cpu")
     quantize(rows.float().contiguous().numpy(), scaled.numpy(), scale.numpy())
     return scaled, scale
+
+
+def _products(rows: Tensor, columns: Tensor) -> Tensor:
+    """All inner products of two sets of operands, [R, D] and [M, D]: [R, M], int32 of int8 and fp32 of all others.
+
+    8-bit floats are multiplied as such where the device has that product, and summed in fp32. Elsewhere they become fp32, which holds
+    them exactly: the same numbers, at the price of float32.
+    """
+    if rows.dtype == torch.int8:
+        return torch._int_mm(rows, columns.T)
+    if rows.dtype == getattr(torch, FLOAT8, None):
+        if _multiplies_float8(rows.device):
+            return _float8_products(rows, columns)
+        rows, columns = rows.float(), columns.float()
+    return (rows @ columns.T).float()
+
+
+def _float8_products(rows: Tensor, columns: Tensor) -> Tensor:
+    """As `_products`, of 8-bit floats as they are, with zeros (whose bits are zero) where a side is no multiple of `FLOAT8_TILE`."""
+    padded = [
+        torch.nn.functional.pad(each.view(torch.uint8), (0, -each.shape[1] % FLOAT8_TILE, 0, -len(each) % FLOAT8_TILE)).view(each.dtype)
+        for each in (rows, columns)
+    ]
+    one = torch.ones((), device=rows.device)
+    products = torch._scaled_mm(padded[0], padded[1].T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    return products[: len(rows), : len(columns)].contiguous()
+
+
+@cache
+def _multiplies_float8(device: torch.device) -> bool:
+    """Whether this is a GPU with products of 8-bit floats (compute capability 8.9 and above), as its torch has them: they are tried."""
+    if device.type != "cuda":
+        return False
+    rows, columns = (torch.arange(-8, 9, device=device).repeat(count, 2).to(getattr(torch, FLOAT8)) for count in (5, 7))
+    try:
+        return torch.equal(_float8_products(rows, columns), rows.float() @ columns.float().T)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
 
 
 @cache
@@ -149,5 +193,7 @@ def check_names(metric: str, dtype: str) -> None:
     for argument, name, known in (("metric", metric, METRICS), ("dtype", dtype, COST_DTYPES)):
         if name not in known:
             raise UserError(f"`{argument}` {name!r} is unknown; known: {', '.join(known)}")
+    if dtype == "float8" and not hasattr(torch, FLOAT8):
+        raise UserError(f"`dtype` float8 needs a torch with {FLOAT8}, which {torch.__version__} lacks; give bfloat16")
     if metric == "l1" and dtype == "int8":
         raise UserError("`metric` l1 is no inner product, which alone has an int8 form; give `dtype` float32")

@@ -58,9 +58,11 @@ def assign(x0: Tensor, noise: Tensor, *, metric: str = "l2", dtype: str = "auto"
         x0: images or latents [N, ...], floating point, any device.
         noise: one noise per image, of the same shape and device.
         metric: ``l2`` (the paper's distance), ``squared_l2`` or ``l1`` (the paper's ablation).
-        dtype: the precision in which images and noises enter the cost (the paper's quantized assignment uses float16); ``auto`` is
-            `fast_dtype` for the auction and float32 for the exact solver and for ``l1``. ``int8``, on CPUs only, scales each image and
-            noise to its largest value. What this moves in the reduction is about 0.01 %; the rest is done in fp32 or better.
+        dtype: the precision in which images and noises enter the cost (the paper's quantized assignments use float16 and 8-bit floats);
+            ``auto`` is `fast_dtype` for the auction and float32 for the exact solver and for ``l1``. ``int8``, on CPUs only, and ``float8``
+            (e4m3) scale each image and noise to its largest value. ``float8`` is fast on GPUs that multiply it; elsewhere its rounded
+            operands are multiplied in float32. What all but ``float8`` move in the reduction is about 0.01 %; the rest is done in fp32 or
+            better.
         solver: ``exact``; ``auction``, which keeps more than 99.9 % of the reduction on images; ``auto`` is exact below
             `EXACT_BELOW` images. Above `LARGEST_BLOCK` images blocks of that size are solved apart.
 

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 import immiscible.assignment.costs as costs
 import immiscible.assignment.solve as engine
-from immiscible import UserError, assign, cost_matrix
+from immiscible import AssignmentCoupling, UserError, assign, cost_matrix
 from immiscible.assignment.auction import (
     BLOCK,
     LARGEST_COST,
@@ -31,6 +31,8 @@ from immiscible.data.bundled import PhotoCrops
 from immiscible.data.transforms import ImageTransform
 
 DTYPES = ["float32", "float16", "bfloat16", *(["int8"] if costs._multiplies_int8() else [])]
+FLOAT8 = hasattr(torch, costs.FLOAT8)
+DTYPES += ["float8"] if FLOAT8 else []
 
 
 def distances(x0: torch.Tensor, noise: torch.Tensor, metric: str) -> torch.Tensor:
@@ -284,6 +286,56 @@ def test_int8_rows_of_the_cost_are_alike_in_any_company(metric):
     whole = cost_matrix(x0, noise, metric=metric, dtype="int8")
     for start, stop in ((0, 1), (3, 40), (50, 100)):
         assert torch.equal(cost_matrix(x0[start:stop], noise, metric=metric, dtype="int8", rows_per_product=32), whole[start:stop])
+
+
+def rounded_to_float8(values: numpy.ndarray) -> numpy.ndarray:
+    """The nearest number of e4m3 to each, by its definition: exponents from -6 to 8, three bits after the leading one, no infinity."""
+    normal = [2.0**exponent * (1 + bits / 8) for exponent in range(-6, 9) for bits in range(8)][:-1]  # the last is NaN
+    numbers = numpy.array([2.0**-6 * bits / 8 for bits in range(8)] + normal)
+    numbers = numpy.concatenate([-numbers[:0:-1], numbers])
+    return numbers[numpy.abs(values[..., None] - numbers).argmin(-1)]
+
+
+@pytest.mark.skipif(not FLOAT8, reason="this torch has no 8-bit floats")
+@pytest.mark.parametrize("metric", ["l2", "squared_l2", "l1"])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_float8_costs_are_those_of_the_rounded_operands(metric, scale):
+    generator = torch.Generator().manual_seed(8)
+    x0, noise = scale * torch.randn(9, 40, generator=generator), scale * torch.randn(130, 40, generator=generator)
+    x0[3] = 0
+
+    def rounded(rows):
+        factor = 448 / numpy.maximum(numpy.abs(rows.double().numpy()).max(1, keepdims=True), 1e-300)
+        return torch.from_numpy(rounded_to_float8(rows.double().numpy() * factor) / factor)
+
+    cost, images, noises = cost_matrix(x0, noise, metric=metric, dtype="float8").double(), rounded(x0), rounded(noise)
+    if metric == "l1":
+        expected = distances(images, noises, "l1")
+    else:  # lengths are not rounded
+        squares = x0.double().square().sum(1)[:, None] + noise.double().square().sum(1) - 2 * images @ noises.T
+        expected = squares if metric == "squared_l2" else squares.clamp(min=0).sqrt()
+    apart = cost - expected
+    apart = apart - apart.mean(1, keepdim=True) - apart.mean(0) + apart.mean()
+    assert apart.abs().max() < 2e-6 * expected.max()
+    assert not torch.allclose(expected, distances(x0, noise, metric), rtol=1e-4, atol=0)  # rounding is seen
+
+
+@pytest.mark.skipif(not FLOAT8, reason="this torch has no 8-bit floats")
+def test_products_of_float8_are_filled_up_to_whole_tiles():
+    (rows, _), (columns, _) = (costs._operand(torch.randn(count, 37), "float8") for count in (5, 21))
+    try:
+        found = costs._float8_products(rows, columns)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        pytest.skip(f"no such product here: {error}")
+    assert torch.equal(found, rows.float() @ columns.float().T)
+    assert not costs._multiplies_float8(torch.device("cpu"))  # which has it, but not fast
+
+
+def test_a_torch_without_float8_is_named(monkeypatch):
+    monkeypatch.delattr(torch, costs.FLOAT8, raising=False)
+    with pytest.raises(UserError, match=r"`dtype` float8 needs a torch with float8_e4m3fn, which .* lacks; give bfloat16"):
+        AssignmentCoupling(dtype="float8")
+    assert len(assign(torch.randn(3, 8), torch.randn(3, 8), dtype="bfloat16")) == 3
 
 
 def test_auto_takes_int8_only_where_it_is_fast_and_right(monkeypatch):

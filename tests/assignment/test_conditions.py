@@ -379,7 +379,7 @@ def test_unknown_and_out_of_range_options():
         build_coupling("assignment", condition="class")
     with pytest.raises(UserError, match="`metric` 'cosine' is unknown; known: l2, squared_l2, l1"):
         AssignmentCoupling(metric="cosine")
-    with pytest.raises(UserError, match="l1 is no inner product and has no int8 form"):
+    with pytest.raises(UserError, match="l1 is no inner product, which alone has an int8 form"):
         AssignmentCoupling(metric="l1", dtype="int8", condition="within")
     with pytest.raises(UserError, match=r"`condition_ratio` must be from 0 to 1, not 1\.5"):
         build_coupling("assignment", condition_ratio=1.5)

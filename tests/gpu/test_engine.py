@@ -14,17 +14,17 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from immiscible.assignment.auction import BLOCK, costs_from_products, fixed_point
-from immiscible.assignment.costs import METRICS, cost_matrix, costs_on_device
+from immiscible.assignment.costs import METRICS, _operand, cost_matrix, costs_on_device
 from immiscible.assignment.solve import Assignment, assign, certified_assignment, fixed_point_on_device, solve
 from immiscible.errors import UserError
 
 SIZES = (2, 127, 128, 1000, 4096)
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float8")
 LARGEST_EXACT = 1000  # up to which scipy says what the least cost is
 # What the precision of the operands and of a product's 10, 7 or 23 bits may move: the cost, as a share of its spread, and an assignment's
 # sum, in spreads a pair. ``auto`` is bfloat16 on a GPU.
-COST_ERROR = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2, "auto": 2e-2}
-SUM_ERROR = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-2, "auto": 1e-2}
+COST_ERROR = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2, "auto": 2e-2, "float8": 2e-2}
+SUM_ERROR = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-2, "auto": 1e-2, "float8": 5e-2}
 
 
 def sizes(device: torch.device) -> tuple[int, ...]:
@@ -100,8 +100,9 @@ def check_costs(device: torch.device, metric: str, dtype: str, n: int) -> None:
     x0, noise = images_and_noises(n)
     cost = cost_matrix(x0.to(device), noise.to(device), metric=metric, dtype=dtype)
     assert cost.device == device and cost.dtype == torch.float32
-    rounded = getattr(torch, "bfloat16" if dtype == "auto" and metric != "l1" else "float32" if dtype == "auto" else dtype)
-    expected = doubly_centered(summed_distances(x0.to(rounded), noise.to(rounded), metric))
+    rounded = "bfloat16" if dtype == "auto" and metric != "l1" else "float32" if dtype == "auto" else dtype
+    operands = (_operand(rows.flatten(1), rounded) for rows in (x0, noise))
+    expected = doubly_centered(summed_distances(*(rows.double() * scale[:, None] for rows, scale in operands), metric))
     spread = float(expected.std())
     assert float((doubly_centered(cost) - expected).square().mean().sqrt()) <= COST_ERROR[dtype] * spread
 
