@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from immiscible.assignment.conditions import CONDITIONS, centered, check_labels, conditioned_index
-from immiscible.assignment.costs import EXACT_BELOW, check_names, cost_matrix
+from immiscible.assignment.costs import check_names, cost_matrix
 from immiscible.assignment.reservoir import ReservoirCoupling
-from immiscible.assignment.solve import LARGEST_BLOCK, SOLVERS, assign
+from immiscible.assignment.solve import LARGEST_BLOCK, SOLVERS, assign, cost_dtype
 from immiscible.choices import build_choice
 from immiscible.errors import UserError
 
@@ -101,7 +101,7 @@ class AssignmentCoupling:
         metric: ``l2`` (the paper), ``squared_l2`` or ``l1``.
         dtype: precision of the operands of the cost: ``float32``, ``float16`` or ``float8`` (the paper's quantized assignments),
             ``bfloat16``, ``int8`` or ``auto``; see `assign`.
-        solver: ``exact``, ``auction`` or ``auto``; see `assign`.
+        solver: ``exact``, ``auction``, ``auto`` or ``stable``; see `assign`.
         condition: what is done about the labels, so that the noise does not tell them: ``none``, ``within``, ``centered`` (experimental) or
             ``penalty``; see `immiscible.assignment.conditions`.
         condition_ratio: of ``penalty``, 0 to 1; see `penalty_weight`.
@@ -155,8 +155,8 @@ class AssignmentCoupling:
             if not torch.isfinite(length).all():
                 row = int((~torch.isfinite(length)).nonzero()[0])
                 raise UserError(f"{what} {row} of the batch holds NaN, infinite or too large values; it has no distance")
-        exact = self.solver == "exact" or (self.solver == "auto" and len(x0) < EXACT_BELOW)
-        cost = cost_matrix(x0.detach(), noise, metric=self.metric, dtype="float32" if self.dtype == "auto" and exact else self.dtype)
+        dtype = cost_dtype(self.dtype, self.solver, len(x0))
+        cost = cost_matrix(x0.detach(), noise, metric=self.metric, dtype=dtype, whole=self.solver == "stable")
         return conditioned_index(cost, labels, self.condition, self.condition_ratio, self.solver)
 
     def cost_noise(self, noise: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class MethodArguments:
     )
     coupling_solver: str = flag(
         "auto",
-        "exact, or an auction that keeps more than 99.9 % of the reduction in a fraction of the time; auto is exact below 128 images",
+        "exact, or an auction that keeps more than 99.9 % of the reduction in a fraction of the time; auto is exact below 128 images; "
+        "stable is the stable matching, whose pairs are each other's best that is left",
         choices=Names("immiscible.assignment.solve", "SOLVERS"),
     )
     coupling_scope: str = flag(

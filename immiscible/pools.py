@@ -45,8 +45,8 @@ class GlobalCoupling:
         seed: of the noises drawn here. By default the first call takes one from rank 0's global generator, as ``torch.randn`` would.
 
     Raises:
-        UserError: a coupling that does not assign within the batch, one that keeps means of its own on each rank, or a precision of the
-            cost that some rank lacks.
+        UserError: a coupling that does not assign within the batch, one that keeps means of its own on each rank, one by the stable
+            matching, or a precision of the cost that some rank lacks.
     """
 
     pairs_batch: ClassVar[bool] = True
@@ -59,6 +59,8 @@ class GlobalCoupling:
             raise UserError("GlobalCoupling needs a coupling that pairs the images of a batch: build_coupling('assignment')")
         if inner.condition == "centered":
             raise UserError("`condition` centered keeps means of its own on every process; use the coupling without GlobalCoupling")
+        if inner.solver == "stable":
+            raise UserError("`solver` stable compares whole distances, of which GlobalCoupling exchanges differences; give auto or exact")
         self.coupling, self.window = inner, window
         self.ranks = _ranks(accelerator)
         self._seed, self._calls = seed, 0

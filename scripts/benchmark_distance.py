@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from immiscible.assignment.costs import COST_DTYPES, METRICS, cost_matrix
-from immiscible.assignment.solve import assign
+from immiscible.assignment.solve import SOLVERS, assign
 from immiscible.data.bundled import PhotoCrops, load_digits
 from immiscible.data.transforms import ImageTransform
 from immiscible.errors import UserError, run_script
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--data", choices=("photo_crops", "digits"), default="photo_crops")
     parser.add_argument("--resolution", type=int, default=32, help="side of the photo crops; 32 gives D = 3072 as CIFAR-10")
     parser.add_argument("--metric", choices=METRICS, default="l2")
+    parser.add_argument("--solver", choices=SOLVERS, default="auto")
     parser.add_argument(
         "--dtypes",
         choices=COST_DTYPES[1:],
@@ -69,7 +70,8 @@ def main(argv: Sequence[str]) -> None:
     generator = seeded_generator(arguments.seed, "benchmark")
 
     print(
-        f"{arguments.data}, D = {images[0].numel()}, pixel std {images.std():.3f}, metric {arguments.metric}, median of {arguments.repeats}"
+        f"{arguments.data}, D = {images[0].numel()}, pixel std {images.std():.3f}, metric {arguments.metric}, solver {arguments.solver}, "
+        f"median of {arguments.repeats}"
     )
     quantized_titles = "".join(f"  {dtype + ' keeps':>14}" for dtype in arguments.dtypes)
     print(f"{'N':>5}  {'distance reduction':>18}  {'paper, CIFAR-10':>15}  {'assignment':>10}  {'paper, A6000':>12}" + quantized_titles)
@@ -79,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
             x0 = images[torch.randperm(len(images), generator=generator)[:n]]
             noise = torch.randn(x0.shape, generator=generator)
             start = time.perf_counter()
-            index = assign(x0, noise, metric=arguments.metric)
+            index = assign(x0, noise, metric=arguments.metric, solver=arguments.solver)
             seconds.append(time.perf_counter() - start)
             before, after = ((x0 - pool).flatten(1).norm(dim=1).mean() for pool in (noise, noise[index]))
             reductions.append(float(1 - after / before))

@@ -31,6 +31,7 @@ def batch():
 COUPLINGS = {
     "assignment": {},
     "exact": {"solver": "exact"},
+    "stable": {"solver": "stable"},
     "l1": {"metric": "l1"},
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},

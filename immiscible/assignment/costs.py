@@ -20,7 +20,15 @@ FLOAT8_TILE = 16  # what the sides of a product of 8-bit floats must be multiple
 INT8_DIMENSIONS = range(2, 2**31 // 127**2)  # D whose inner products cannot leave 32 bits; torch misreads operands of one column
 
 
-def cost_matrix(x0: Tensor, noise: Tensor, *, metric: str = "l2", dtype: str = "float32", rows_per_product: int | None = None) -> Tensor:
+def cost_matrix(
+    x0: Tensor,
+    noise: Tensor,
+    *,
+    metric: str = "l2",
+    dtype: str = "float32",
+    rows_per_product: int | None = None,
+    whole: bool = False,
+) -> Tensor:
     """The cost of pairing image i with noise j, up to row and column constants: fp32 [N, M] on the inputs' device.
 
     All but ``l1`` (`torch.cdist`) are one matrix product, since ``d^2 = |x - n|^2 = |x|^2 + |n|^2 - 2 x.n``. ``squared_l2`` is ``-2 x.n``,
@@ -37,13 +45,14 @@ def cost_matrix(x0: Tensor, noise: Tensor, *, metric: str = "l2", dtype: str = "
         dtype: as in `assign`; ``auto`` as for the auction.
         rows_per_product: multiply this many images at a time (the last ones filled up with zeros), so that a row comes out bit-equal
             whatever stands beside it; by default `ROWS_PER_PRODUCT`, as they come.
+        whole: add the constants, so that these are the distances themselves (or their squares): for the stable matching.
 
     Raises:
         UserError: an unknown name, or int8 where there is no such product.
     """
     check_names(metric, dtype)
     images, noises = x0.detach().flatten(1), noise.detach().flatten(1)  # [N,D], [M,D]
-    return _costs(images, noises, (_norms(images), _norms(noises)), metric, dtype, rows_per_product)
+    return _costs(images, noises, (_norms(images), _norms(noises)), metric, dtype, rows_per_product, whole)
 
 
 @cache
@@ -70,7 +79,13 @@ def costs_on_device(products: Tensor, image_norm: Tensor, noise_norm: Tensor, fa
 
 
 def _costs(
-    images: Tensor, noises: Tensor, norms: tuple[Tensor, Tensor], metric: str, dtype: str, rows_per_product: int | None = None
+    images: Tensor,
+    noises: Tensor,
+    norms: tuple[Tensor, Tensor],
+    metric: str,
+    dtype: str,
+    rows_per_product: int | None = None,
+    whole: bool = False,
 ) -> Tensor:
     """See `cost_matrix`; [N, D] and [M, D] with their `_norms`."""
     if dtype == "auto":
@@ -80,7 +95,10 @@ def _costs(
         ratio = float(image_norm.mean() / noise_norm.mean())
         wide = torch.float32 if 1e-2 < ratio < 1e2 else torch.float64  # what pairs differ by must not drown in the larger one's digits
         images, noises = (operand.to(wide) * scale[:, None] for operand, scale in (_operand(images, dtype), _operand(noises, dtype)))
-        cost = torch.cdist(images, noises, p=1).sub_(noises.abs().sum(1))
+        cost = torch.cdist(images, noises, p=1)
+        if whole:
+            return cost.float()
+        cost.sub_(noises.abs().sum(1))
         return cost.sub_(cost.mean(1, keepdim=True)).float()
     columns, noise_scale = _operand(noises, dtype)  # [M,D], [M]
     far = image_norm > noise_norm.mean()
@@ -111,6 +129,10 @@ def _costs(
             if dtype == "float8":
                 products *= image_scale[:, None] * noise_scale
             cost[rows] = costs_on_device(products, image_norm[rows], noise_norm, far[rows], metric)
+    if whole and metric == "squared_l2":
+        cost.add_(image_norm.square()[:, None]).add_(noise_norm.square())
+    elif whole:
+        cost.add_(torch.where(far, image_norm, 0)[:, None]).add_(noise_norm)
     return cost
 
 

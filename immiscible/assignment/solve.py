@@ -22,7 +22,7 @@ from torch import Tensor
 from immiscible.assignment.costs import EXACT_BELOW, _costs, _norms, check_names
 from immiscible.errors import UserError
 
-SOLVERS = ("auto", "exact", "auction")
+SOLVERS = ("auto", "exact", "auction", "stable")
 
 LARGEST_BLOCK = 16384  # its cost fills 2 GiB; pairing within blocks of this size keeps nearly all of the reduction
 EPSILON = 0.0075  # of what a pair gains, N^(1/8) standard deviations of the cost or about that; far less is lost
@@ -39,8 +39,9 @@ class Assignment:
         index: int64 [N] on the images' device: image i goes with ``noise[index[i]]``.
         gap: how far the summed cost can at most be from the least one, in the cost's units (the distance's, or the square's); 0 for the
             exact solver.
-        kept: a lower bound on the share of the achievable reduction that is kept, the mean over all pairings counting as no reduction.
-        bids: of the auction; 0 for the exact solver.
+        kept: a lower bound on the share of the achievable reduction that is kept, the mean over all pairings counting as no reduction. Of
+            ``stable``, whose aim is another one, it is measured against first choices for all, which no permutation gives.
+        bids: of the auction; 0 for the other solvers.
         relaxations: how often the auction met its cap and went on with four times the epsilon.
     """
 
@@ -59,12 +60,13 @@ def assign(x0: Tensor, noise: Tensor, *, metric: str = "l2", dtype: str = "auto"
         noise: one noise per image, of the same shape and device.
         metric: ``l2`` (the paper's distance), ``squared_l2`` or ``l1`` (the paper's ablation).
         dtype: the precision in which images and noises enter the cost (the paper's quantized assignments use float16 and 8-bit floats);
-            ``auto`` is `fast_dtype` for the auction and float32 for the exact solver and for ``l1``. ``int8``, on CPUs only, and ``float8``
-            (e4m3) scale each image and noise to its largest value. ``float8`` is fast on GPUs that multiply it; elsewhere its rounded
-            operands are multiplied in float32. What all but ``float8`` move in the reduction is about 0.01 %; the rest is done in fp32 or
-            better.
+            ``auto`` is `fast_dtype` for the auction, and float32 for the other solvers and for ``l1``. ``int8``, on CPUs only, and
+            ``float8`` (e4m3) scale each image and noise to its largest value. ``float8`` is fast on GPUs that multiply it; elsewhere its
+            rounded operands are multiplied in float32. What all but ``float8`` move in the reduction is about 0.01 %; the rest is done
+            in fp32 or better.
         solver: ``exact``; ``auction``, which keeps more than 99.9 % of the reduction on images; ``auto`` is exact below
-            `EXACT_BELOW` images. Above `LARGEST_BLOCK` images blocks of that size are solved apart.
+            `EXACT_BELOW` images. ``stable`` is the stable matching by the distance, see `immiscible.assignment.stable`. Above
+            `LARGEST_BLOCK` images blocks of that size are solved apart.
 
     Returns:
         int64 [N] on x0's device: image i goes with ``noise[index[i]]``. Every noise is used exactly once.
@@ -107,7 +109,8 @@ def solve(cost: Tensor, *, solver: str = "auto") -> Assignment:
 
     ``exact`` is scipy's shortest augmenting paths on costs reduced by an auction's prices, which changes no minimizer and leaves it
     little to do. ``auction`` is a fixed-point Gauss-Seidel auction from zero prices with one epsilon, taken from the cost's spread; at
-    `BIDS_PER_ROW` bids a row epsilon is multiplied by four and the solve goes on from its prices.
+    `BIDS_PER_ROW` bids a row epsilon is multiplied by four and the solve goes on from its prices. ``stable`` minimizes no sum: no row and
+    column would rather have each other (`immiscible.assignment.stable`), by costs which are to be whole.
 
     Args:
         cost: fp32 [N, N], any device, finite.
@@ -121,12 +124,24 @@ def solve(cost: Tensor, *, solver: str = "auto") -> Assignment:
         raise UserError(f"a cost matrix must be square, not {list(cost.shape)}")
     if n < 2:
         solution = _only_assignment(n, cost.device)
-    elif solver == "exact" or (solver == "auto" and n < EXACT_BELOW):
+    elif solver == "stable":
+        solution = _stable(cost)
+    elif by_scipy(solver, n):
         solution = _exact(cost)
     else:
         solution = price_auction(cost)[0]
     record_solution(solution)
     return solution
+
+
+def by_scipy(solver: str, n: int) -> bool:
+    """Whether ``solver`` is the exact one for ``n`` images."""
+    return solver == "exact" or (solver == "auto" and n < EXACT_BELOW)
+
+
+def cost_dtype(dtype: str, solver: str, n: int) -> str:
+    """``dtype``, unless it is ``auto`` and the solver, for ``n`` images, is not the auction."""
+    return "float32" if dtype == "auto" and (solver == "stable" or by_scipy(solver, n)) else dtype
 
 
 def record_solution(solution: Assignment) -> None:
@@ -189,8 +204,7 @@ def _solve_pairs(x0: Tensor, noise: Tensor, metric: str, dtype: str, solver: str
         norms = (_norms(images), _norms(noises))
     if len(images) < 2:
         return _only_assignment(len(images), x0.device)
-    exact = solver == "exact" or (solver == "auto" and len(images) < EXACT_BELOW)
-    cost = _costs(images, noises, norms, metric, "float32" if dtype == "auto" and exact else dtype)
+    cost = _costs(images, noises, norms, metric, cost_dtype(dtype, solver, len(images)), whole=solver == "stable")
     if dtype == "float16" and not torch.isfinite(cost).all():
         image = first + int((~torch.isfinite(cost).all(1)).nonzero()[0])
         raise UserError(f"image {image} of the batch overflows `dtype` float16; scale the data, or use float32")
@@ -229,6 +243,21 @@ def _exact(cost: Tensor) -> Assignment:
         reduced += price_auction(torch.from_numpy(reduced.astype(numpy.float32)), EPSILON / 4)[1]  # scipy takes longer with coarser prices
         reduced -= reduced.min(1, keepdims=True)
     return Assignment(torch.from_numpy(linear_sum_assignment(reduced)[1]).to(cost.device), 0.0, 1.0, 0, 0)
+
+
+def _stable(cost: Tensor) -> Assignment:
+    from immiscible.assignment.stable import stable_matching
+
+    on_cpu = cost.detach().cpu().float().contiguous()
+    if not torch.isfinite(on_cpu).all():
+        raise _not_finite(on_cpu)
+    index = torch.from_numpy(stable_matching(on_cpu.numpy(), on_cpu.T.contiguous().numpy()))
+    centered = on_cpu - on_cpu.mean(1, keepdim=True)
+    centered -= centered.mean(0)
+    reached = float(centered[torch.arange(len(index), device="cpu"), index].double().sum())
+    lowest = max(float(centered.amin(side).double().sum()) for side in (0, 1))  # first choices of the columns, and of the rows
+    kept = 1.0 if lowest >= 0 else max(0.0, min(1.0, reached / lowest))
+    return Assignment(index.to(cost.device), max(0.0, reached - lowest), kept, 0, 0)
 
 
 def _fixed_point(cost: Tensor) -> tuple[numpy.ndarray, float, float]:
