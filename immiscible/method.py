@@ -191,7 +191,7 @@ class MethodArguments:
 
     def _check_laws(self) -> None:
         if (self.second_timestep_sampling is None) != (self.second_phase_step is None):
-            raise UserError("--second_timestep_sampling and --second_phase_step go together: give both, or neither")
+            raise UserError("--second_phase_step and --second_timestep_sampling LAW go together: give both, or neither")
         if self.second_timestep_sampling == self.timestep_sampling:
             raise UserError(f"--second_timestep_sampling {self.timestep_sampling} is the first law too: leave it out, or name another")
         if "loss_second_moment" in (self.timestep_sampling, self.second_timestep_sampling) and self.window > 1:
@@ -227,6 +227,8 @@ def _unused(values: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
             found[name] = users
         elif name == "coupling_condition_ratio" and chosen["coupling_condition"] != "penalty":
             found[name] = {"coupling_condition": ["penalty"]}
+        elif name == "second_phase_step" and chosen["second_timestep_sampling"] is None:
+            found[name] = {"second_timestep_sampling": ["LAW"]}
     return found
 
 

@@ -97,6 +97,14 @@ grids() {
   grid emoji_edm 80 "emoji classes edm" "0 1 2" "baseline immiscible epoch epoch_within speed" "${quiet[@]}" --max_train_steps 1000 --eval_steps 1000
   grid crops_consistency 60 "digits consistency" "0 1 2" "baseline immiscible epoch speed_sampling" "${crops[@]}" --eval_inference_steps 1 2
 
+  # Every law and every weighting, beside SpeeD, in a U-Net and in a DiT that are told classes.
+  laws="baseline speed_sampling two_phase logit_normal edm_log_normal mode laplace beta clts loss_second_moment speed_weighting speed p2 min_snr soft_min_snr debiased edm_weighting cosmap velocity snr"
+  phases=(--clts_ramp_steps 300 --second_phase_step 300)
+  grid digits_laws 120 "digits classes" "0 1 2" "$laws" "${held[@]}" "${phases[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 0.75 1 1.5 2 3
+  grid digits_laws_dit 150 "digits classes dit_tiny" "0 1 2" "$laws" "${held[@]}" "${phases[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 0.75 1 1.5 2 3
+  grid emoji_laws 150 "emoji classes" "0 1 2" "$laws" "${quiet[@]}" "${phases[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5
+  grid emoji_laws_dit 200 "emoji classes dit_tiny" "0 1 2" "$laws" "${quiet[@]}" "${phases[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5
+
   # The stack: chosen on three seeds, confirmed on others, with curves.
   grid digits_stack 75 "digits classes" "0 1 2" "epsilon baseline epoch_within epoch_within+speed_sampling epoch_within+scaled epoch_within+logit_normal epoch_within+min_snr epoch_within+sample epoch_within+sample+speed_sampling epoch_within+flow" "${held[@]}" --max_train_steps 600 --eval_steps 60
   grid digits_stack_fresh 60 "digits classes" "10 11 12" "epsilon baseline flow epoch_within+flow" "${quiet[@]}" --validation_split 0.3 --eval_samples 500 --max_train_steps 1200 --eval_steps 60

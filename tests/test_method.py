@@ -45,6 +45,7 @@ UNUSED = [  # a flag that the other ones do not use, and what would
     ({"coupling_reservoir": 16, "noise_coupling": "nearest"}, "--noise_coupling reservoir"),
     ({"coupling_min_timestep": 10}, COUPLED),
     ({"coupling_start_step": 10}, COUPLED),
+    ({"second_phase_step": 10}, "--second_timestep_sampling LAW"),
 ]
 USED = [
     {},
@@ -89,8 +90,8 @@ def test_ranges_are_checked_also_of_what_is_not_on():
         ({"coupling_candidates": 0}, "--coupling_candidates must be at least 1, not 0"),
         ({"p2_k": -1.0}, "--p2_k must be at least 0, not -1.0"),
         ({"asymmetric_tau": 3, "asymmetric_r": 10.0}, "give one of them"),
-        ({"second_timestep_sampling": "beta"}, "--second_phase_step go together"),
-        ({"second_phase_step": 3}, "--second_phase_step go together"),
+        ({"second_timestep_sampling": "beta"}, "--second_phase_step and --second_timestep_sampling LAW go together"),
+        ({"second_phase_step": 3}, "--second_phase_step and --second_timestep_sampling LAW go together"),
         ({"second_timestep_sampling": "uniform", "second_phase_step": 3}, "--second_timestep_sampling uniform is the first law too"),
         (
             {"timestep_sampling": "loss_second_moment", "coupling_window": 2, "noise_coupling": "assignment"},
