@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from operator import attrgetter
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ BETAS = (0.5, 0.75)
 OWN = {  # the class of each, and what it is called with beside rate, decay, betas and epsilon
     "adamw": (torch.optim.AdamW, {}),
     "radam": (torch.optim.RAdam, {"decoupled_weight_decay": True}),
+    "adamw_8bit": ("bitsandbytes.optim.AdamW8bit", {}),
     "adafactor": (torch.optim.Adafactor, {}),
     "prodigy": ("prodigyopt.Prodigy", {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}),
     "schedule_free": ("schedulefree.AdamWScheduleFree", {}),
@@ -52,7 +54,7 @@ def libraries(name, weights, flags):
     kind, options = OWN[name]
     if isinstance(kind, str):
         package, _, attribute = kind.partition(".")
-        kind = getattr(pytest.importorskip(package), attribute)
+        kind = attrgetter(attribute)(pytest.importorskip(package))
     adam = {} if name == "adafactor" else {"betas": BETAS, "eps": 1e-8}
     optimizer = kind(weights, lr=flags.learning_rate, weight_decay=0.1, **adam, **options)
     if name == "schedule_free":
@@ -123,7 +125,7 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest(scaled):
     assert equal(ours, theirs) and not torch.equal(ours.hidden.weight, Net().hidden.weight)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw_8bit"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_saved_and_loaded_it_goes_on_exactly(name):
     needed(name)
     flags = arguments(name, lr_scheduler="constant_with_warmup", decay_norms_and_biases=False)

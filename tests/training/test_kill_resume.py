@@ -125,6 +125,7 @@ def test_killed_twenty_times(script, tmp_path, processes):
 
 OPTIMIZERS = {
     "muon": {"decay_norms_and_biases": False, "lr_scheduler": "cosine"},
+    "adamw_8bit": {},
     "adafactor": {"mixed_precision": "bf16"},
     "prodigy": {"learning_rate": 1.0},
     "schedule_free": {"gradient_accumulation_steps": 2, "lr_scheduler": "constant_with_warmup"},
@@ -133,7 +134,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in list(OPTIMIZERS)[1:])])
 def test_with_each_optimizer_a_run_goes_on_exactly(script, tmp_path, name):
-    package = {"prodigy": "prodigyopt", "schedule_free": "schedulefree"}.get(name, "torch")
+    package = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}.get(name, "torch")
     pytest.importorskip(package)
     changes = {"lr_warmup_steps": 2, "use_ema": True, **OPTIMIZERS[name], "max_train_steps": 6, "checkpointing_steps": 3}
     finish([script.start(tiny(tmp_path / "whole", optimizer=name, **changes))])
