@@ -81,11 +81,6 @@ class UnconditionalConfig(
                 f"--sampling_scheduler {self.sampling_scheduler} samples a ddpm process; leave it out with --noise_process flow, which "
                 "has a sampler of its own"
             )
-        if self.vae_model_name_or_path and self.noise_process == "flow":
-            raise UserError(
-                "--vae_model_name_or_path with --noise_process flow: diffusers has no pipeline that samples such a network; "
-                "train latents with --noise_process ddpm"
-            )
 
     def _check_sampling(self) -> None:
         """More steps than a sampler has levels; EDM's lays out as many as there are steps."""

@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=number(int, least=0, most=2**63 - 1), default=0, help="image i is a function of it and of i")
     parser.add_argument("--batch_size", type=number(int, least=1, most=2**14), default=16, help="images sampled together by a process")
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="inside the U-Net")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="inside the network")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz, as the ADM evaluation reads it")
     return parser
 
@@ -224,9 +224,12 @@ def draw_share(accelerator: Accelerator, loaded: Loaded, request: Request, folde
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
+    from immiscible.networks.kinds import part_of
     from immiscible.sampling.folder import draw
+    from immiscible.sampling.pipelines import network_of
 
-    loaded.pipeline.unet = accelerator.prepare_model(loaded.pipeline.unet, evaluation_mode=True)
+    network = network_of(loaded.pipeline)
+    setattr(loaded.pipeline, part_of(network), accelerator.prepare_model(network, evaluation_mode=True))
     rank, ranks = accelerator.process_index, accelerator.num_processes
     mine = sum(map(len, request.batches(rank, ranks)))
     written, failure = 0, None

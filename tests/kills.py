@@ -9,7 +9,9 @@ from pathlib import Path
 
 
 def final_hashes(folder: Path, step: int) -> dict[str, str]:
-    weights = [folder / f"checkpoint-{step}" / name / "diffusion_pytorch_model.safetensors" for name in ("unet", "unet_ema")]
+    """Of the network and its average."""
+    weights = sorted((folder / f"checkpoint-{step}").glob("*/diffusion_pytorch_model.safetensors"))
+    assert [path.parent.name.removesuffix("_ema") for path in weights] in (["unet"] * 2, ["transformer"] * 2), weights
     return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}
 
 

@@ -19,12 +19,13 @@ from immiscible.configs import UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.flags import flag_value, parse_config
 from immiscible.method import build_objective, chosen_coupling, chosen_sampler, chosen_weights
+from immiscible.networks.presets import network_config
 from immiscible.networks.unet import build_unet, unet_config
 from immiscible.objective_choice import training_scheduler
 from immiscible.process import NoiseProcess
 
 # Those of Stable Diffusion: test_recipes.py. `classes` goes beside another.
-PARTS = ("classes", "consistency", "edm")  # added to another task
+PARTS = ("classes", "consistency", "dit_tiny", "edm")  # added to another task
 FILES = sorted(path for path in (ROOT / "configs/tasks").glob("*.yaml") if not path.stem.startswith("sd_") and path.stem not in PARTS)
 TASKS = [path for path in FILES if "objective:" not in path.read_text()]  # those go with some methods: tests/test_method.py
 METHODS = sorted((ROOT / "configs/methods").glob("*.yaml"))
@@ -192,7 +193,9 @@ def parts(config: UnconditionalConfig) -> None:
     assert chosen_coupling(config)(x0, labels=labels, generator=torch.Generator().manual_seed(0)).shape == x0.shape
     weights = chosen_weights(config, process, config.prediction_type)
     assert len(weights) == config.ddpm_num_steps and bool((weights.vector >= 0).all())
-    unet_config(config_name_or_path=None, preset=config.model_preset, resolution=config.resolution, channels=3, dropout=config.dropout)
+    latents = {"channels": 4, "downsampling": 8} if config.vae_model_name_or_path else {"channels": 3}
+    size = {"preset": config.model_preset, "resolution": config.resolution, "dropout": config.dropout}
+    network_config(config_name_or_path=config.model_config_name_or_path, **size, **latents)
 
 
 @pytest.mark.parametrize("path", [*TASKS, *METHODS], ids=lambda path: path.stem)
@@ -246,6 +249,19 @@ def test_cifar10_is_the_papers_experiment():
         unet = build_unet(network)
     assert 35e6 < sum(parameter.numel() for parameter in unet.parameters()) < 37e6
     assert network["dropout"] == 0.1 and unet.config.sample_size == 32
+
+
+@pytest.mark.parametrize(("name", "steps"), [("metfaces", 50_000), ("ffhq", 100_000), ("imagenet", 400_000)])
+def test_recipes_of_transformers_are_the_papers(name, steps):
+    """Tables 7 and 8 of SpeeD, on the eight processes of the header's launch line."""
+    path = ROOT / f"configs/tasks/{name}_dit.yaml"
+    config, method = parse("--config", path), ROOT / "configs/methods/flow.yaml"
+    assert "configs/accelerate/8xa800.yaml" in path.read_text() and f"configs/tasks/{path.name}" in path.read_text()
+    assert (8 * config.train_batch_size * config.gradient_accumulation_steps, config.max_train_steps) == (256, steps)
+    assert (config.learning_rate, config.adam_weight_decay, config.ema_max_decay, config.random_flip) == (1e-4, 0, 0.9999, True)
+    assert (config.model_preset, config.resolution, config.ddpm_num_inference_steps) == ("dit-xl-2", 256, 250)
+    assert config.class_conditional == (name == "imagenet")
+    assert parse("--config", path, method).noise_process == "flow"
 
 
 def test_every_flag_is_used_by_some_test_or_file():

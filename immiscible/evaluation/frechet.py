@@ -17,7 +17,7 @@ from immiscible.evaluation.features import FeatureNetwork, PrincipalDirections, 
 from immiscible.evaluation.validation import BATCH_SIZE, EVALUATION_SEED
 from immiscible.networks.weights import evaluation_weights
 from immiscible.randomness import preserved_randomness
-from immiscible.sampling.pipelines import WHOLE, sample_images
+from immiscible.sampling.pipelines import WHOLE, network_of, sample_images
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -185,16 +185,17 @@ class Evaluation:
         """Samples and measures; image i starts from the same noise at every call, for every run, scale and number of inference steps.
 
         Args:
-            pipeline: from `build_pipeline`; its ``unet`` may be the network in training.
+            pipeline: from `build_pipeline`; its network may be the one in training.
             ema: the averaged weights to sample with, swapped in for the time of the call.
 
         Raises:
             UserError: (exit code 1) the samples hold NaN values.
         """
+        network = network_of(pipeline)
         total = self.samples * len(self.inference_steps) * len(self.guidance_scales)
         with (
-            preserved_randomness(pipeline.unet.device),
-            evaluation_weights(pipeline.unet, ema),
+            preserved_randomness(network.device),
+            evaluation_weights(network, ema),
             tqdm(total=total, desc="evaluating", unit="sample", delay=2, leave=False, disable=None) as bar,
         ):
             measured = {
@@ -231,7 +232,7 @@ class Evaluation:
                 steps=steps,
                 seed=EVALUATION_SEED,
                 batch_size=count,
-                device=pipeline.unet.device,
+                device=network_of(pipeline).device,
                 first=first,
                 prompts=self.prompts,
                 guidance_scale=guidance_scale,

@@ -1,1 +1,1 @@
-"""What is trained: U-Nets, Stable Diffusion checkpoints and VAEs, with their optimizer, average and adapters."""
+"""What is trained: U-Nets, transformers, Stable Diffusion checkpoints and VAEs, with their optimizer, average and adapters."""

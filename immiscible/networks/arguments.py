@@ -18,11 +18,14 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    model_config_name_or_path: str | None = flag(None, "a UNet2DModel configuration: folder, file, or name on the hub")
+    model_config_name_or_path: str | None = flag(
+        None, "a configuration of a UNet2DModel or a DiTTransformer2DModel: folder, file, or name on the hub"
+    )
     model_preset: str | None = flag(
         None,
-        "a U-Net by name; by default the diffusers example's where the resolution divides by 32, else unet-small",
-        choices=Names("immiscible.networks.unet", "PRESETS"),
+        "a U-Net or diffusion transformer (DiT) by name; by default the diffusers example's where the resolution divides by 32, else "
+        "unet-small",
+        choices=Names("immiscible.networks.presets", "PRESETS"),
     )
     vae_model_name_or_path: str | None = flag(
         None,
@@ -39,7 +42,7 @@ class ModelArguments:
     class_dropout_prob: float = flag(
         0.0, "share of the images, drawn for each, whose class the network is not told, so that its samples can be guided", least=0, below=1
     )
-    dropout: float | None = flag(None, "dropout in the U-Net; by default what the configuration says", least=0, below=1)
+    dropout: float | None = flag(None, "dropout in the network; by default what the configuration says", least=0, below=1)
 
     def check(self) -> None:
         """What these flags can get wrong.

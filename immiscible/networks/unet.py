@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from inspect import signature
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError, first_line
+from immiscible.networks.kinds import NULL_CLASS, channels_out, read_config, settings_of
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
-
-
-# In a network's configuration: the class number by which it is told that there is none. Diffusers keeps a key with such a name and passes
-# it over, so that the number is where the weights are, in every pipeline and checkpoint.
-NULL_CLASS = "_null_class"
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 160 thousand parameters: the bundled 8x8 digits.
@@ -87,7 +80,7 @@ def unet_config(
         null_class: whether there is one class more, numbered ``num_classes``, which says that an image has none.
         class_embed_type: overrides the configuration's if not None.
         downsampling: the side of an image divided by that of its latent; 1 for a network of pixels.
-        learned_sigma: twice as many channels come out as go in; a configuration may say so, or not yet.
+        learned_sigma: whether twice as many channels come out as go in.
 
     Raises:
         UserError: the configuration cannot be found or is not such a U-Net's, the resolution does not halve often enough, or the
@@ -109,9 +102,7 @@ def unet_config(
         )
     if downsampling > 1 and config["in_channels"] != channels:
         raise UserError(f"{flag} has {config['in_channels']} channels, and the VAE's latents have {channels}; make them equal")
-    if config["out_channels"] not in (config["in_channels"], 2 * config["in_channels"] if learned_sigma else 0):
-        raise UserError(f"{flag}: in_channels and out_channels differ; twice as many come out of a network of --learned_sigma, no others")
-    config["out_channels"] = (2 if learned_sigma else 1) * config["in_channels"]
+    config["out_channels"] = channels_out(config, learned_sigma, flag)
     if dropout is not None:
         config["dropout"] = dropout
     if class_embed_type is not None:
@@ -149,25 +140,12 @@ def build_unet(config: dict[str, Any]) -> UNet2DModel:
         raise UserError(f"--model_config_name_or_path: diffusers cannot build this U-Net ({first_line(error)})") from error
 
 
-def classes_told(unet: UNet2DModel) -> int | None:
-    """How many classes a network is told, the null class not counted; None of an unconditional network."""
-    count: int | None = unet.config.get(NULL_CLASS, unet.config.num_class_embeds)  # the null class comes after them
-    return count
-
-
 def _load_config(name_or_path: str) -> dict[str, Any]:
     from diffusers import UNet2DModel
 
-    flag = f"--model_config_name_or_path {name_or_path}"
-    try:
-        path = Path(name_or_path)
-        config = json.loads(path.read_text()) if path.is_file() else UNet2DModel.load_config(name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: no UNet2DModel configuration found there ({first_line(error)})") from None
+    flag, config = f"--model_config_name_or_path {name_or_path}", read_config(name_or_path)
     if not isinstance(config, dict) or "block_out_channels" not in config or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise UserError(f"{flag}: not a UNet2DModel configuration")
-    known = set(signature(UNet2DModel.__init__).parameters)
-    unknown = [key for key in config if not key.startswith("_") and key not in known]
-    if unknown or not isinstance(config["block_out_channels"], list | tuple):
-        raise UserError(f"{flag}: not a UNet2DModel configuration: {', '.join(unknown) or 'block_out_channels'} is not one of its settings")
-    return {"in_channels": 3, "out_channels": 3} | {key: value for key, value in config.items() if not key.startswith("_")}
+        raise UserError(f"{flag}: neither a UNet2DModel configuration nor one of a DiTTransformer2DModel")
+    if not isinstance(config["block_out_channels"], list | tuple):
+        raise UserError(f"{flag}: not a UNet2DModel configuration: block_out_channels is not one of its settings")
+    return settings_of(config, UNet2DModel, flag)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,15 @@ def save_network(network: ModelMixin, folder: Path, part: str) -> None:
         save_adapters(network, folder)
     else:
         network.save_pretrained(folder / part)
+
+
+def saved_network(folder: Path) -> ModelMixin:
+    """The network in a folder of `save_network` or of a pipeline, of the class of diffusers that its configuration names."""
+    import diffusers
+
+    kind: str = json.loads((folder / "config.json").read_text())["_class_name"]
+    network: ModelMixin = getattr(diffusers, kind).from_pretrained(folder)
+    return network
 
 
 def load_network(network: ModelMixin, folder: Path, part: str) -> None:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from immiscible.errors import UserError
+from immiscible.networks.kinds import classes_told, null_class
 from immiscible.networks.latents import latent_downsampling
-from immiscible.networks.unet import NULL_CLASS, classes_told
 from immiscible.networks.weights import weights_digest
+from immiscible.sampling.pipelines import network_of
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline
 
 # The choices of --scheduler. Diffusers' pipelines of pixels do not scale what a sampler with sigmas expects scaled, so they take three.
 SCHEDULERS = {
@@ -36,7 +37,7 @@ class Loaded:
     """A pipeline to sample.
 
     Args:
-        pipeline: of diffusers; its network is its ``unet``.
+        pipeline: of diffusers; its network is its ``unet`` or ``transformer``.
         weights: "ema" or "raw" of a run, or "as saved".
         side: of the images it was trained on, in pixels, where a run says so; None for what the network says.
     """
@@ -53,12 +54,12 @@ class Loaded:
     @property
     def num_classes(self) -> int | None:
         """How many classes the network is told by number; None if it is not."""
-        return classes_told(self.pipeline.unet)
+        return classes_told(network_of(self.pipeline))
 
     @property
     def guidable(self) -> bool:
         """Whether its samples can be guided: by prompts, or by a class that means none."""
-        return self.prompted or NULL_CLASS in self.pipeline.unet.config
+        return self.prompted or null_class(network_of(self.pipeline)) is not None
 
 
 def take_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
@@ -77,11 +78,11 @@ def take_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
     if str(pipeline.scheduler.config.get("variance_type")).startswith("learned") and name != "ddpm":
         raise UserError(f"--scheduler {name}: the network learned the variance of ddpm's steps; leave the flag out")
     kind = getattr(diffusers, SCHEDULERS[name])
-    pixels = type(pipeline).__name__ in PIXEL_PIPELINES.values()
+    pixels = _decoder(pipeline) is None
     # Its default is to clip, and the schedulers of text-to-image checkpoints say nothing of it if they cannot.
     unclipped = {"clip_sample": False} if not pixels and "clip_sample" in signature(kind.__init__).parameters else {}
     scheduler = kind.from_config(pipeline.scheduler.config, **unclipped)
-    if not pixels:
+    if not pixels or type(pipeline).__name__ == "ClassConditionalPipeline":
         pipeline.scheduler = scheduler
         return pipeline
     if name not in PIXEL_PIPELINES:
@@ -98,7 +99,7 @@ def cut_short(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[int]:
 def image_size(loaded: Loaded, side: int | None) -> tuple[int, int]:
     """Width and height of the pipeline's images, in pixels."""
     pipeline = loaded.pipeline
-    size = pipeline.unet.config.sample_size
+    size = network_of(pipeline).config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     if loaded.prompted:
         factor = pipeline.vae_scale_factor
@@ -107,14 +108,19 @@ def image_size(loaded: Loaded, side: int | None) -> tuple[int, int]:
         return (side, side) if side is not None else (width * factor, height * factor)
     if side is not None:
         raise UserError("--resolution is for text-to-image pipelines; this network has one size")
-    factor = latent_downsampling(pipeline.vqvae) if hasattr(pipeline, "vqvae") else 1
+    decoder = _decoder(pipeline)
+    factor = 1 if decoder is None else latent_downsampling(decoder)
     return width * factor, height * factor
 
 
 def image_mode(loaded: Loaded) -> str:
     """Pillow's name for the kind of the pipeline's pixels: "L" of one channel, "RGB" of three."""
-    decoder = getattr(loaded.pipeline, "vae", None) or getattr(loaded.pipeline, "vqvae", None) or loaded.pipeline.unet
+    decoder = _decoder(loaded.pipeline) or network_of(loaded.pipeline)
     return {1: "L", 4: "RGBA"}.get(getattr(decoder.config, "out_channels", decoder.config.in_channels), "RGB")
+
+
+def _decoder(pipeline: DiffusionPipeline) -> AutoencoderKL | None:
+    return getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
 
 
 def freeze(pipeline: DiffusionPipeline) -> None:

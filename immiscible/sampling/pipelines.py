@@ -19,20 +19,26 @@ from PIL import Image
 from torch import Tensor, nn
 
 from immiscible.errors import UserError
+from immiscible.networks.kinds import PARTS, classes_told, part_of
 from immiscible.networks.stable_diffusion import StableDiffusion
-from immiscible.networks.unet import classes_told
 from immiscible.randomness import seeded_generator
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, UNet2DModel
+    from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, StableDiffusionPipeline
 
 CLASS_PIPELINE = Path(__file__).with_name("class_pipeline.py")  # which imports diffusers, and so is imported where it is used
 EDM_SCHEDULER = Path(__file__).with_name("edm_scheduler.py")
 WHOLE = (0.0, 1.0)  # the interval of all noise levels
 
 
+def network_of(pipeline: DiffusionPipeline) -> ModelMixin:
+    """What a pipeline samples, its U-Net or its transformer."""
+    found: ModelMixin = next(network for part in PARTS if (network := getattr(pipeline, part, None)) is not None)
+    return found
+
+
 def build_pipeline(
-    unet: UNet2DModel,
+    network: ModelMixin,
     training_scheduler: SchedulerMixin,
     *,
     sampler: str,
@@ -41,75 +47,92 @@ def build_pipeline(
     heun: bool = True,
     momentum: bool = False,
 ) -> DiffusionPipeline:
-    """A pipeline that plain diffusers loads, and samples unless the network is told classes: see `class_pipeline`.
+    """A pipeline that plain diffusers loads: its own for this network, or ours where it has none: see `class_pipeline`.
 
     Args:
-        unet: the network.
+        network: a U-Net or a transformer.
         training_scheduler: what it was trained with; its schedule and prediction type are taken over.
         sampler: ``ddpm`` or ``ddim`` for a ddpm process. A flow process is sampled by its own Euler scheduler inside a
             `DDPMPipeline`, since `DDIMPipeline` would silently read it as an epsilon model. EDM and consistency networks have samplers of
             their own inside a `ConsistencyModelPipeline`, which scales the network's input and takes classes.
         spacing: ``timestep_spacing`` of the sampler.
-        vae: decodes what the network samples, in an `LDMPipeline`, which diffusers wrote for a VQ model and which takes this one as well.
-            Pixels are clipped to their range at every step, latents have none.
+        vae: decodes what the network samples: what a U-Net does in an `LDMPipeline`, which diffusers wrote for a VQ model and which takes
+            this one as well, and a transformer in a `DiTPipeline`; neither samples flows. Pixels are clipped to their range at every
+            step, latents have none.
         heun: sample an EDM network by Heun's steps.
         momentum: it is one of FDM.
     """
-    from diffusers import (
-        ConsistencyModelPipeline,
-        DDIMPipeline,
-        DDIMScheduler,
-        DDPMPipeline,
-        DDPMScheduler,
-        EDMEulerScheduler,
-        FlowMatchEulerDiscreteScheduler,
-        LDMPipeline,
-    )
+    from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, DiTPipeline, LDMPipeline
+
+    scheduler = _sampler(training_scheduler, sampler, spacing, clipped=vae is None, heun=heun, momentum=momentum)
+    kind, part = type(scheduler).__name__, part_of(network)
+    if kind == "FlowMatchEulerDiscreteScheduler" if vae is not None else part == "transformer":
+        from immiscible.sampling.class_pipeline import ClassConditionalPipeline
+
+        return ClassConditionalPipeline(scheduler, **{part: network, "vae" if part == "transformer" else "vqvae": vae})
+    if vae is not None:
+        return DiTPipeline(network, vae, scheduler) if part == "transformer" else LDMPipeline(vqvae=vae, unet=network, scheduler=scheduler)
+    if kind in ("EDMScheduler", "CMStochasticIterativeScheduler"):
+        return ConsistencyModelPipeline(network, scheduler)
+    return (DDIMPipeline if kind == "DDIMScheduler" else DDPMPipeline)(network, scheduler)
+
+
+def _sampler(
+    training_scheduler: SchedulerMixin, sampler: str, spacing: str, *, clipped: bool, heun: bool, momentum: bool
+) -> SchedulerMixin:
+    """The scheduler that samples what was trained with another; see `build_pipeline`."""
+    from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
 
     if isinstance(training_scheduler, EDMEulerScheduler):
         from immiscible.sampling.edm_scheduler import EDMScheduler
 
         ends = {name: training_scheduler.config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
-        return ConsistencyModelPipeline(unet, EDMScheduler(**ends, heun=heun, momentum=momentum))
-    if type(training_scheduler).__name__ == "CMStochasticIterativeScheduler":
-        return ConsistencyModelPipeline(unet, type(training_scheduler).from_config(training_scheduler.config))
-    if isinstance(training_scheduler, FlowMatchEulerDiscreteScheduler):
-        return DDPMPipeline(unet, FlowMatchEulerDiscreteScheduler.from_config(training_scheduler.config))
-    pipeline, scheduler = {"ddpm": (DDPMPipeline, DDPMScheduler), "ddim": (DDIMPipeline, DDIMScheduler)}[sampler]
-    config = {**training_scheduler.config, "timestep_spacing": spacing, "clip_sample": vae is None, "clip_sample_range": 1.0}
-    sampling_scheduler = scheduler.from_config({key: value for key, value in config.items() if not key.startswith("_")})
-    if vae is not None:
-        return LDMPipeline(vqvae=vae, unet=unet, scheduler=sampling_scheduler)
-    return pipeline(unet, sampling_scheduler)
+        return EDMScheduler(**ends, heun=heun, momentum=momentum)
+    if type(training_scheduler).__name__ in ("CMStochasticIterativeScheduler", "FlowMatchEulerDiscreteScheduler"):
+        return type(training_scheduler).from_config(training_scheduler.config)
+    config = {**training_scheduler.config, "timestep_spacing": spacing, "clip_sample": clipped, "clip_sample_range": 1.0}
+    kind = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler]
+    return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+
+
+def is_plain(pipeline: DiffusionPipeline) -> bool:
+    """Whether diffusers' own pipeline samples this network, and so ours is not needed."""
+    network = network_of(pipeline)
+    return part_of(network) == "unet" and classes_told(network) is None and type(pipeline).__name__ != "ClassConditionalPipeline"
 
 
 def class_pipeline(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Our pipeline of the same parts if their network is told classes, of which diffusers' own know nothing; else ``pipeline`` itself."""
-    if classes_told(pipeline.unet) is None:
+    """Our pipeline of the same parts if diffusers' own knows nothing of classes, or less of them; else ``pipeline`` itself."""
+    if is_plain(pipeline):
         return pipeline
     from immiscible.sampling.class_pipeline import ClassConditionalPipeline
 
     return ClassConditionalPipeline(**pipeline.components)
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Leaves a pipeline from `build_pipeline` in a folder, where the network is told classes with the file by which diffusers tells it.
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, class_names: Sequence[str] = ()) -> None:
+    """Leaves a pipeline from `build_pipeline` in a folder, with the file of ours by which diffusers samples it where its own does not.
 
-    An EDM network's sampler becomes diffusers' own, by Euler's steps. FDM's stays, with the file that it stands in beside it.
+    An EDM network's sampler becomes diffusers' own, by Euler's steps. FDM's stays, with the file that it stands in beside it. A
+    `DiTPipeline` keeps the names of the classes, by which diffusers' finds their numbers.
     """
-    scheduler = pipeline.scheduler
+    scheduler, network = pipeline.scheduler, network_of(pipeline)
     if type(scheduler).__name__ == "EDMScheduler" and not scheduler.config.momentum:
         from diffusers import EDMEulerScheduler
 
         ends = {name: scheduler.config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
-        pipeline = type(pipeline)(unet=pipeline.unet, scheduler=EDMEulerScheduler(**ends))
+        pipeline = type(pipeline)(**{**pipeline.components, "scheduler": EDMEulerScheduler(**ends)})
+    if part_of(network) == "transformer":  # it is saved as diffusers' own class
+        pipeline.register_to_config(transformer=("diffusers", type(network).__name__))
+    if type(pipeline).__name__ == "DiTPipeline" and class_names and classes_told(network):
+        pipeline.register_to_config(id2label=dict(enumerate(class_names)))
     pipeline.save_pretrained(folder)
     if type(pipeline.scheduler).__name__ == "EDMScheduler":
         shutil.copyfile(EDM_SCHEDULER, folder / "scheduler" / "edm_scheduler.py")
         index = folder / "model_index.json"
         parts = json.loads(index.read_text())
         index.write_text(json.dumps({**parts, "scheduler": ["edm_scheduler", "EDMScheduler"]}, indent=2) + "\n")
-    if classes_told(pipeline.unet) is not None:
+    if not is_plain(pipeline):
         shutil.copyfile(CLASS_PIPELINE, folder / "pipeline.py")
 
 
@@ -209,17 +232,17 @@ def _told(
     """What the pipeline is told of the images with these numbers."""
     if prompts:
         return {"prompt": [prompts[number % len(prompts)] for number in numbers], "guidance_scale": scale, "height": side, "width": side}
-    labels = sample_labels(pipeline.unet, len(numbers), first=numbers[0])
+    labels = sample_labels(network_of(pipeline), len(numbers), first=numbers[0])
     if labels is None:
         return {"batch_size": len(numbers)}
     return {"class_labels": labels, "guidance_scale": scale, "guidance_interval": interval}
 
 
-def sample_labels(unet: UNet2DModel, count: int, *, first: int = 0) -> Tensor | None:
+def sample_labels(network: ModelMixin, count: int, *, first: int = 0) -> Tensor | None:
     """The classes of samples ``first`` to ``first + count - 1``: int64 [count], sample i is of class i modulo the number of classes,
     so that each is sampled equally often. None for an unconditional network. The null class is none of them.
     """
-    num_classes = classes_told(unet)
+    num_classes = classes_told(network)
     return None if num_classes is None else torch.arange(first, first + count) % num_classes
 
 

@@ -14,8 +14,9 @@ from torch import nn
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
+from immiscible.networks.kinds import PARTS
 from immiscible.networks.latents import load_vae
-from immiscible.networks.weights import LOAD_ERRORS, weights_digest
+from immiscible.networks.weights import LOAD_ERRORS, saved_network, weights_digest
 from immiscible.sampling.loaded import Loaded, freeze
 from immiscible.tasks.pixels import pipeline_of
 from immiscible.training.checkpoints import NAME, checkpoints, damage, is_complete, read_state
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from immiscible.networks.stable_diffusion import StableDiffusion
 
 
-WEIGHTS = {"ema": "unet_ema", "raw": "unet"}  # the choices of --weights -> a checkpoint's folder
+WEIGHTS = {"ema": "_ema", "raw": ""}  # the choices of --weights -> how the network's folder in a checkpoint is called after its part
 
 
 ADAPTERS = "pytorch_lora_weights.safetensors"
@@ -43,7 +44,7 @@ def load_model(name: str, *, weights: str | None = None, lora: str | None = None
         base: where the VAE or the checkpoint that a run was trained with is now; None for the run's own folder or what its flags say.
 
     Raises:
-        UserError: it cannot be loaded, does not hold the weights that are asked for, or is no pipeline around a U-Net.
+        UserError: it cannot be loaded, does not hold the weights that are asked for, or is no pipeline that is sampled here.
     """
     path = Path(name)
     if NAME.fullmatch(path.resolve().name) and path.is_dir():
@@ -83,20 +84,20 @@ def _from_run(folder: Path, weights: str | None, base: str | None) -> Loaded:
         )
     weights = _chosen(weights, [kind for kind in WEIGHTS if config.use_ema or kind == "raw"], folder)
     if isinstance(config, UnconditionalConfig) and config.objective == "edm":  # whose folder has diffusers' sampler in the run's place
-        pipeline = _edm_pipeline(folder, config)
+        pipeline = pipeline_of(config, saved_network(folder / _part(folder)))
     else:
         pipeline = _from_diffusers(str(folder))
     if weights == "raw" and config.use_ema:
-        if not (folder / "unet_non_ema").is_dir():
+        part = _part(folder)
+        if not (folder / f"{part}_non_ema").is_dir():
             raise UserError(f"--weights raw: {folder} holds the average alone; give its checkpoint-N for the weights themselves")
-        pipeline.unet = type(pipeline.unet).from_pretrained(folder, subfolder="unet_non_ema")
+        setattr(pipeline, part, saved_network(folder / f"{part}_non_ema"))
     return Loaded(pipeline, weights, config.resolution)
 
 
-def _edm_pipeline(folder: Path, config: UnconditionalConfig) -> DiffusionPipeline:
-    from diffusers import UNet2DModel
-
-    return pipeline_of(config, UNet2DModel.from_pretrained(folder, subfolder="unet"))
+def _part(folder: Path) -> str:
+    """What of a pipeline was trained in a run, by the folders in its own or in one of its checkpoint's."""
+    return next((part for part in PARTS if any(folder.glob(f"{part}*/config.json"))), PARTS[0])
 
 
 def _from_checkpoint(path: Path, weights: str | None, base: str | None) -> Loaded:
@@ -106,25 +107,25 @@ def _from_checkpoint(path: Path, weights: str | None, base: str | None) -> Loade
     config = _run_config(folder)
     if isinstance(config, TextToImageConfig) and config.use_lora:
         return _adapted(path, config, weights, base)
-    weights = _chosen(weights, [kind for kind, part in WEIGHTS.items() if (path / part).is_dir()], path)
+    part = _part(path)
+    weights = _chosen(weights, [kind for kind, after in WEIGHTS.items() if (path / f"{part}{after}").is_dir()], path)
+    saved = path / f"{part}{WEIGHTS[weights]}"
     if isinstance(config, TextToImageConfig):
         from immiscible.sampling.pipelines import build_text_pipeline
 
         own = str(folder) if (folder / "model_index.json").exists() else None
         parts = _started_from(path, config, base or own, from_scratch=True)  # its fresh U-Net makes room for the checkpoint's
-        parts.unet = type(parts.unet).from_pretrained(path, subfolder=WEIGHTS[weights])
+        parts.unet = type(parts.unet).from_pretrained(saved)
         return Loaded(build_text_pipeline(parts), weights, config.resolution)
-    from diffusers import UNet2DModel
-
-    unet, vae = UNet2DModel.from_pretrained(path, subfolder=WEIGHTS[weights]), None
+    vae = None
     if config.vae_model_name_or_path:
-        own = str(folder / "vqvae") if (folder / "vqvae").is_dir() else None
+        own = next((str(folder / name) for name in ("vqvae", "vae") if (folder / name).is_dir()), None)
         with _named(path):
             vae = load_vae(base or own or config.vae_model_name_or_path, resolution=config.resolution, cache_dir=config.cache_dir)
         _check_same(path, read_state(path)["identity"]["network"]["vae"]["weights"], weights_digest(vae))
     else:
         _refuse_base(base, path)
-    return Loaded(pipeline_of(config, unet, vae), weights, config.resolution)
+    return Loaded(pipeline_of(config, saved_network(saved), vae), weights, config.resolution)
 
 
 def _adapted(folder: Path, config: TextToImageConfig, weights: str | None, base: str | None) -> Loaded:
@@ -175,10 +176,13 @@ def _from_diffusers(name: str) -> DiffusionPipeline:
 
     try:
         parts = DiffusionPipeline.load_config(name)
-        if "unet" not in parts:
-            raise UserError(
-                f"--model {name} is a {parts.get('_class_name')}, which has no U-Net; only pipelines around a U-Net are sampled"
-            )
+        kind = parts.get("_class_name")
+        if kind == "ClassConditionalPipeline":
+            from immiscible.sampling.class_pipeline import ClassConditionalPipeline
+
+            return ClassConditionalPipeline.from_pretrained(name)
+        if "unet" not in parts and kind != "DiTPipeline":
+            raise UserError(f"--model {name} is a {kind}; only pipelines around a U-Net and DiTPipeline are sampled")
         # A safety checker would put black images among the samples.
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
         pipeline = DiffusionPipeline.from_pretrained(name, **unchecked)

@@ -10,8 +10,8 @@ from immiscible.configs import UnconditionalConfig
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.encoders import LatentEncoder
 from immiscible.method import build_objective
+from immiscible.networks.kinds import NULL_CLASS
 from immiscible.networks.latents import latent_downsampling, load_vae, vae_identity
-from immiscible.networks.unet import NULL_CLASS
 from immiscible.networks.weights import PRECISIONS
 from immiscible.objective_choice import training_scheduler
 from immiscible.tasks.pixels import UnconditionalTask, fresh_network, images_of_flags, network_settings
@@ -41,7 +41,7 @@ def latents_task(config: UnconditionalConfig, accelerator: Accelerator, seed: in
     settings = network_settings(config, source, channels=vae.config.latent_channels, downsampling=latent_downsampling(vae))
     network = fresh_network(settings, seed)
     transform = image_transform(config, vae.config.in_channels, seed)
-    told = (config.class_conditional, config.class_dropout_prob, settings.get(NULL_CLASS, 0))
+    told = (config.class_conditional, config.class_dropout_prob, settings.get(NULL_CLASS) or 0)
     encode = LatentEncoder(vae, accelerator.device, *told, precision=PRECISIONS[accelerator.mixed_precision])
     data = TrainingData(source, held_out, transform)
     if cache:

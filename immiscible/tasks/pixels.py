@@ -17,26 +17,27 @@ from immiscible.data.transforms import image_transform
 from immiscible.encoding.encoders import Encoder, PixelEncoder
 from immiscible.errors import UserError
 from immiscible.method import build_objective
-from immiscible.networks.unet import NULL_CLASS, build_unet, classes_told, unet_config
+from immiscible.networks.kinds import NULL_CLASS, classes_told, null_class, part_of
+from immiscible.networks.presets import build_network, network_config
 from immiscible.networks.weights import evaluation_weights
 from immiscible.objective_choice import objective_facts, training_scheduler
 from immiscible.objectives import DenoisingObjective
 from immiscible.randomness import reseed_globally
-from immiscible.sampling.pipelines import build_pipeline, sample_images, sample_labels, save_pipeline
+from immiscible.sampling.pipelines import build_pipeline, is_plain, sample_images, sample_labels, save_pipeline
 from immiscible.training.cards import unconditional_card
 from immiscible.training.summary import method_facts
 from immiscible.training.task import TrainingData
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
+    from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
     from diffusers.training_utils import EMAModel
     from huggingface_hub import ModelCard
 
 
 @dataclass
 class UnconditionalTask:
-    """A U-Net without prompts; see `immiscible.training.task.Task`.
+    """A network without prompts; see `immiscible.training.task.Task`.
 
     Args:
         config: the run's flags.
@@ -52,13 +53,12 @@ class UnconditionalTask:
     config: UnconditionalConfig
     objective: DenoisingObjective
     data: TrainingData
-    network: UNet2DModel
+    network: ModelMixin
     identity: Mapping[str, Any]
     encode: Encoder
     encode_held_out: Encoder
     vae: AutoencoderKL | None = None
     facts: dict[str, str] = field(init=False)
-    part: ClassVar[str] = "unet"
     grid_name: ClassVar[str] = "test_samples"
 
     def __post_init__(self) -> None:
@@ -71,6 +71,11 @@ class UnconditionalTask:
             self.facts["latents"] = f"of {config.vae_model_name_or_path}, scaled by {self.vae.config.scaling_factor:g}"
         if config.class_dropout_prob:
             self.facts["class_dropout"] = f"{config.class_dropout_prob:g} of the images are trained without their class"
+
+    @property
+    def part(self) -> str:
+        """See `Task`."""
+        return part_of(self.network)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -118,23 +123,30 @@ class UnconditionalTask:
         return images if labels is None else images[labels.argsort(stable=True).numpy()]
 
     def save(self, folder: Path, ema: EMAModel | None) -> None:
-        """See `Task`; with EMA the pipeline holds the averaged weights, and ``unet_non_ema`` beside it the others."""
+        """See `Task`; with EMA the pipeline holds the averaged weights, and e.g. ``unet_non_ema`` beside it the others."""
         if ema is not None:
-            self.network.save_pretrained(folder / "unet_non_ema")
+            self.network.save_pretrained(folder / f"{self.part}_non_ema")
         with evaluation_weights(self.network, ema):
-            save_pipeline(self.pipeline(), folder)
+            save_pipeline(self.pipeline(), folder, self.data.source.class_names or ())
 
     def card(self, title: str, facts: Mapping[str, str], grid: Path | None) -> ModelCard:
         """See `Task`."""
-        kind, names = type(self.pipeline()).__name__, self.data.source.class_names or ()
-        guidance = (self.config.guidance_scale, self.config.guidance_interval) if NULL_CLASS in self.network.config else None
+        pipeline, names = self.pipeline(), self.data.source.class_names or ()
+        guidance = (self.config.guidance_scale, self.config.guidance_interval) if null_class(self.network) is not None else None
         return unconditional_card(
-            title=title, pipeline=kind, facts=facts, num_classes=self.num_classes, class_names=names, guidance=guidance
+            title=title,
+            pipeline=type(pipeline).__name__,
+            facts=facts,
+            network=type(self.network).__name__,
+            own=not is_plain(pipeline),
+            num_classes=self.num_classes,
+            class_names=names,
+            guidance=guidance,
         )
 
 
 def pixels_task(config: UnconditionalConfig, accelerator: Accelerator, seed: int) -> UnconditionalTask:
-    """The U-Net that the flags name, with fresh weights, on the images that they name.
+    """The network that the flags name, with fresh weights, on the images that they name.
 
     Raises:
         UserError: what does not fit together.
@@ -144,12 +156,12 @@ def pixels_task(config: UnconditionalConfig, accelerator: Accelerator, seed: int
     settings = network_settings(config, source, channels=source.channels)
     network = fresh_network(settings, seed)
     transform = image_transform(config, settings["in_channels"], seed)
-    encode = PixelEncoder(accelerator.device, config.class_conditional, config.class_dropout_prob, settings.get(NULL_CLASS, 0))
+    encode = PixelEncoder(accelerator.device, config.class_conditional, config.class_dropout_prob, settings.get(NULL_CLASS) or 0)
     data = TrainingData(source, held_out, transform)
     return UnconditionalTask(config, objective, data, network, settings, encode, replace(encode, class_dropout=0.0))
 
 
-def pipeline_of(config: UnconditionalConfig, network: UNet2DModel, vae: AutoencoderKL | None = None) -> DiffusionPipeline:
+def pipeline_of(config: UnconditionalConfig, network: ModelMixin, vae: AutoencoderKL | None = None) -> DiffusionPipeline:
     """The pipeline by which a run of these flags samples its network."""
     return build_pipeline(
         network,
@@ -168,11 +180,11 @@ def images_of_flags(config: UnconditionalConfig) -> tuple[ImageSource | Stream, 
 
 
 def network_settings(config: UnconditionalConfig, source: ImageSource | Stream, *, channels: int, downsampling: int = 1) -> dict[str, Any]:
-    """The U-Net's constructor arguments; see `unet_config`."""
+    """The network's constructor arguments; see `network_config`."""
     classes = len(source.class_names or ()) if config.class_conditional else None
     if config.num_classes not in (None, classes):
         raise UserError(f"--num_classes {config.num_classes}, but the data has {classes} classes; make them equal or leave it out")
-    return unet_config(
+    return network_config(
         config_name_or_path=config.model_config_name_or_path,
         preset=config.model_preset,
         resolution=config.resolution,
@@ -186,7 +198,7 @@ def network_settings(config: UnconditionalConfig, source: ImageSource | Stream, 
     )
 
 
-def fresh_network(settings: dict[str, Any], seed: int) -> UNet2DModel:
+def fresh_network(settings: dict[str, Any], seed: int) -> ModelMixin:
     """Its weights are a function of the run's seed."""
     reseed_globally(seed, "network")
-    return build_unet(settings)
+    return build_network(settings)

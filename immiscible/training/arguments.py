@@ -29,6 +29,8 @@ OWN_FILES = (
     "model_index.json",
     "unet",
     "unet_non_ema",
+    "transformer",
+    "transformer_non_ema",
     "scheduler",
     "vae",
     "vqvae",

@@ -26,6 +26,8 @@ def unconditional_card(
     title: str,
     pipeline: str,
     facts: Mapping[str, str],
+    network: str = "UNet2DModel",
+    own: bool = False,
     num_classes: int | None = None,
     class_names: Sequence[str] = (),
     guidance: tuple[float, Sequence[float] | None] | None = None,
@@ -36,6 +38,8 @@ def unconditional_card(
         title: the heading, the name of the run's folder.
         pipeline: the class of diffusers that samples it.
         facts: how it was trained, by name; ``inference_steps`` among them, which the example takes.
+        network: its class in diffusers.
+        own: whether our pipeline in the folder samples it, which it does wherever there are classes.
         num_classes: how many classes the network is told; None if it is told none, and then the card lists none.
         class_names: the data's names for them, by number, if it has any.
         guidance: scale and interval, if any, of the run's own samples; None for a network that cannot be guided.
@@ -46,6 +50,8 @@ def unconditional_card(
         title,
         facts,
         pipeline=pipeline,
+        network=network,
+        own=own,
         inference_steps=facts["inference_steps"],
         num_classes=num_classes,
         class_names=[] if num_classes is None else [line(name) for name in class_names[:SHOWN_CLASSES]],

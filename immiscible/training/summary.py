@@ -191,9 +191,10 @@ def _leak(line: dict[str, float]) -> dict[str, str]:
 def report_start(config: RunConfig, task: Task, order: GlobalBatchOrder | StreamOrder, start_step: int, max_steps: int) -> None:
     """Logs what is about to run, and what a user would want to know of it before (`immiscible.training.notices`)."""
     network, accumulation = task.network, config.gradient_accumulation_steps
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    parameters, stored = parameters_of(network)
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     adapters = f" of which {trained / 1e6:.2f} are trained" if trained < parameters else ""
+    adapters += f" ({stored / 1e6:.2f} million stored, with copies of what is shared)" if stored > parameters else ""
     ranks, images = order.global_batch_size // order.batch_size, order.global_batch_size * accumulation
     epoch = f" ({order.batches_per_epoch / accumulation:.4g} an epoch)" if isfinite(order.batches_per_epoch) else ""
     classes = f", {task.num_classes} classes" if task.num_classes else ""
@@ -208,6 +209,12 @@ def report_start(config: RunConfig, task: Task, order: GlobalBatchOrder | Stream
         logger.info("%-18s %s", name.replace("_", " "), value)
     for notice in notices(config, task, order, max_steps):
         logger.warning(notice)
+
+
+def parameters_of(network: nn.Module) -> tuple[int, int]:
+    """How many parameters a network has, and how many numbers are stored of them: what modules share is stored with each."""
+    once, stored = (network.named_parameters(remove_duplicate=each) for each in (True, False))
+    return sum(parameter.numel() for _, parameter in once), sum(parameter.numel() for _, parameter in stored)
 
 
 def report_plan(
@@ -239,13 +246,15 @@ def report_plan(
         if len(seconds) > 1 and spent > PLAN_SECONDS:
             break
     typical = median(seconds[1:] or seconds)
+    parameters, stored = parameters_of(network)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters()) / 2**20
+    checkpoint = (2 + 2 * stored / parameters) * weights  # AdamW's moments, and weights and average with copies
     on_gpu = accelerator.device.type == "cuda"
     memory = torch.cuda.max_memory_allocated(accelerator.device) / 2**20 if on_gpu else peak_memory()
     total = timedelta(seconds=round(typical * remaining))
     accelerator.print(
         f"Plan: {remaining} steps of {typical:.3f} s (median of {len(seconds[1:] or seconds)}) = {total}, without sampling and saving\n"
-        f"Plan: weights {weights:.1f} MiB, with AdamW and EMA {4 * weights:.1f} MiB a checkpoint; peak memory so far {memory:.0f} MiB\n"
+        f"Plan: weights {weights:.1f} MiB, with AdamW and EMA {checkpoint:.1f} MiB a checkpoint; peak memory so far {memory:.0f} MiB\n"
         f"{f'Plan: {planning()}{chr(10)}' if planning else ''}Plan: nothing was written"
     )
 

@@ -61,7 +61,8 @@ class Task(Protocol):
     Attributes:
         data: its images.
         network: what is trained, bare, in train mode, on the accelerator's device or to be moved there by it: a diffusers model.
-        part: what the network is in a pipeline: the name of its folder; ``unet`` for now, which is what `immiscible.sampling` samples.
+        part: what the network is in a pipeline: the name of its folder there and in a checkpoint; `immiscible.sampling` knows ``unet`` and
+            ``transformer``.
         identity: JSON values that tell this network from others; a checkpoint of another one is not continued.
         objective: the loss; it pairs images with noises and draws timesteps.
         encode: a loaded batch to what is diffused and what the network is told.

@@ -9,7 +9,8 @@ import torch
 from class_networks import CLASSES, config_of
 
 from immiscible.errors import UserError
-from immiscible.networks.unet import build_unet, classes_told
+from immiscible.networks.kinds import classes_told
+from immiscible.networks.unet import build_unet
 
 
 def test_without_classes_the_configuration_is_what_it_was():

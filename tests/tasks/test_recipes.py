@@ -66,7 +66,7 @@ def test_a_header_says_what_design_asks_for(path):
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem in ("sd_imagenet", "sd_unconditional_imagenet10")], **IDS)
 def test_a_recipe_composes_with_the_methods(path):
-    """A text-to-image script has no other process than the checkpoint's; diffusers has no pipeline for flows of latents."""
+    """A text-to-image script has no other process than the checkpoint's."""
     _, script, _ = launch_line(path)
     alone = asdict(parse(script, ["--config", path]))
     refused = []
@@ -79,7 +79,7 @@ def test_a_recipe_composes_with_the_methods(path):
             continue
         told = {line.partition(":")[0] for line in method.read_text().splitlines() if not line.startswith("#")}
         assert {name for name in alone if alone[name] != together[name]} <= told
-    assert refused == (["best", "flow"] if script == "train_unconditional.py" else ["best", "flow", "scaled"])
+    assert refused == ([] if script == "train_unconditional.py" else ["best", "flow", "scaled"])
 
 
 PAPER = {  # batch, steps, learning rate, processes
@@ -260,8 +260,9 @@ def test_the_commands_of_the_page_on_stable_diffusion_parse():
 
 
 def test_the_page_on_data_names_every_recipe_with_foreign_data():
-    named = set(re.findall(r"`((?:sd|cifar10|celeba|tiny_imagenet|digits|photo|emoji)\w*\*?)`", (ROOT / "docs/DATA.md").read_text()))
-    no_data = {ROOT / f"configs/tasks/{part}.yaml" for part in ("classes", "consistency", "edm")}
+    data = "sd|cifar10|celeba|tiny_imagenet|imagenet|metfaces|ffhq|digits|photo|emoji"
+    named = set(re.findall(rf"`((?:{data})\w*\*?)`", (ROOT / "docs/DATA.md").read_text()))
+    no_data = {ROOT / f"configs/tasks/{part}.yaml" for part in ("classes", "consistency", "dit_tiny", "edm")}
     for path in {*(ROOT / "configs/tasks").glob("*.yaml")} - no_data:
         assert any(path.stem == name or (name.endswith("*") and path.stem.startswith(name[:-1])) for name in named), path.stem
 
