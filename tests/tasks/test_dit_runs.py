@@ -22,7 +22,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pixels": {**CLASSES, "guidance_scale": 2, "guidance_interval": [0.1, 0.9], "use_ema": True, "noise_coupling": "assignment"},
     "pixels_flow": FLOW,
     "latents": {**CLASSES, **LATENTS, "sampling_scheduler": "ddim", "mixed_precision": "bf16"},
-    "latents_alone": LATENTS,
+    "latents_alone": {**LATENTS, "sampling_scheduler": "ddim"},  # which draws nothing: diffusers' own would from the global generator
     "latents_flow": {**CLASSES, **LATENTS, **FLOW},
     "unet_latents_flow": {**LATENTS, **FLOW, "model_preset": "unet-tiny"},
     "edm": {**CLASSES, "objective": "edm", "momentum": True},
