@@ -154,7 +154,9 @@ def test_250_steps_are_those_of_the_papers_under_linspace():
 
 def test_guidance_leaves_the_variance_of_the_class():
     unet = tiny_unet(null_class=True, out_channels=2)
-    pipeline = ClassConditionalPipeline(**pipeline_of(unet, "ddpm").components)
+    pipeline = ClassConditionalPipeline(
+        **pipeline_of(unet, "ddpm").components | {"scheduler": DDPMScheduler(variance_type="learned_range")}
+    )
     x, labels = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
     with torch.no_grad():
         told, without = (unet(x, 5, class_labels=of).sample for of in (labels, torch.full_like(labels, CLASSES)))
