@@ -32,9 +32,10 @@ class EvaluationArguments:
     )
     eval_features: str | None = flag(
         None,
-        "what the Frechet distance compares: digits (a classifier of the bundled digits; FD-digits), pixels (8x8 pooled; FD-pixels-8x8) or "
-        "efficientnet (EfficientNet-lite0, which has seen ImageNet; FD-EfficientNet; 1,280 features); by default digits for the bundled "
-        "digits and pixels for other data. None is FID",
+        "what the Frechet distance compares: digits (a classifier of the bundled digits; FD-digits), pixels (8x8 pooled; FD-pixels-8x8), "
+        "efficientnet (EfficientNet-lite0, which has seen ImageNet; FD-EfficientNet; 1,280 features) or inception (FID's network; FID; "
+        "2,048 features; its weights are fetched by hand, see docs/DATA.md); by default digits for the bundled digits and pixels for other "
+        "data",
         choices=Names("immiscible.evaluation.features", "FEATURES"),
     )
     eval_feature_directions: int | None = flag(

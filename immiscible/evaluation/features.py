@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 from tqdm import tqdm
 
+from immiscible.choices import option_names, used_options
 from immiscible.data.bundled import load_digits
 from immiscible.errors import UserError
 from immiscible.evaluation.efficientnet import EfficientNetFeatures
+from immiscible.evaluation.inception import InceptionFeatures
 from immiscible.files import cache_folder
 from immiscible.kept import read_kept, write_kept
 from immiscible.randomness import preserved_randomness, seeded_generator
@@ -140,23 +142,40 @@ class PrincipalDirections:
         return features @ self._directions
 
 
-# By what --eval_features calls them; each takes the channels and the side in pixels of the images, and where it may compute.
-FEATURES: dict[str, Callable[[int, int, torch.device], FeatureNetwork]] = {
-    "digits": lambda channels, resolution, device: DigitsFeatures(),
-    "pixels": lambda channels, resolution, device: PixelFeatures(channels, resolution),
-    "efficientnet": lambda channels, resolution, device: EfficientNetFeatures(device),
+# By what --eval_features calls them; each takes by name what it needs of `build_features`.
+FEATURES: dict[str, Callable[..., FeatureNetwork]] = {
+    "digits": lambda: DigitsFeatures(),
+    "pixels": lambda channels, resolution: PixelFeatures(channels, resolution),
+    "efficientnet": lambda device: EfficientNetFeatures(device),
+    "inception": lambda device, weights, resize: InceptionFeatures(weights, device, resize or "tf-bilinear"),
 }
 
 
-def build_features(name: str, *, channels: int, resolution: int, device: torch.device) -> FeatureNetwork:
+def build_features(
+    name: str, *, channels: int, resolution: int, device: torch.device, weights: Path | None = None, resize: str | None = None
+) -> FeatureNetwork:
     """The entry of `FEATURES` for images of these channels and this side in pixels.
 
+    Args:
+        name: the entry.
+        channels: of the images.
+        resolution: their side.
+        device: where the network may compute.
+        weights: the network's file or folder, where it is not looked for in the cache folders.
+        resize: an entry of `RESIZES`, for a network that is used with several; None for its own.
+
     Raises:
-        UserError: the name is unknown.
+        UserError: the name is unknown, its network takes no weights or has one way of resizing, or what the network raises.
     """
     if name not in FEATURES:
         raise UserError(f"--eval_features {name!r} is unknown; known: {', '.join(FEATURES)}")
-    return FEATURES[name](channels, resolution, device)
+    known = option_names(FEATURES[name])
+    if weights is not None and "weights" not in known:
+        raise UserError(f"--feature_weights {weights}: the features {name} take no weights; leave it out")
+    if resize is not None and "resize" not in known:
+        raise UserError(f"the features {name} resize images in their own way, not by {resize}")
+    options = {"channels": channels, "resolution": resolution, "device": device, "weights": weights, "resize": resize}
+    return FEATURES[name](**used_options(FEATURES[name], options))
 
 
 def features_of(features: FeatureNetwork, batches: Iterable[Tensor], *, keep: bool = False) -> Tensor:

@@ -54,8 +54,9 @@ class RunEvaluation:
         config, data = self._config, self._task.data
         transform: ImageTransform = data.transform
         device = self._task.objective.process.signal.device
-        size = {"channels": transform.channels, "resolution": transform.resolution}
-        features = build_features(config.eval_features or self._task.features, **size, device=device)
+        features = build_features(
+            config.eval_features or self._task.features, channels=transform.channels, resolution=transform.resolution, device=device
+        )
         source: Any = data.source  # no stream: those are not evaluated
         images = fixed_images(source, transform, skip_bad_images=config.skip_bad_images)
         prompts = self._task.prompts(config.eval_samples)

@@ -107,10 +107,22 @@ def test_features_for_other_images_are_refused(digits_features):
 
 def test_features_are_built_by_name(cache, digits_features, monkeypatch):
     monkeypatch.setattr(features_module, "cache_folder", lambda: cache)
-    assert list(FEATURES) == ["digits", "pixels", "efficientnet"]
+    assert list(FEATURES) == ["digits", "pixels", "efficientnet", "inception"]
     device = torch.device("cpu")
     assert build_features("digits", channels=1, resolution=8, device=device).name == "FD-digits"
     pixels = build_features("pixels", channels=3, resolution=32, device=device)
     assert (pixels.name, pixels.num_features) == ("FD-pixels-8x8", 192)
-    with pytest.raises(UserError, match="known: digits, pixels, efficientnet"):
-        build_features("inception", channels=3, resolution=32, device=device)
+    with pytest.raises(UserError, match="known: digits, pixels, efficientnet, inception"):
+        build_features("vgg", channels=3, resolution=32, device=device)
+
+
+def test_weights_and_resizes_go_to_networks_that_take_them(tmp_path):
+    facts = {"channels": 3, "resolution": 32, "device": torch.device("cpu")}
+    with pytest.raises(UserError, match=f"not at {tmp_path}"):
+        build_features("inception", weights=tmp_path, **facts)
+    with pytest.raises(UserError, match="cannot be resized by 'nearest'"):
+        build_features("inception", resize="nearest", **facts)
+    with pytest.raises(UserError, match=f"--feature_weights {tmp_path}: the features pixels take no weights"):
+        build_features("pixels", weights=tmp_path, **facts)
+    with pytest.raises(UserError, match="pixels resize images in their own way, not by tf-bilinear"):
+        build_features("pixels", resize="tf-bilinear", **facts)
