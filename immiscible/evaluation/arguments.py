@@ -33,9 +33,9 @@ class EvaluationArguments:
     eval_features: str | None = flag(
         None,
         "what the Frechet distance compares: digits (a classifier of the bundled digits; FD-digits), pixels (8x8 pooled; FD-pixels-8x8), "
-        "efficientnet (EfficientNet-lite0, which has seen ImageNet; FD-EfficientNet; 1,280 features) or inception (FID's network; FID; "
-        "2,048 features; its weights are fetched by hand, see docs/DATA.md); by default digits for the bundled digits and pixels for other "
-        "data",
+        "efficientnet (EfficientNet-lite0, which has seen ImageNet; FD-EfficientNet; 1,280 features), inception (its network; FID; 2,048), "
+        "clip, clip-l14-336 or dinov2 (FD-DINOv2; 1,024); the weights of the last four are fetched by hand, see docs/SCORES.md; by default "
+        "digits for the bundled digits and pixels for other data",
         choices=Names("immiscible.evaluation.features", "FEATURES"),
     )
     eval_feature_directions: int | None = flag(

@@ -18,6 +18,7 @@ from immiscible.data.bundled import load_digits
 from immiscible.errors import UserError
 from immiscible.evaluation.efficientnet import EfficientNetFeatures
 from immiscible.evaluation.inception import InceptionFeatures
+from immiscible.evaluation.pretrained import local_features, published_features
 from immiscible.files import cache_folder
 from immiscible.kept import read_kept, write_kept
 from immiscible.randomness import preserved_randomness, seeded_generator
@@ -148,16 +149,19 @@ FEATURES: dict[str, Callable[..., FeatureNetwork]] = {
     "pixels": lambda channels, resolution: PixelFeatures(channels, resolution),
     "efficientnet": lambda device: EfficientNetFeatures(device),
     "inception": lambda device, weights, resize: InceptionFeatures(weights, device, resize or "tf-bilinear"),
+    "clip": lambda device, weights, resize: published_features("clip", weights, device, resize),
+    "clip-l14-336": lambda device, weights, resize: published_features("clip-l14-336", weights, device, resize),
+    "dinov2": lambda device, weights, resize: published_features("dinov2", weights, device, resize),
 }
 
 
 def build_features(
     name: str, *, channels: int, resolution: int, device: torch.device, weights: Path | None = None, resize: str | None = None
 ) -> FeatureNetwork:
-    """The entry of `FEATURES` for images of these channels and this side in pixels.
+    """The entry of `FEATURES`, or the network of a file or folder, for images of these channels and this side in pixels.
 
     Args:
-        name: the entry.
+        name: the entry; or the path of what `local_features` takes.
         channels: of the images.
         resolution: their side.
         device: where the network may compute.
@@ -168,7 +172,9 @@ def build_features(
         UserError: the name is unknown, its network takes no weights or has one way of resizing, or what the network raises.
     """
     if name not in FEATURES:
-        raise UserError(f"--eval_features {name!r} is unknown; known: {', '.join(FEATURES)}")
+        if weights is None and Path(name).exists():
+            return local_features(Path(name), resolution, device, resize)
+        raise UserError(f"the features {name!r} are unknown; known: {', '.join(FEATURES)}, and paths of networks")
     known = option_names(FEATURES[name])
     if weights is not None and "weights" not in known:
         raise UserError(f"--feature_weights {weights}: the features {name} take no weights; leave it out")

@@ -105,15 +105,18 @@ def test_features_for_other_images_are_refused(digits_features):
         PixelFeatures(1, 8)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
-def test_features_are_built_by_name(cache, digits_features, monkeypatch):
+def test_features_are_built_by_name(cache, digits_features, monkeypatch, tmp_path):
     monkeypatch.setattr(features_module, "cache_folder", lambda: cache)
-    assert list(FEATURES) == ["digits", "pixels", "efficientnet", "inception"]
+    assert list(FEATURES) == ["digits", "pixels", "efficientnet", "inception", "clip", "clip-l14-336", "dinov2"]
     device = torch.device("cpu")
     assert build_features("digits", channels=1, resolution=8, device=device).name == "FD-digits"
     pixels = build_features("pixels", channels=3, resolution=32, device=device)
     assert (pixels.name, pixels.num_features) == ("FD-pixels-8x8", 192)
-    with pytest.raises(UserError, match="known: digits, pixels, efficientnet, inception"):
+    with pytest.raises(UserError, match=r"'vgg' are unknown; known: digits, pixels, .*, dinov2, and paths"):
         build_features("vgg", channels=3, resolution=32, device=device)
+    (tmp_path / "network.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"network\.pt does not hold a network in TorchScript"):
+        build_features(str(tmp_path / "network.pt"), channels=3, resolution=32, device=device)
 
 
 def test_weights_and_resizes_go_to_networks_that_take_them(tmp_path):
@@ -122,6 +125,8 @@ def test_weights_and_resizes_go_to_networks_that_take_them(tmp_path):
         build_features("inception", weights=tmp_path, **facts)
     with pytest.raises(UserError, match="cannot be resized by 'nearest'"):
         build_features("inception", resize="nearest", **facts)
+    with pytest.raises(UserError, match=r"config\.json"):
+        build_features("dinov2", weights=tmp_path, **facts)
     with pytest.raises(UserError, match=f"--feature_weights {tmp_path}: the features pixels take no weights"):
         build_features("pixels", weights=tmp_path, **facts)
     with pytest.raises(UserError, match="pixels resize images in their own way, not by tf-bilinear"):
