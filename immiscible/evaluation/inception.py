@@ -35,7 +35,8 @@ Branches = dict[str, list[Step]]
 class InceptionFeatures(PretrainedFeatures):
     """2,048 averages of Inception v3's last maps (pool_3), for FID, KID, precision and recall, and what sFID and IS need.
 
-    `outputs` has ``features`` [N, 2048], ``spatial`` [N, 2023] and ``logits`` [N, 1008], see `InceptionOutputs`.
+    `outputs` has ``features`` [N, 2048], ``spatial`` [N, 2023] and ``probabilities`` [N, 1008], the softmax of logits without bias, see
+    `InceptionOutputs`.
 
     Images come to 299x299 by ``resize``, and by the arithmetic of the code that resizes so: ``torch-bilinear`` to x / 127.5 - 1 as in
     pytorch-fid, every other to (x - 128) / 128 as in the graph.
@@ -66,7 +67,7 @@ class InceptionFeatures(PretrainedFeatures):
         x = RESIZES[self.resize](images, self.side)
         x = x / 127.5 - 1 if self.resize == "torch-bilinear" else (x - 128) / 128
         found: InceptionOutputs = self._network(x.contiguous(memory_format=torch.channels_last))
-        return {"features": found.pool, "spatial": found.spatial, "logits": found.logits}
+        return {"features": found.pool, "spatial": found.spatial, "probabilities": found.logits.double().softmax(1)}
 
 
 class InceptionOutputs(NamedTuple):

@@ -138,7 +138,8 @@ class ClipFeatures(TransformersFeatures):
     def _of(self, images: Tensor) -> dict[str, Tensor]:
         # By its parts: what `get_image_features` returns changed with versions of transformers.
         pooled = self._network.vision_model(pixel_values=self._pixels(center_square(images))).pooler_output
-        return {"features": normalize(self._network.visual_projection(pooled).double(), dim=1)}
+        embeddings = normalize(self._network.visual_projection(pooled).double(), dim=1)
+        return {"features": embeddings, "image_embeddings": embeddings}
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """float64 [N, F] on the CPU of N texts, each cut to what the model reads (77 tokens).

@@ -213,10 +213,15 @@ def test_the_last_block_pools_by_maxima(network, name):
 
 def test_what_the_metrics_read(features, network):
     found = features.outputs(images(2))
-    assert {name: tuple(value.shape) for name, value in found.items()} == {"features": (2, 2048), "spatial": (2, 2023), "logits": (2, 1008)}
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "features": (2, 2048),
+        "spatial": (2, 2023),
+        "probabilities": (2, 1008),
+    }
     assert all(value.dtype == torch.float64 for value in found.values()) and features.name == "FID"
     assert found["features"].std() > 0.01
-    assert torch.allclose(found["logits"], found["features"] @ network.fc.weight.double().T, rtol=1e-3, atol=1e-4)
+    expected = (found["features"] @ network.fc.weight.double().T).softmax(1)  # without the bias
+    assert torch.allclose(found["probabilities"], expected, rtol=1e-4) and expected.std() > 1e-4
     maps = []
     hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, made: maps.append(made))
     again = features(images(2)[1:])
@@ -282,5 +287,6 @@ def test_torch_fidelitys_network_gives_the_same(known, features):
         pytest.skip(f"torch-fidelity cannot be imported: {error}")
     theirs = FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased"], str(known))
     ours = features.outputs(images(2))
-    for name, expected in zip(("features", "logits"), theirs(images(2)), strict=True):
-        assert torch.allclose(ours[name], expected.double(), rtol=1e-4, atol=1e-5)
+    pool, logits = theirs(images(2))
+    assert torch.allclose(ours["features"], pool.double(), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(ours["probabilities"], logits.double().softmax(1), rtol=1e-4)
