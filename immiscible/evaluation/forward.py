@@ -35,7 +35,7 @@ class PretrainedFeatures(ABC):
 
     @abstractmethod
     def _of(self, images: Tensor) -> dict[str, Tensor]:
-        """Of uint8 [B, 3, H, W] on the device: what `outputs` returns, in any float dtype and on any device."""
+        """Of uint8 [B, 3, H, W] on the device: what `outputs` returns, on any device, ``features`` in fp32."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """float64 [N, F] on the CPU of uint8 [N, C, H, W], C being 1 or 3; gray images have three equal channels.

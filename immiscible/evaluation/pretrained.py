@@ -138,7 +138,7 @@ class ClipFeatures(TransformersFeatures):
     def _of(self, images: Tensor) -> dict[str, Tensor]:
         # By its parts: what `get_image_features` returns changed with versions of transformers.
         pooled = self._network.vision_model(pixel_values=self._pixels(center_square(images))).pooler_output
-        embeddings = normalize(self._network.visual_projection(pooled).double(), dim=1)
+        embeddings = normalize(self._network.visual_projection(pooled), dim=1)
         return {"features": embeddings, "image_embeddings": embeddings}
 
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -158,7 +158,7 @@ class ClipFeatures(TransformersFeatures):
             tokens = tokenizer(part, padding="max_length", truncation=True, max_length=most, return_tensors="pt").to(self._device)
             with torch.no_grad():
                 pooled = self._network.text_model(**tokens).pooler_output
-                found.append(normalize(self._network.text_projection(pooled).double(), dim=1).cpu())
+                found.append(normalize(self._network.text_projection(pooled), dim=1).double().cpu())
         return torch.cat(found)
 
 
@@ -187,7 +187,7 @@ class TorchScriptFeatures(PretrainedFeatures):
         found = self._network(images.float())
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
             raise ValueError("it does not give a row of features per image")
-        return {"features": found}
+        return {"features": found.float()}
 
 
 def published_features(name: str, folder: Path | None, device: torch.device, resize: str | None = None) -> TransformersFeatures:

@@ -93,10 +93,13 @@ def test_clip_embeds_images_and_texts_as_its_own_model(clip):
     assert features.texts([]).shape == (0, 16) and torch.allclose(features.texts(TEXTS[1:]), texts[1:], atol=1e-6)
 
 
-def test_clip_sees_the_middle_square(clip):
+def test_clip_sees_the_middle_square(clip, monkeypatch, tmp_path):
     features = ClipFeatures(clip[0])
     wide = images(2, 48, 64)
-    assert torch.equal(features(wide), features(wide[..., 8:56]))
+    found = features(wide)
+    assert torch.equal(found, features(wide[..., 8:56])) and torch.equal(found, features.outputs(wide)["image_embeddings"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert torch.equal(features.kept(wide), found) and torch.equal(features.kept(wide), found)
 
 
 def test_dinov2_gives_the_class_token_of_the_whole_image(dino):
