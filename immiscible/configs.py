@@ -199,6 +199,8 @@ def _check_together(config: RunConfig) -> None:
             raise UserError(
                 "--coupling_window epoch assigns all images of an epoch, which --streaming reads in passing; leave out one of them"
             )
+        if config.coupling_caches:
+            raise UserError("--coupling_caches needs images that can be told again, which --streaming does not give; leave out one of them")
     if config.eval_raw_weights and not config.use_ema:
         raise UserError("--eval_raw_weights measures them beside their average; without --use_ema they are what is measured: leave it out")
     if config.cache_latents and config.crop != "adm" and not config.center_crop:

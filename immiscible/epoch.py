@@ -13,7 +13,7 @@ Nothing of a plan is random but its pool and its blocks, which are functions of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -22,12 +22,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from immiscible.assignment.ranks import Ranks
+from immiscible.assignment.ranks import AnotherRankFailed, Ranks
 from immiscible.assignment.solve import LARGEST_BLOCK, Assignment, assign, record_solution, recorded_solutions
 from immiscible.coupling import AssignmentCoupling, Coupling, Stateless
 from immiscible.errors import UserError
 from immiscible.randomness import PoolDraws, derive_seed, seeded_generator
 
+CACHE = -1  # the epoch of whose pool the noises are that images keep
 SEEDS = 2**32  # of torch's CPU generator, which takes no more bits of a seed
 
 
@@ -265,3 +266,113 @@ class EpochCoupling(Stateless):
             UserError: always.
         """
         raise UserError("EpochCoupling is asked with `at(draws)`; in a loop of your own use plan_epoch and epoch_noise")
+
+
+@dataclass
+class CachedCoupling(EpochCoupling):
+    """``coupling`` among noises that images keep from epoch to epoch, which a run of the scripts asks for with ``at(draws)`` (LOOM-CFM,
+    arXiv 2603.15279).
+
+    Each image has a noise of its own in each of ``caches`` caches. The images of a micro-batch exchange those of one cache, drawn for it,
+    by assignment, and keep what they get. So pairs get nearer from epoch to epoch, across all images, however small the batch: the noise
+    that an image brings is the best that its batches have found so far. A cache is always a permutation of its pool, which stays as it is
+    through the run: C N noises in all and none beside them, by which a long run on little data may learn its noises by heart.
+
+    A noise is a number of the pool (`epoch_noise`), so the state is C N integers; each rank keeps its own images' up to date, and at the
+    end of an epoch, within which no two ranks have an image in common, they tell each other.
+
+    Args:
+        caches: C, at least 1.
+
+    Raises:
+        UserError: a coupling that does not assign within the batch, or one with a condition.
+    """
+
+    caches: int = 1
+    seed: int = field(default=0, init=False)
+    numbers: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64, device="cpu"), init=False, repr=False)  # [N,C]
+    epoch: int = field(default=-1, init=False)
+    place: Callable[[PoolDraws], tuple[int, Tensor]] | None = field(default=None, init=False, repr=False)
+    owned: Callable[[int], Tensor] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        rule = check_rule(self.coupling)
+        if rule.condition != "none":
+            raise UserError(f"`condition` {rule.condition}: noises that images keep pass between classes; give `condition` none")
+
+    def begin(self, count: int, seed: int, place: Callable[[PoolDraws], tuple[int, Tensor]], owned: Callable[[int], Tensor]) -> None:
+        """Makes it ready for a run, with the noises of a restored state if there is one.
+
+        Args:
+            count: N, the images.
+            seed: the run's.
+            place: gives a micro-batch's epoch and its images, int64 [B], each at most once in an epoch over all ranks.
+            owned: gives this rank's images of an epoch, int64.
+        """
+        self.seed, self.place, self.owned = seed, place, owned
+        if not len(self.numbers):
+            self.numbers = torch.arange(self.caches * count, device="cpu").view(self.caches, count).T.contiguous()
+
+    def at(self, draws: PoolDraws) -> _CachedRows:  # type: ignore[override]
+        """The coupling of a micro-batch. The first of an epoch learns what the other ranks did in the one before it."""
+        if self.place is None or self.owned is None:
+            raise UserError("CachedCoupling has no images yet; the scripts give it theirs")
+        epoch, images = self.place(draws)
+        if epoch != self.epoch and self.epoch >= 0 and self.ranks is not None:
+            own = self.owned(self.epoch)
+            told = torch.full_like(self.numbers, -1)
+            told[own] = self.numbers[own]
+            told = self.ranks.merged(told)
+            self.numbers = torch.where(told < 0, self.numbers, told)
+        self.epoch = epoch
+        cache = int(torch.randint(self.caches, (1,), generator=_of(draws), device="cpu"))
+        return _CachedRows(self, images, cache)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Which noises the images have, [N, C], and in which epoch; a call replaces them, so that one taken earlier stays."""
+        return {"numbers": self.numbers, "epoch": torch.tensor(self.epoch, device="cpu")} if len(self.numbers) else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a `state_dict`.
+
+        Raises:
+            UserError: the state is another coupling's.
+        """
+        if set(state) != {"numbers", "epoch"} or state["numbers"].dim() != 2 or state["numbers"].shape[1] != self.caches:
+            raise UserError(f"CachedCoupling keeps numbers of {self.caches} noises an image, but {', '.join(state) or 'nothing'} was saved")
+        self.numbers, self.epoch = state["numbers"], int(state["epoch"])
+
+
+@dataclass(frozen=True)
+class _CachedRows:
+    """A `CachedCoupling` of some images, int64 [B], by one of its caches."""
+
+    cached: CachedCoupling
+    images: Tensor
+    cache: int
+    pairs_batch: ClassVar[bool] = True
+
+    def __call__(self, x0: Tensor, noise: Tensor | None = None, **options: Any) -> Tensor:
+        """See `Coupling`; the noises are those that the images have."""
+        cached, rule = self.cached, check_rule(self.cached.coupling)
+        own = cached.numbers[self.images, self.cache]  # [B]
+        noises = epoch_noise(own, *x0.shape[1:], seed=cached.seed, epoch=CACHE).to(x0.device, x0.dtype)
+        failure: UserError | None = None
+        try:
+            index = assign(x0, rule.cost_noise(noises), metric=rule.metric, dtype=rule.dtype, solver=rule.solver)
+        except UserError as error:
+            failure = error
+        if cached.ranks is not None and cached.ranks.any_failed(failure is not None):
+            raise failure or AnotherRankFailed("another process stopped")
+        if failure is not None:
+            raise failure
+        numbers = cached.numbers.clone()
+        numbers[self.images, self.cache] = own[index.cpu()]
+        cached.numbers = numbers
+        return noises[index]
+
+
+def _of(draws: PoolDraws) -> torch.Generator:
+    """Of what is drawn for a micro-batch on the CPU, whatever trains."""
+    part = draws.parts[0]
+    return seeded_generator(part.seed, "noise cache", part.step, part.first_row)

@@ -73,6 +73,13 @@ class MethodArguments:
         most=2**10,
         word="epoch",
     )
+    coupling_caches: int = flag(
+        0,
+        "noises that each image keeps from epoch to epoch, and that the images of a batch exchange by assignment, one at a time (LOOM); "
+        "0 draws new ones in each step",
+        least=0,
+        most=64,
+    )
     coupling_condition: str = flag(
         "none",
         "so that the noise does not tell the class: assign within each class; centered, after taking each class's mean so far from its "
@@ -174,13 +181,18 @@ class MethodArguments:
             raise UserError("--asymmetric_tau and --asymmetric_r both say where SpeeD's threshold is; give one of them")
         self._check_laws()
         for name, users in _unused(vars(self)).items():
-            if name in ("coupling_scope", "coupling_window", "coupling_condition"):
+            if name in ("coupling_scope", "coupling_window", "coupling_caches", "coupling_condition"):
                 raise UserError(
                     f"--{name} is for couplings that pair the images of a batch with each other ({_named(users)}); "
                     f"{self.noise_coupling} serves each image on its own"
                 )
             chosen = " and ".join(str(getattr(self, choice)) for choice in users)
             raise UserError(f"--{name} belongs to {_named(users)}, not to {chosen}")
+        if self.coupling_caches:
+            others = ("coupling_window", "coupling_scope", "coupling_condition", "coupling_min_timestep")
+            for name, default in ((item.name, item.default) for item in fields(MethodArguments) if item.name in others):
+                if getattr(self, name) != default:
+                    raise UserError(f"--{name} has no meaning with --coupling_caches, whose noises pass between all images of a batch")
         if self.by_epoch and self.coupling_min_timestep:
             raise UserError("--coupling_min_timestep is of a batch, whose timesteps are drawn; --coupling_window epoch pairs all images")
         if self.by_epoch and self.coupling_condition not in ("none", "within"):
@@ -243,7 +255,7 @@ def _users(name: str) -> dict[str, list[str]]:
 
     if name in COUPLING_OPTIONS:
         return {"noise_coupling": [choice for choice, built in COUPLINGS.items() if COUPLING_OPTIONS[name] in option_names(built)]}
-    if name in ("coupling_scope", "coupling_window"):
+    if name in ("coupling_scope", "coupling_window", "coupling_caches"):
         return {"noise_coupling": [choice for choice, built in COUPLINGS.items() if getattr(built, "pairs_batch", False)]}
     if name in ("coupling_min_timestep", "coupling_start_step"):
         return {"noise_coupling": [choice for choice, built in COUPLINGS.items() if built is not IndependentCoupling]}
@@ -298,7 +310,7 @@ def build_objective(
         UserError: an option out of range, or what the coupling, the law or the weighting cannot do with this process.
     """
     from immiscible.coupling import pairs_batch
-    from immiscible.epoch import EpochCoupling
+    from immiscible.epoch import CachedCoupling, EpochCoupling
     from immiscible.objectives import DenoisingObjective
     from immiscible.pools import GlobalCoupling
     from immiscible.process import PRECONDITIONED, NoiseProcess
@@ -315,6 +327,8 @@ def build_objective(
         coupling = chosen_coupling(config)
         if config.by_epoch:
             coupling = EpochCoupling(coupling)
+        elif config.coupling_caches:
+            coupling = CachedCoupling(coupling, caches=config.coupling_caches)
         elif config.coupling_scope == "global" and pairs_batch(coupling):
             coupling = GlobalCoupling(accelerator, coupling, window=config.window)
         axes: dict[str, Any] = {

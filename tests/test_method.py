@@ -36,6 +36,7 @@ UNUSED = [  # a flag that the other ones do not use, and what would
     ({"coupling_solver": "exact", "noise_coupling": "reservoir"}, PAIRING),
     ({"coupling_scope": "global"}, PAIRING),
     ({"coupling_window": 4, "noise_coupling": "nearest"}, PAIRING),
+    ({"coupling_caches": 4, "noise_coupling": "reservoir"}, PAIRING),
     ({"coupling_condition": "within"}, PAIRING),
     ({"coupling_condition": "penalty", "noise_coupling": "reservoir"}, PAIRING),
     ({"coupling_condition_ratio": 0.1, "noise_coupling": "assignment"}, "--coupling_condition penalty"),

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from immiscible.data.loading import build_loader, training_images, unlabelled_im
 from immiscible.data.sources import ImageSource
 from immiscible.data.stream_order import StreamOrder
 from immiscible.data.streaming import Stream
-from immiscible.epoch import EpochCoupling, EpochPlan, PlannedRows, check_rule, epoch_problems, solve_problem
+from immiscible.epoch import CachedCoupling, EpochCoupling, EpochPlan, PlannedRows, check_rule, epoch_problems, solve_problem
 from immiscible.errors import UserError
 from immiscible.kept import read_kept, write_kept
 from immiscible.randomness import PoolDraws
@@ -81,6 +81,21 @@ class EpochLayout:
         micro, row = divmod(part.first_row, together)
         epoch, batch = divmod(part.step * self.accumulation + micro, self.order.batches_per_epoch)
         return epoch, slice(batch * together + row, batch * together + row + draws.batch_size)
+
+    def images(self, draws: PoolDraws) -> tuple[int, Tensor]:
+        """A micro-batch's epoch, and its images, int64 [B]."""
+        epoch, rows = self.place(draws)
+        return epoch, self._permutation(epoch)[rows]
+
+    def owned(self, epoch: int) -> Tensor:
+        """All images that this rank has in an epoch, int64."""
+        order = self.order
+        batches = self._permutation(epoch)[: self.count].view(order.batches_per_epoch, -1, order.batch_size)  # [.,W,B]
+        return batches[:, order.rank].flatten()
+
+    @cached_property
+    def _permutation(self) -> Callable[[int], Tensor]:
+        return lru_cache(maxsize=1)(self.order.permutation)
 
 
 class EpochPlans:
@@ -335,6 +350,11 @@ def epoch_plans(
         return
     assert isinstance(order, GlobalBatchOrder) and not isinstance(data.images, Stream)  # the flags refuse a stream
     layout = EpochLayout(order, config.gradient_accumulation_steps, int(config.seed or 0), max_steps)
+    coupling.ranks = Ranks(accelerator.process_index, accelerator.num_processes) if accelerator.num_processes > 1 else None
+    if isinstance(coupling, CachedCoupling):
+        _begin(coupling, layout)
+        yield None
+        return
     dataset = training_images(data.images, data.augment or data.transform, skip_bad_images=config.skip_bad_images)
 
     def load(keys: Iterator[list[Key]]) -> Iterator[Tensor]:
@@ -342,7 +362,6 @@ def epoch_plans(
         images = unlabelled_images(iter(loader), config.skip_bad_images)  # its processes are forked here, on the thread that asks
         return (task.encode.expected(batch).float().cpu() * objective.image_scale for batch in images)
 
-    coupling.ranks = Ranks(accelerator.process_index, accelerator.num_processes) if accelerator.num_processes > 1 else None
     rule, labels = check_rule(coupling.coupling), data.groups
     if rule.condition == "within" and labels is None:
         labels = classes_of(data.images)
@@ -361,6 +380,20 @@ def epoch_plans(
         yield plans
     finally:
         plans.close()
+
+
+def _begin(coupling: CachedCoupling, layout: EpochLayout) -> None:
+    """Gives the coupling the run's images.
+
+    Raises:
+        UserError: they are too few for a batch of all processes.
+    """
+    order = layout.order
+    if order.global_batch_size > order.num_images:
+        raise UserError(
+            f"--coupling_caches: a global batch of {order.global_batch_size} takes an image of {order.num_images} twice; lower it"
+        )
+    coupling.begin(order.num_images, layout.seed, layout.images, layout.owned)
 
 
 def classes_of(source: ImageSource) -> Tensor:

@@ -102,6 +102,8 @@ def method_facts(config: RunConfig, objective: Objective, *, schedule: str, infe
         coupling += f", condition {config.coupling_condition}"
     if config.by_epoch:
         coupling += ", over whole epochs"
+    elif config.coupling_caches:
+        coupling += f", {config.coupling_caches} noises kept by each image"
     elif config.window > 1:
         coupling += f", over {config.window} micro-batches"
     if config.coupling_scope == "global" and not config.by_epoch:
@@ -159,8 +161,8 @@ def measured_facts(config: RunConfig) -> dict[str, str]:
             solved["assignment"] += f", {mean['assignment_relaxations']:.3g} relaxations a micro-batch: bids met their cap"
     coupled = {
         "pair_distance": f"{drawn:.4f} drawn, {paired:.4f} paired ({mean['distance_reduction_percent']:+.2f} % reduction)",
-        "noise_marginal_drift": "none over an epoch, whose noises are used once each"
-        if config.by_epoch
+        "noise_marginal_drift": "none over an epoch, in which no noise is used twice"
+        if config.by_epoch or config.coupling_caches
         else f"variance {_signed(mean['noise_variance_drift'])}, norm {_signed(mean['noise_norm_drift'])}",
         **({"images_paired_together": f"{mean['paired_images']:.1f}"} if mean["paired_images"] > 1 else {}),
         **solved,

@@ -79,7 +79,7 @@ def test_a_recipe_composes_with_the_methods(path):
             continue
         told = {line.partition(":")[0] for line in method.read_text().splitlines() if not line.startswith("#")}
         assert {name for name in alone if alone[name] != together[name]} <= told
-    assert refused == ([] if script == "train_unconditional.py" else ["best", "flow", "scaled"])
+    assert refused == ([] if script == "train_unconditional.py" else ["best", "flow", "loom", "nearest_flow", "ot_cfm", "scaled"])
 
 
 PAPER = {  # batch, steps, learning rate, processes

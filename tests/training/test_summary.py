@@ -34,7 +34,7 @@ def test_peak_memory_without_the_module_that_windows_lacks(monkeypatch):
 
 
 def test_edited_metrics_do_not_cost_the_end_of_a_run(tmp_path):
-    config = SimpleNamespace(folder=tmp_path, gradient_accumulation_steps=1, by_epoch=False)
+    config = SimpleNamespace(folder=tmp_path, gradient_accumulation_steps=1, by_epoch=False, coupling_caches=0)
     good = {"step": 2, "loss": 0.5, **dict.fromkeys(NEEDED, 2.0), "pair_distance": 1.0}
     other = {name: value for name, value in good.items() if name != "step_seconds"} | {"pair_distance": "x", "coupling_seconds": 4.0}
 
@@ -49,7 +49,7 @@ def test_edited_metrics_do_not_cost_the_end_of_a_run(tmp_path):
 
 
 def test_of_a_coupling_that_did_nothing_nothing_is_told(tmp_path):
-    config = SimpleNamespace(folder=tmp_path, gradient_accumulation_steps=1, by_epoch=False)
+    config = SimpleNamespace(folder=tmp_path, gradient_accumulation_steps=1, by_epoch=False, coupling_caches=0)
     idle = {
         "step": 2,
         "loss": 0.5,
