@@ -19,12 +19,12 @@ class ModelArguments:
     _argument_group_name = "model"
 
     model_config_name_or_path: str | None = flag(
-        None, "a configuration of a UNet2DModel or a DiTTransformer2DModel: folder, file, or name on the hub"
+        None, "a configuration of a UNet2DModel, a DiTTransformer2DModel or an MDTTransformer2DModel: folder, file, or name on the hub"
     )
     model_preset: str | None = flag(
         None,
-        "a U-Net or diffusion transformer (DiT) by name; by default the diffusers example's where the resolution divides by 32, else "
-        "unet-small",
+        "a U-Net, diffusion transformer (DiT) or masked one (MDT) by name; by default the diffusers example's where the resolution "
+        "divides by 32, else unet-small",
         choices=Names("immiscible.networks.presets", "PRESETS"),
     )
     vae_model_name_or_path: str | None = flag(
@@ -42,6 +42,13 @@ class ModelArguments:
     class_dropout_prob: float = flag(
         0.0, "share of the images, drawn for each, whose class the network is not told, so that its samples can be guided", least=0, below=1
     )
+    mask_ratio: list[float] | None = flag(  # noqa: RUF009 (a field)
+        None,
+        "of a masked transformer (MDT): the share of an image's patches that its second pass does not see, 0.3 by default; two numbers: "
+        "drawn between them in each step, as 0.3 0.5 of MDTv2",
+        least=0,
+        below=1,
+    )
     dropout: float | None = flag(None, "dropout in the network; by default what the configuration says", least=0, below=1)
 
     def check(self) -> None:
@@ -52,6 +59,9 @@ class ModelArguments:
         """
         if self.model_preset and self.model_config_name_or_path:
             raise UserError("--model_preset and --model_config_name_or_path are given together; choose one")
+        if self.mask_ratio and (len(self.mask_ratio) > 2 or sorted(self.mask_ratio) != self.mask_ratio):
+            given = " ".join(f"{each:g}" for each in self.mask_ratio)
+            raise UserError(f"--mask_ratio must be one number or two, the lower one first, such as 0.3 0.5, not {given}")
         if self.class_conditional:
             return
         if self.class_dropout_prob:

@@ -1,16 +1,18 @@
-"""Diffusion transformers (Peebles and Xie 2023), by preset or by configuration, for pixels and for latents, with or without classes."""
+"""Diffusion transformers by preset or by configuration, of pixels and of latents, with or without classes: DiT (Peebles and Xie 2023), and
+MDT, which is trained masked as well (Gao et al. 2023).
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError, first_line
-from immiscible.networks.kinds import NULL_CLASS, ROWS, channels_out, read_config, settings_of
+from immiscible.networks.kinds import DECODER, NULL_CLASS, ROWS, channels_out, read_config, settings_of
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
-KIND = "DiTTransformer2DModel"
+KINDS = ("DiTTransformer2DModel", "MDTTransformer2DModel")
 
 # The numbers of parameters are those of latents of four channels and 1,000 classes, the embedder counted once.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -21,6 +23,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dit-b-2": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64, "patch_size": 2},
     "dit-l-2": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64, "patch_size": 2},
     "dit-xl-2": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "patch_size": 2},
+    # The same with masked training; its side-interpolater, one block more, is not in use when it is sampled.
+    "mdt-tiny": {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 16, "patch_size": 2, "num_decoder_layers": 2},
+    "mdt-s-2": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64, "patch_size": 2, "num_decoder_layers": 2},
+    "mdt-b-2": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64, "patch_size": 2, "num_decoder_layers": 2},
+    "mdt-xl-2": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "patch_size": 2, "num_decoder_layers": 2},
 }
 
 
@@ -46,10 +53,10 @@ def dit_config(
             embedded in another way, or the configuration has another number of classes or of channels.
     """
     if config_name_or_path:
-        from diffusers import DiTTransformer2DModel
+        from immiscible.networks import diffusion_transformers
 
-        flag = f"--model_config_name_or_path {config_name_or_path}"
-        config = settings_of({"in_channels": channels, **read_config(config_name_or_path)}, DiTTransformer2DModel, flag)
+        flag, config = f"--model_config_name_or_path {config_name_or_path}", read_config(config_name_or_path)
+        config = settings_of({"in_channels": channels, **config}, getattr(diffusion_transformers, config["_class_name"]), flag)
     else:
         flag = f"--model_preset {preset}"
         config = {**PRESETS[str(preset)], "in_channels": channels, "out_channels": channels}
@@ -81,11 +88,12 @@ def build_dit(config: dict[str, Any]) -> DiTTransformer2DModel:
     Raises:
         UserError: diffusers cannot build a network of this configuration.
     """
-    from immiscible.networks.tied_dit import DiTTransformer2DModel, draw_weights
+    from immiscible.networks.diffusion_transformers import DiTTransformer2DModel, MDTTransformer2DModel
 
+    kind = MDTTransformer2DModel if DECODER in config else DiTTransformer2DModel
     try:
-        network: DiTTransformer2DModel = DiTTransformer2DModel.from_config(config)
+        network: DiTTransformer2DModel = kind.from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"--model_config_name_or_path: diffusers cannot build this {KIND} ({first_line(error)})") from error
-    draw_weights(network)
+        raise UserError(f"--model_config_name_or_path: no {kind.__name__} can be built of this ({first_line(error)})") from error
+    network.draw_weights()
     return network

@@ -20,10 +20,17 @@ PARTS = ("unet", "transformer")  # what a network can be in a pipeline: the name
 NULL_CLASS = "_null_class"
 ROWS = "num_embeds_ada_norm"  # a transformer's number of classes, which no U-Net has; its embedding has a row more, for no class
 
+DECODER = "num_decoder_layers"  # a setting of masked transformers (MDT) alone
+
 
 def part_of(network: ModelMixin) -> str:
     """Which of `PARTS` a network is."""
     return "transformer" if ROWS in network.config else "unet"
+
+
+def is_foreign(network: ModelMixin) -> bool:
+    """Whether diffusers has not this class of network, so that its code goes with its weights."""
+    return DECODER in network.config
 
 
 def classes_told(network: ModelMixin) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from immiscible.networks.dit import KIND, build_dit, dit_config
+from immiscible.networks.dit import KINDS, build_dit, dit_config
 from immiscible.networks.kinds import ROWS, read_config
 from immiscible.networks.unet import build_unet, unet_config
 
@@ -24,6 +24,10 @@ PRESETS: dict[str, Callable[..., dict[str, Any]]] = {
     "dit-b-2": dit_config,
     "dit-l-2": dit_config,
     "dit-xl-2": dit_config,
+    "mdt-tiny": dit_config,
+    "mdt-s-2": dit_config,
+    "mdt-b-2": dit_config,
+    "mdt-xl-2": dit_config,
 }
 
 
@@ -48,4 +52,4 @@ def build_network(settings: dict[str, Any]) -> ModelMixin:
 
 def _is_dit(config_name_or_path: str) -> bool:
     config = read_config(config_name_or_path)
-    return isinstance(config, dict) and config.get("_class_name") == KIND
+    return isinstance(config, dict) and config.get("_class_name") in KINDS

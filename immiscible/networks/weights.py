@@ -100,11 +100,13 @@ def save_network(network: ModelMixin, folder: Path, part: str) -> None:
 
 
 def saved_network(folder: Path) -> ModelMixin:
-    """The network in a folder of `save_network` or of a pipeline, of the class of diffusers that its configuration names."""
+    """The network in a folder of `save_network` or of a pipeline, of the class that its configuration names: of diffusers, or ours."""
     import diffusers
 
-    kind: str = json.loads((folder / "config.json").read_text())["_class_name"]
-    network: ModelMixin = getattr(diffusers, kind).from_pretrained(folder)
+    from immiscible.networks import diffusion_transformers
+
+    name: str = json.loads((folder / "config.json").read_text())["_class_name"]
+    network: ModelMixin = getattr(diffusers if hasattr(diffusers, name) else diffusion_transformers, name).from_pretrained(folder)
     return network
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from immiscible import networks
 from immiscible.errors import UserError
-from immiscible.networks.kinds import PARTS, classes_told, part_of
+from immiscible.networks.kinds import PARTS, classes_told, is_foreign, part_of
 from immiscible.networks.stable_diffusion import StableDiffusion
 from immiscible.randomness import seeded_generator
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CLASS_PIPELINE = Path(__file__).with_name("class_pipeline.py")  # which imports diffusers, and so is imported where it is used
 EDM_SCHEDULER = Path(__file__).with_name("edm_scheduler.py")
+TRANSFORMERS = Path(networks.__file__).with_name("diffusion_transformers.py")
 WHOLE = (0.0, 1.0)  # the interval of all noise levels
 
 
@@ -66,7 +67,7 @@ def build_pipeline(
 
     scheduler = _sampler(training_scheduler, sampler, spacing, clipped=vae is None, heun=heun, momentum=momentum)
     kind, part = type(scheduler).__name__, part_of(network)
-    if kind == "FlowMatchEulerDiscreteScheduler" if vae is not None else part == "transformer":
+    if is_foreign(network) or (kind == "FlowMatchEulerDiscreteScheduler" if vae is not None else part == "transformer"):
         from immiscible.sampling.class_pipeline import ClassConditionalPipeline
 
         return ClassConditionalPipeline(scheduler, **{part: network, "vae" if part == "transformer" else "vqvae": vae})
@@ -113,8 +114,8 @@ def class_pipeline(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path, class_names: Sequence[str] = ()) -> None:
     """Leaves a pipeline from `build_pipeline` in a folder, with the file of ours by which diffusers samples it where its own does not.
 
-    An EDM network's sampler becomes diffusers' own, by Euler's steps. FDM's stays, with the file that it stands in beside it. A
-    `DiTPipeline` keeps the names of the classes, by which diffusers' finds their numbers.
+    An EDM network's sampler becomes diffusers' own, by Euler's steps. FDM's stays, with the file that it stands in beside it; so does the
+    code of a network that diffusers has not. A `DiTPipeline` keeps the names of the classes, by which diffusers' finds their numbers.
     """
     scheduler, network = pipeline.scheduler, network_of(pipeline)
     if type(scheduler).__name__ == "EDMScheduler" and not scheduler.config.momentum:
@@ -122,16 +123,17 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, class_names: Sequen
 
         ends = {name: scheduler.config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
         pipeline = type(pipeline)(**{**pipeline.components, "scheduler": EDMEulerScheduler(**ends)})
-    if part_of(network) == "transformer":  # it is saved as diffusers' own class
-        pipeline.register_to_config(transformer=("diffusers", type(network).__name__))
+    if type(pipeline.scheduler).__name__ == "EDMScheduler":
+        pipeline.register_to_config(scheduler=(EDM_SCHEDULER.stem, "EDMScheduler"))
+    if part_of(network) == "transformer":  # ours of a DiT is saved as diffusers' own
+        pipeline.register_to_config(transformer=(TRANSFORMERS.stem if is_foreign(network) else "diffusers", type(network).__name__))
     if type(pipeline).__name__ == "DiTPipeline" and class_names and classes_told(network):
         pipeline.register_to_config(id2label=dict(enumerate(class_names)))
     pipeline.save_pretrained(folder)
     if type(pipeline.scheduler).__name__ == "EDMScheduler":
-        shutil.copyfile(EDM_SCHEDULER, folder / "scheduler" / "edm_scheduler.py")
-        index = folder / "model_index.json"
-        parts = json.loads(index.read_text())
-        index.write_text(json.dumps({**parts, "scheduler": ["edm_scheduler", "EDMScheduler"]}, indent=2) + "\n")
+        shutil.copyfile(EDM_SCHEDULER, folder / "scheduler" / EDM_SCHEDULER.name)
+    if is_foreign(network):
+        shutil.copyfile(TRANSFORMERS, folder / "transformer" / TRANSFORMERS.name)
     if not is_plain(pipeline):
         shutil.copyfile(CLASS_PIPELINE, folder / "pipeline.py")
 

@@ -18,6 +18,7 @@ from immiscible.networks.kinds import PARTS
 from immiscible.networks.latents import load_vae
 from immiscible.networks.weights import LOAD_ERRORS, saved_network, weights_digest
 from immiscible.sampling.loaded import Loaded, freeze
+from immiscible.sampling.pipelines import TRANSFORMERS
 from immiscible.tasks.pixels import pipeline_of
 from immiscible.training.checkpoints import NAME, checkpoints, damage, is_complete, read_state
 from immiscible.training.folder import MARKER
@@ -83,12 +84,15 @@ def _from_run(folder: Path, weights: str | None, base: str | None) -> Loaded:
             + (f"sample its newest checkpoint: --model {saved[-1]}" if saved else "it has no checkpoints either")
         )
     weights = _chosen(weights, [kind for kind in WEIGHTS if config.use_ema or kind == "raw"], folder)
-    if isinstance(config, UnconditionalConfig) and config.objective == "edm":  # whose folder has diffusers' sampler in the run's place
-        pipeline = pipeline_of(config, saved_network(folder / _part(folder)))
+    part = _part(folder)
+    if isinstance(config, UnconditionalConfig) and (config.objective == "edm" or (folder / part / TRANSFORMERS.name).exists()):
+        # Diffusers' sampler is there in the place of the run's, or code that diffusers would have to be trusted with.
+        vae = load_vae(str(folder / "vae"), resolution=config.resolution) if config.vae_model_name_or_path else None
+        with _readable(str(folder)):
+            pipeline = pipeline_of(config, saved_network(folder / part), vae)
     else:
         pipeline = _from_diffusers(str(folder))
     if weights == "raw" and config.use_ema:
-        part = _part(folder)
         if not (folder / f"{part}_non_ema").is_dir():
             raise UserError(f"--weights raw: {folder} holds the average alone; give its checkpoint-N for the weights themselves")
         setattr(pipeline, part, saved_network(folder / f"{part}_non_ema"))
@@ -174,7 +178,7 @@ def _refuse_base(base: str | None, name: str | Path) -> None:
 def _from_diffusers(name: str) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
 
-    try:
+    with _readable(name):
         parts = DiffusionPipeline.load_config(name)
         kind = parts.get("_class_name")
         if kind == "ClassConditionalPipeline":
@@ -191,6 +195,13 @@ def _from_diffusers(name: str) -> DiffusionPipeline:
 
             limit_length(pipeline.tokenizer, pipeline.text_encoder)
         return pipeline
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Inside the block what cannot be loaded is one line that names the model."""
+    try:
+        yield
     except UserError:
         raise
     except LOAD_ERRORS as error:

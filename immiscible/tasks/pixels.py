@@ -16,12 +16,13 @@ from immiscible.data.streaming import Stream
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.encoders import Encoder, PixelEncoder
 from immiscible.errors import UserError
+from immiscible.masked import MaskedObjective
 from immiscible.method import build_objective
-from immiscible.networks.kinds import NULL_CLASS, classes_told, null_class, part_of
+from immiscible.networks.kinds import DECODER, NULL_CLASS, classes_told, null_class, part_of
 from immiscible.networks.presets import build_network, network_config
 from immiscible.networks.weights import evaluation_weights
 from immiscible.objective_choice import objective_facts, training_scheduler
-from immiscible.objectives import DenoisingObjective
+from immiscible.objectives import Objective
 from immiscible.randomness import reseed_globally
 from immiscible.sampling.pipelines import build_pipeline, is_plain, sample_images, sample_labels, save_pipeline
 from immiscible.training.cards import unconditional_card
@@ -51,7 +52,7 @@ class UnconditionalTask:
     """
 
     config: UnconditionalConfig
-    objective: DenoisingObjective
+    objective: Objective
     data: TrainingData
     network: ModelMixin
     identity: Mapping[str, Any]
@@ -69,6 +70,9 @@ class UnconditionalTask:
         )
         if self.vae:
             self.facts["latents"] = f"of {config.vae_model_name_or_path}, scaled by {self.vae.config.scaling_factor:g}"
+        if isinstance(self.objective, MaskedObjective):
+            shares = " to ".join(f"{each:g}" for each in dict.fromkeys((self.objective.least, self.objective.greatest)))
+            self.facts["masked"] = f"a second pass of each image without {shares} of its {self.objective.tokens} tokens"
         if config.class_dropout_prob:
             self.facts["class_dropout"] = f"{config.class_dropout_prob:g} of the images are trained without their class"
 
@@ -151,10 +155,10 @@ def pixels_task(config: UnconditionalConfig, accelerator: Accelerator, seed: int
     Raises:
         UserError: what does not fit together.
     """
-    objective = build_objective(config, training_scheduler(config), accelerator, image_scale=config.image_scale)
+    objective: Objective = build_objective(config, training_scheduler(config), accelerator, image_scale=config.image_scale)
     source, held_out = images_of_flags(config)
     settings = network_settings(config, source, channels=source.channels)
-    network = fresh_network(settings, seed)
+    objective, network = with_masks(config, objective, settings), fresh_network(settings, seed)
     transform = image_transform(config, settings["in_channels"], seed)
     encode = PixelEncoder(accelerator.device, config.class_conditional, config.class_dropout_prob, settings.get(NULL_CLASS) or 0)
     data = TrainingData(source, held_out, transform)
@@ -196,6 +200,21 @@ def network_settings(config: UnconditionalConfig, source: ImageSource | Stream, 
         downsampling=downsampling,
         learned_sigma=config.learned_sigma,
     )
+
+
+def with_masks(config: UnconditionalConfig, objective: Objective, settings: Mapping[str, Any]) -> Objective:
+    """The objective for a network of these settings, whose second pass is masked if it is an MDT.
+
+    Raises:
+        UserError: a mask is asked for, and it is another.
+    """
+    if DECODER not in settings:
+        if config.mask_ratio is not None:
+            raise UserError("--mask_ratio is of masked transformers: give it with --model_preset mdt-s-2, say, or leave it out")
+        return objective
+    share = config.mask_ratio or [0.3]
+    tokens = (settings["sample_size"] // settings.get("patch_size", 2)) ** 2
+    return MaskedObjective(objective, tokens, share[0], share[-1])
 
 
 def fresh_network(settings: dict[str, Any], seed: int) -> ModelMixin:

@@ -10,9 +10,9 @@ import torch
 
 from immiscible.errors import UserError
 from immiscible.networks import dit, unet
+from immiscible.networks.diffusion_transformers import DiTTransformer2DModel
 from immiscible.networks.kinds import classes_told, null_class, part_of
 from immiscible.networks.presets import PRESETS, build_network, network_config
-from immiscible.networks.tied_dit import DiTTransformer2DModel
 from immiscible.networks.weights import load_network, save_network
 from immiscible.training.summary import parameters_of
 
@@ -153,7 +153,7 @@ def test_a_configuration_is_followed(tmp_path):
         ({"num_embeds_ada_norm": 7}, {"num_classes": None}, "is 7, but the network is told none"),
         ({"block_out_channels": [8]}, {}, "block_out_channels is not one of its settings"),
         ({"in_channels": 1, "out_channels": 2}, {}, "only a learned variance takes more"),
-        ({"norm_type": "layer_norm"}, {}, "diffusers cannot build this DiTTransformer2DModel"),
+        ({"norm_type": "layer_norm"}, {}, "no DiTTransformer2DModel can be built of this"),
         ({"patch_size": 3}, {}, "patches of 3x3: --resolution 8 must be a multiple of 3"),
         ({"in_channels": 3}, {"resolution": 64, "downsampling": 8, "channels": 4}, "has 3 channels, and the VAE's latents have 4"),
         ({}, {"class_embed_type": "timestep"}, "--class_embed_type timestep is of U-Nets"),

@@ -1,4 +1,4 @@
-"""Runs of diffusion transformers, of pixels and of latents: what they leave, how they go on, who samples it."""
+"""Runs of diffusion transformers, masked ones too, of pixels and of latents: what they leave, how they go on, who samples it."""
 
 import json
 import re
@@ -25,6 +25,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "latents_alone": {**LATENTS, "sampling_scheduler": "ddim"},  # which draws nothing: diffusers' own would from the global generator
     "latents_flow": {**CLASSES, **LATENTS, **FLOW},
     "unet_latents_flow": {**LATENTS, **FLOW, "model_preset": "unet-tiny"},
+    "masked": {**CLASSES, "model_preset": "mdt-tiny", "use_ema": True, "noise_coupling": "assignment", "timestep_sampling": "asymmetric"},
+    "masked_latents": {**LATENTS, "model_preset": "mdt-tiny", "mask_ratio": [0.3, 0.5], "gradient_checkpointing": True},
     "edm": {**CLASSES, "objective": "edm", "momentum": True},
 }
 PIPELINES = {"latents": "DiTPipeline", "latents_alone": "DiTPipeline"}
@@ -38,9 +40,9 @@ for name in sys.argv[2:]:
     pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     told = {"class_labels": [3, 7]} if pipeline.num_classes else {"batch_size": 2}
     images = pipeline(num_inference_steps=2, generator=drawn(), output_type="np", **told).images
-    assert type(pipeline.network).__module__.startswith("diffusers.")
+    assert type(pipeline.network).__module__.startswith("diffusers")
     found[name] = images.shape
-    if "latents" in name and "flow" not in name:
+    if name in ("latents", "latents_alone"):
         own = DiTPipeline.from_pretrained(folder)
         labels = own.get_label_ids(["3", "7"]) if pipeline.num_classes else [0, 0]
         theirs = own(labels, 1.0, generator=drawn(), num_inference_steps=2, output_type="np").images
@@ -56,13 +58,10 @@ def trained(script, folder, name, **changes):
     return done
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["pixels", "latents", "latents_flow"],
-        pytest.param(["pixels_flow", "latents_alone", "unet_latents_flow", "edm"], marks=pytest.mark.slow),
-    ],
-)
+FEW, MORE = ["pixels", "latents", "latents_flow", "masked"], ["pixels_flow", "latents_alone", "unet_latents_flow", "masked_latents", "edm"]
+
+
+@pytest.mark.parametrize("names", [FEW, pytest.param(MORE, marks=pytest.mark.slow)], ids=["few", "more"])
 def test_plain_diffusers_samples_what_runs_leave(script, tmp_path, names):
     for name in names:
         trained(script, tmp_path, name)
@@ -80,9 +79,10 @@ def test_plain_diffusers_samples_what_runs_leave(script, tmp_path, names):
     assert found == {name: [2, *((32, 32, 3) if "latents" in name else (8, 8, 1))] for name in names}
 
 
+@pytest.mark.parametrize("name", ["pixels", pytest.param("masked", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_and_resumed_it_is_what_it_would_have_been(script, tmp_path, processes):
-    common = {**RUNS["pixels"], "model_preset": "dit-tiny", "dropout": 0.1, "max_train_steps": 8, "resume_from_checkpoint": "latest"}
+def test_killed_and_resumed_it_is_what_it_would_have_been(script, tmp_path, processes, name):
+    common = {"model_preset": "dit-tiny", **RUNS[name], "dropout": 0.1, "max_train_steps": 8, "resume_from_checkpoint": "latest"}
     finish(start(script, tiny(tmp_path / "whole", **common, checkpointing_steps=100), processes))
     folder = tmp_path / "killed"
     argv = tiny(folder, **common, checkpointing_steps=3)
@@ -117,6 +117,16 @@ def test_it_is_measured_sampled_guided_and_described(script, tmp_path, monkeypat
     assert len(said["images"]) == 8
 
 
+def test_a_plan_says_what_is_stored_and_what_is_in_use(script, tmp_path):
+    words = {"model_preset": "dit-tiny", "use_ema": True}
+    done = script(tiny(tmp_path / "plan", **words, plan=True))
+    assert "0.33 million parameters (0.39 million stored, with copies of what is shared)" in done.stderr
+    (said,) = re.findall(r"weights 1\.3 MiB, with AdamW and EMA ([\d.]+) MiB a checkpoint", done.stdout)
+    assert script(tiny(tmp_path / "run", **words)).code == 0
+    found = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoint-4").rglob("*") if path.is_file()) / 2**20
+    assert float(said) == pytest.approx(found, rel=0.05)
+
+
 def test_consistency_training_takes_one(script, tmp_path):
     """Its averaged teacher calls the network with other weights, once for what blocks share."""
     words = {"objective": "consistency", "teacher": "ema", "discretization_s_0": 2, "discretization_s_1": 8, "model_preset": "dit-tiny"}
@@ -125,6 +135,9 @@ def test_consistency_training_takes_one(script, tmp_path):
 
 
 def test_what_does_not_fit_is_one_line(script, tmp_path):
+    for words, wanted in (({"mask_ratio": 0.3}, "--mask_ratio is of masked"), ({"mask_ratio": [0.5, 0.3]}, "--mask_ratio must be one")):
+        done = script(tiny(tmp_path / "run", model_preset="dit-tiny", **words))
+        assert done.code == 2 and wanted in done.error
     done = script(tiny(tmp_path / "run", model_preset="dit-tiny", resolution=9))
     assert done.code == 2 and "--resolution 9 must be a multiple of 2" in done.error
     done = script(tiny(tmp_path / "run", model_preset="dit-tiny", class_conditional=True, class_embed_type="timestep"))
