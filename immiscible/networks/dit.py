@@ -56,7 +56,9 @@ def dit_config(
         from immiscible.networks import diffusion_transformers
 
         flag, config = f"--model_config_name_or_path {config_name_or_path}", read_config(config_name_or_path)
-        config = settings_of({"in_channels": channels, **config}, getattr(diffusion_transformers, config["_class_name"]), flag)
+        masked = {DECODER: 2} if config["_class_name"] == KINDS[1] else {}  # its default, by which the kind is known
+        kind = getattr(diffusion_transformers, config["_class_name"])
+        config = settings_of({"in_channels": channels, **masked, **config}, kind, flag)
     else:
         flag = f"--model_preset {preset}"
         config = {**PRESETS[str(preset)], "in_channels": channels, "out_channels": channels}

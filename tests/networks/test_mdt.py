@@ -127,6 +127,8 @@ def test_a_checkpoint_is_the_same_network(tmp_path):
         assert torch.equal(other.eval()(X, T, LABELS, kept=kept).sample, network(X, T, LABELS, kept=kept).sample)
     again = config_of(config_name_or_path=str(tmp_path / "transformer"), preset=None)
     assert again["num_decoder_layers"] == 2 and type(build_network(again)) is MDTTransformer2DModel
+    (tmp_path / "short.json").write_text('{"_class_name": "MDTTransformer2DModel", "num_layers": 3, "num_attention_heads": 1}')
+    assert is_foreign(build_network(config_of(config_name_or_path=str(tmp_path / "short.json"), preset=None)))
 
 
 def test_a_decoder_is_a_part_of_the_blocks():
