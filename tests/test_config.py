@@ -262,6 +262,7 @@ def test_recipes_of_transformers_are_the_papers(name, steps):
     assert (config.model_preset, config.resolution, config.ddpm_num_inference_steps) == ("dit-xl-2", 256, 250)
     assert config.class_conditional == (name == "imagenet")
     assert parse("--config", path, method).noise_process == "flow"
+    assert parse("--config", path, "--learned_sigma", "--timestep_spacing", "linspace").learned_sigma
     masked = parse("--config", ROOT / "configs/tasks/imagenet_mdt.yaml")
     assert (masked.model_preset, masked.mask_ratio, masked.max_train_steps) == ("mdt-s-2", [0.3], 1_000_000)
 

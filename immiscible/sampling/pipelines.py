@@ -58,8 +58,8 @@ def build_pipeline(
             their own inside a `ConsistencyModelPipeline`, which scales the network's input and takes classes.
         spacing: ``timestep_spacing`` of the sampler.
         vae: decodes what the network samples: what a U-Net does in an `LDMPipeline`, which diffusers wrote for a VQ model and which takes
-            this one as well, and a transformer in a `DiTPipeline`; neither samples flows. Pixels are clipped to their range at every
-            step, latents have none.
+            this one as well, and a transformer in a `DiTPipeline`; neither samples flows, nor the latter by a variance that is
+            learned. Pixels are clipped to their range at every step, latents have none.
         heun: sample an EDM network by Heun's steps.
         momentum: it is one of FDM.
     """
@@ -67,12 +67,14 @@ def build_pipeline(
 
     scheduler = _sampler(training_scheduler, sampler, spacing, clipped=vae is None, heun=heun, momentum=momentum)
     kind, part = type(scheduler).__name__, part_of(network)
-    if is_foreign(network) or (kind == "FlowMatchEulerDiscreteScheduler" if vae is not None else part == "transformer"):
+    flow, learned = kind == "FlowMatchEulerDiscreteScheduler", str(scheduler.config.get("variance_type")).startswith("learned")
+    transformer = part == "transformer"
+    if transformer if vae is None else flow or (transformer and (learned or is_foreign(network))):
         from immiscible.sampling.class_pipeline import ClassConditionalPipeline
 
-        return ClassConditionalPipeline(scheduler, **{part: network, "vae" if part == "transformer" else "vqvae": vae})
+        return ClassConditionalPipeline(scheduler, **{part: network, "vae" if transformer else "vqvae": vae})
     if vae is not None:
-        return DiTPipeline(network, vae, scheduler) if part == "transformer" else LDMPipeline(vqvae=vae, unet=network, scheduler=scheduler)
+        return DiTPipeline(network, vae, scheduler) if transformer else LDMPipeline(vqvae=vae, unet=network, scheduler=scheduler)
     if kind in ("EDMScheduler", "CMStochasticIterativeScheduler"):
         return ConsistencyModelPipeline(network, scheduler)
     return (DDIMPipeline if kind == "DDIMScheduler" else DDPMPipeline)(network, scheduler)

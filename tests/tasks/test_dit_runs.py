@@ -22,6 +22,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pixels": {**CLASSES, "guidance_scale": 2, "guidance_interval": [0.1, 0.9], "use_ema": True, "noise_coupling": "assignment"},
     "pixels_flow": FLOW,
     "latents": {**CLASSES, **LATENTS, "sampling_scheduler": "ddim", "mixed_precision": "bf16"},
+    "latents_learned": {**CLASSES, **LATENTS, "learned_sigma": True, "timestep_spacing": "linspace"},
     "latents_alone": {**LATENTS, "sampling_scheduler": "ddim"},  # which draws nothing: diffusers' own would from the global generator
     "latents_flow": {**CLASSES, **LATENTS, **FLOW},
     "unet_latents_flow": {**LATENTS, **FLOW, "model_preset": "unet-tiny"},
@@ -58,7 +59,8 @@ def trained(script, folder, name, **changes):
     return done
 
 
-FEW, MORE = ["pixels", "latents", "latents_flow", "masked"], ["pixels_flow", "latents_alone", "unet_latents_flow", "masked_latents", "edm"]
+FEW = ["pixels", "latents", "latents_learned", "masked"]
+MORE = [name for name in RUNS if name not in FEW]
 
 
 @pytest.mark.parametrize("names", [FEW, pytest.param(MORE, marks=pytest.mark.slow)], ids=["few", "more"])
