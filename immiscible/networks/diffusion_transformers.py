@@ -109,7 +109,9 @@ class MDTTransformer2DModel(DiTTransformer2DModel):
         own = ["dropout", "activation_fn", "num_embeds_ada_norm", "attention_bias", "upcast_attention", "norm_type"]
         own += ["norm_elementwise_affine", "norm_eps"]
         heads = (settings.num_attention_heads, settings.attention_head_dim)
+        last = self._modules.pop("proj_out_2")
         self.side_block = BasicTransformerBlock(self.inner_dim, *heads, **{name: settings[name] for name in own})
+        self._modules["proj_out_2"] = last  # again the last of the layers, as which an optimizer may know it
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.inner_dim))
         self.encoder_position = nn.Parameter(torch.zeros_like(positions))  # added to the fixed ones
         self.decoder_position = nn.Parameter(positions.clone())

@@ -101,6 +101,11 @@ def test_the_full_pass_is_diffusers_dit_with_the_decoders_positions():
     add.remove()
 
 
+def test_its_last_layer_is_the_last():
+    linear = [name for name, module in moved().named_modules() if isinstance(module, torch.nn.Linear)]
+    assert linear[-1] == "proj_out_2" and "side_block.attn1.to_q" in linear
+
+
 def test_its_positions_and_its_token_begin_as_said_and_its_output_with_zero():
     network = build_network(config_of())
     assert torch.equal(network.decoder_position, network.pos_embed.pos_embed) and not network.encoder_position.any()
