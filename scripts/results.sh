@@ -105,6 +105,10 @@ grids() {
   grid emoji_laws 150 "emoji classes" "0 1 2" "$laws" "${quiet[@]}" "${phases[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5
   grid emoji_laws_dit 200 "emoji classes dit_tiny" "0 1 2" "$laws" "${quiet[@]}" "${phases[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5
 
+  # Optimizers beside the coupling, in a DiT.
+  muon=configs/optimizers/muon.yaml prodigy=configs/optimizers/prodigy.yaml free=configs/optimizers/schedule_free.yaml
+  grid digits_optimizers 60 "digits dit_tiny" "0 1 2" "baseline epoch muon=$muon epoch_muon=epoch+$muon prodigy=$prodigy epoch_prodigy=epoch+$prodigy schedule_free=$free epoch_schedule_free=epoch+$free" "${common[@]}" --eval_steps 400
+
   # The stack: chosen on three seeds, confirmed on others, with curves.
   grid digits_stack 75 "digits classes" "0 1 2" "epsilon baseline epoch_within epoch_within+speed_sampling epoch_within+scaled epoch_within+logit_normal epoch_within+min_snr epoch_within+sample epoch_within+sample+speed_sampling epoch_within+flow" "${held[@]}" --max_train_steps 600 --eval_steps 60
   grid digits_stack_fresh 60 "digits classes" "10 11 12" "epsilon baseline flow epoch_within+flow" "${quiet[@]}" --validation_split 0.3 --eval_samples 500 --max_train_steps 1200 --eval_steps 60
