@@ -267,6 +267,32 @@ def test_recipes_of_transformers_are_the_papers(name, steps):
     assert (masked.model_preset, masked.mask_ratio, masked.max_train_steps) == ("mdt-s-2", [0.3], 1_000_000)
 
 
+def test_recipes_of_the_papers_unet_and_of_its_larger_images_are_the_papers():
+    """Tables 3, 6 and 9 of SpeeD, by the launch lines of the headers."""
+    learned = ("--learned_sigma", "--timestep_spacing", "linspace")
+    for name, (batch, steps, resolution) in {"ffhq_unet": (256, 50_000, 256), "metfaces512_dit": (32, 100_000, 512)}.items():
+        path = ROOT / f"configs/tasks/{name}.yaml"
+        config = parse("--config", path, ROOT / "configs/methods/speed.yaml", *learned)
+        assert "configs/accelerate/8xa800.yaml" in path.read_text() and f"configs/tasks/{path.name}" in path.read_text()
+        assert (8 * config.train_batch_size, config.max_train_steps, config.resolution) == (batch, steps, resolution)
+        assert (config.learning_rate, config.adam_weight_decay, config.ema_max_decay, config.random_flip) == (1e-4, 0, 0.9999, True)
+        assert parse("--config", path, ROOT / "configs/methods/flow.yaml").noise_process == "flow"
+    config = parse("--config", ROOT / "configs/tasks/ffhq_unet.yaml")
+    settings = unet_config(config_name_or_path=None, preset=config.model_preset, resolution=256, channels=4, dropout=None, downsampling=8)
+    with torch.device("meta"):
+        unet = build_unet(settings)
+        seen = []
+        for name, module in unet.named_modules():
+            if name.endswith("attentions.0"):
+                module.register_forward_hook(lambda module, given, _, name=name: seen.append((name, given[0].shape[-1], module.heads)))
+        assert unet(torch.empty(1, 4, 32, 32), 0).sample.shape == (1, 4, 32, 32)
+    assert seen == [
+        (name, side, 1)
+        for name, side in (("down_blocks.1.attentions.0", 16), ("mid_block.attentions.0", 4), ("up_blocks.2.attentions.0", 16))
+    ]
+    assert unet.config.time_embedding_type == "positional" and len(unet.down_blocks[0].resnets) == 3
+
+
 def test_every_flag_is_used_by_some_test_or_file():
     files = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("configs/**/*.yaml")]
     words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in files)))

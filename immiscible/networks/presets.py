@@ -17,6 +17,7 @@ PRESETS: dict[str, Callable[..., dict[str, Any]]] = {
     "unet-tiny": unet_config,
     "unet-small": unet_config,
     "unet-cifar10": unet_config,
+    "unet-speed": unet_config,
     "unet-diffusers": unet_config,
     "unet-sd": unet_config,
     "dit-tiny": dit_config,

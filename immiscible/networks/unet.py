@@ -36,6 +36,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     },
+    # 36 million: SpeeD's, of latents (128 channels, one head: its table 7; the rest is its code's: three blocks a level, 1-2-2-1, attention
+    # at 16x16).
+    "unet-speed": {
+        "block_out_channels": (128, 256, 256, 128),
+        "layers_per_block": 3,
+        "attention_head_dim": None,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
     # 114 million: what the diffusers example trains when no configuration is given.
     "unet-diffusers": {
         "block_out_channels": (128, 128, 256, 256, 512, 512),
