@@ -76,8 +76,8 @@ class LearnedSigmaObjective(DenoisingObjective):
         """Of the process; fp32 on its device."""
         return ReverseSteps(*(vector.float().to(self.process.signal.device) for vector in ReverseSteps.of(self.process.alpha_bar)))
 
-    def __call__(self, model: nn.Module, pairs: Pairs, draws: Draws) -> Tensor:
-        """See `DenoisingObjective.__call__`."""
+    def loss(self, model: nn.Module, pairs: Pairs, draws: Draws) -> Tensor:
+        """See `DenoisingObjective.loss`."""
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def mean_of(xt: Tensor, time: Tensor, **condition: Any) -> SimpleNamespace:
@@ -85,7 +85,7 @@ class LearnedSigmaObjective(DenoisingObjective):
             seen.append((xt, output, v))
             return SimpleNamespace(sample=output)
 
-        simple = super().__call__(mean_of, pairs, draws)  # type: ignore[arg-type]
+        simple = super().loss(mean_of, pairs, draws)  # type: ignore[arg-type]
         return simple + self.process.num_timesteps / 1000 * self.bits(pairs.x0, pairs.timesteps, *seen[-1])
 
     def bits(self, x0: Tensor, t: Tensor, xt: Tensor, output: Tensor, v: Tensor) -> Tensor:

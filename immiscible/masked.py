@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from immiscible.coupling import Coupling
 from immiscible.errors import UserError
-from immiscible.objectives import Objective, Pairs
+from immiscible.objectives import DenoisingObjective, Pairs
 from immiscible.process import NoiseProcess
 from immiscible.randomness import Draws, PoolDraws, seeded_generator
 from immiscible.timesteps import TimestepSampler
@@ -33,7 +33,7 @@ class MaskedObjective:
         UserError: shares that are none, or in the wrong order.
     """
 
-    objective: Objective
+    objective: DenoisingObjective
     tokens: int
     least: float = 0.3
     greatest: float = 0.3
@@ -43,9 +43,10 @@ class MaskedObjective:
             raise UserError(f"`least` and `greatest` must be shares from 0 to below 1, the lower one first: {self.least}, {self.greatest}")
 
     def __call__(self, model: nn.Module, pairs: Pairs, draws: Draws) -> Tensor:
-        """The loss of each image, fp32 [B]; see `Objective`."""
+        """The loss of each image, fp32 [B]; see `Objective`. A law that goes by losses learns of the sum."""
         told = {**pairs.condition, "kept": self.kept(len(pairs.x0), draws).to(pairs.x0.device)}
-        return self.objective(model, pairs, draws) + self.objective(model, replace(pairs, condition=told), draws)
+        loss = self.objective.loss(model, pairs, draws) + self.objective.loss(model, replace(pairs, condition=told), draws)
+        return self.sampler.settled(draws.step, pairs.timesteps, loss)
 
     def kept(self, count: int, draws: Draws) -> Tensor:
         """Which tokens of ``count`` images are seen, int64 [B, K], in ascending order: a function of the image's row, and of the step."""

@@ -44,10 +44,15 @@ class Network(nn.Module):
         return SimpleNamespace(sample=torch.cat([self.mean * x, self.v * torch.cos(x)], 1))
 
 
-def objective(kind=LearnedSigmaObjective, prediction_type="epsilon", weighting="none", process=None):
+def half(x, time):
+    """The mean of `Network` alone."""
+    return SimpleNamespace(sample=Network()(x, time).sample[:, :1])
+
+
+def objective(kind=LearnedSigmaObjective, prediction_type="epsilon", weighting="none", process=None, law="uniform"):
     process = process or NoiseProcess.from_scheduler(build_scheduler("ddpm", num_train_timesteps=T, prediction_type=prediction_type))
     weights = loss_weights(weighting, process, prediction_type).float()
-    return kind(process, timestep_sampler("uniform", process), IndependentCoupling(), weights, prediction_type)
+    return kind(process, timestep_sampler(law, process), IndependentCoupling(), weights, prediction_type)
 
 
 def drawn(found, batch=64):
@@ -129,6 +134,21 @@ def test_the_mean_learns_what_it_learns_without_a_variance(prediction_type):
         gradients.append((network.mean.grad, network.v.grad))
     assert torch.equal(gradients[0][0], gradients[1][0]) and losses[0] > losses[1]
     assert gradients[0][1].abs() > 0 and gradients[1][1] == 0
+
+
+def test_a_law_that_goes_by_losses_learns_of_both_terms_and_weighs_both():
+    found = objective(law="loss_second_moment")
+    pairs, draws = drawn(found)
+    history = found.sampler.history
+    for step in range(10):  # every level has its losses, those of the last ones twice as great
+        history.record(step, torch.arange(T), 1 + (torch.arange(T) >= T // 2).float())
+    draws = Draws(0, 12, 0, CPU)
+    p = found.sampler.at(12).probabilities[pairs.timesteps]
+    loss = found.loss(Network(), pairs, draws)
+    assert p.max() > 1.9 * p.min()
+    torch.testing.assert_close(found(Network(), pairs, draws), loss / (T * p).float())
+    told = history.state_dict()["waiting"][12]
+    assert torch.equal(told[:, 1], loss.detach()) and (loss > objective(DenoisingObjective).loss(half, pairs, draws)).all()
 
 
 def test_the_variance_is_the_one_that_diffusers_samples_with():

@@ -93,3 +93,18 @@ def test_the_loss_is_that_of_both_passes_of_one_noise():
     torch.testing.assert_close(loss, one + two)
     for name in ("process", "sampler", "coupling", "weights", "prediction_type", "image_scale"):
         assert getattr(objective, name) is getattr(plain, name)
+
+
+def test_a_law_that_goes_by_losses_learns_of_the_sum_once():
+    from immiscible.process import NoiseProcess
+    from immiscible.schedulers import build_scheduler
+    from immiscible.timesteps import timestep_sampler
+    from immiscible.weighting import loss_weights
+
+    process = NoiseProcess.from_scheduler(build_scheduler("ddpm", num_train_timesteps=4))
+    sampler, weights = timestep_sampler("loss_second_moment", process), loss_weights("none", process, "epsilon")
+    objective = masked(objective=DenoisingObjective(process, sampler, IndependentCoupling(), weights))
+    pairs = objective.pair(torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), PoolDraws((draws(),), 8))
+    loss = objective(Recorded(), pairs, draws())
+    told = sampler.history.state_dict()["waiting"][0]
+    assert torch.equal(told[:, 0].long(), pairs.timesteps) and torch.equal(told[:, 1], loss)  # uniform still, so that it weighs one

@@ -14,7 +14,6 @@ from immiscible.networks.kinds import NULL_CLASS
 from immiscible.networks.latents import latent_downsampling, load_vae, vae_identity
 from immiscible.networks.weights import PRECISIONS
 from immiscible.objective_choice import training_scheduler
-from immiscible.objectives import Objective
 from immiscible.tasks.pixels import UnconditionalTask, fresh_network, images_of_flags, network_settings, with_masks
 from immiscible.training.task import TrainingData
 
@@ -28,7 +27,7 @@ def latents_task(config: UnconditionalConfig, accelerator: Accelerator, seed: in
     Raises:
         UserError: what does not fit together.
     """
-    objective: Objective = build_objective(config, training_scheduler(config), accelerator, image_scale=config.image_scale)
+    plain = build_objective(config, training_scheduler(config), accelerator, image_scale=config.image_scale)
     loaded, held_out = images_of_flags(config)
     source: Any = loaded  # no stream where there is a cache
     vae = load_vae(str(config.vae_model_name_or_path), resolution=config.resolution, cache_dir=config.cache_dir)
@@ -40,7 +39,7 @@ def latents_task(config: UnconditionalConfig, accelerator: Accelerator, seed: in
     if cache is None or held_out:
         vae.to(accelerator.device)
     settings = network_settings(config, source, channels=vae.config.latent_channels, downsampling=latent_downsampling(vae))
-    objective, network = with_masks(config, objective, settings), fresh_network(settings, seed)
+    objective, network = with_masks(config, plain, settings), fresh_network(settings, seed)
     transform = image_transform(config, vae.config.in_channels, seed)
     told = (config.class_conditional, config.class_dropout_prob, settings.get(NULL_CLASS) or 0)
     encode = LatentEncoder(vae, accelerator.device, *told, precision=PRECISIONS[accelerator.mixed_precision])

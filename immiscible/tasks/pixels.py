@@ -22,7 +22,7 @@ from immiscible.networks.kinds import DECODER, NULL_CLASS, classes_told, null_cl
 from immiscible.networks.presets import build_network, network_config
 from immiscible.networks.weights import evaluation_weights
 from immiscible.objective_choice import objective_facts, training_scheduler
-from immiscible.objectives import Objective
+from immiscible.objectives import DenoisingObjective, Objective
 from immiscible.randomness import reseed_globally
 from immiscible.sampling.pipelines import build_pipeline, is_plain, sample_images, sample_labels, save_pipeline
 from immiscible.training.cards import unconditional_card
@@ -155,10 +155,10 @@ def pixels_task(config: UnconditionalConfig, accelerator: Accelerator, seed: int
     Raises:
         UserError: what does not fit together.
     """
-    objective: Objective = build_objective(config, training_scheduler(config), accelerator, image_scale=config.image_scale)
+    plain = build_objective(config, training_scheduler(config), accelerator, image_scale=config.image_scale)
     source, held_out = images_of_flags(config)
     settings = network_settings(config, source, channels=source.channels)
-    objective, network = with_masks(config, objective, settings), fresh_network(settings, seed)
+    objective, network = with_masks(config, plain, settings), fresh_network(settings, seed)
     transform = image_transform(config, settings["in_channels"], seed)
     encode = PixelEncoder(accelerator.device, config.class_conditional, config.class_dropout_prob, settings.get(NULL_CLASS) or 0)
     data = TrainingData(source, held_out, transform)
@@ -202,7 +202,7 @@ def network_settings(config: UnconditionalConfig, source: ImageSource | Stream, 
     )
 
 
-def with_masks(config: UnconditionalConfig, objective: Objective, settings: Mapping[str, Any]) -> Objective:
+def with_masks(config: UnconditionalConfig, objective: DenoisingObjective, settings: Mapping[str, Any]) -> Objective:
     """The objective for a network of these settings, whose second pass is masked if it is an MDT.
 
     Raises:
