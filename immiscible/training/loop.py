@@ -288,6 +288,6 @@ def _check_finite(metrics: dict[str, float], step: int, *, loss_scaled: bool) ->
         if not math.isfinite(metrics[name]):
             raise UserError(
                 f"{name} is {metrics[name]} at step {step + 1}: stopped before the weights were touched, existing checkpoints are kept; "
-                f"try a lower --learning_rate, more --lr_warmup_steps or --mixed_precision no",
+                f"try a lower --learning_rate, more --lr_warmup_steps, a larger --adam_epsilon or --mixed_precision no",
                 exit_code=1,
             )

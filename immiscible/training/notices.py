@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BACKWARD = 3  # forward passes that a training step of an image costs, about: its own and a backward pass of two
 OF_DENOISING = ("prediction_type", "sampling_scheduler", "timestep_spacing")  # no errors elsewhere: task files that are combined name them
+BEGINNINGS = ("second_phase_step", "coupling_start_step")  # optimizer steps at which something begins
 UNWARMED = ("constant",)  # schedules that know no warm-up
 
 
@@ -39,6 +40,7 @@ def notices(config: RunConfig, task: Task, order: GlobalBatchOrder | StreamOrder
     epochs = max_steps * config.gradient_accumulation_steps / order.batches_per_epoch if isfinite(order.batches_per_epoch) else 0.0
     found = [
         _warm_up(config, max_steps),
+        _unreached(config, max_steps),
         _epsilon(task),
         _unread(config),
         _sampling(config, max_steps, epochs, max_steps * images),
@@ -55,6 +57,12 @@ def _warm_up(config: RunConfig, max_steps: int) -> str:
         f"the run ends inside the warm-up: {max_steps} steps, --lr_warmup_steps {config.lr_warmup_steps}; the learning rate never reaches "
         f"--learning_rate {config.learning_rate:g}, so give more steps or a shorter warm-up"
     )
+
+
+def _unreached(config: RunConfig, max_steps: int) -> str:
+    begins = {name: getattr(config, name) or 0 for name in BEGINNINGS}
+    flags = [f"--{name} {step}" for name, step in begins.items() if step >= max_steps]
+    return f"never reached in a run of {max_steps} steps: {', '.join(flags)}; what was to begin there does not" if flags else ""
 
 
 def _epsilon(task: Task) -> str:

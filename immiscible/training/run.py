@@ -35,7 +35,16 @@ from immiscible.training.measuring import RunEvaluation
 from immiscible.training.planning import epoch_plans
 from immiscible.training.session import settle_seed
 from immiscible.training.stop import StopRequest
-from immiscible.training.summary import check_batch_size, grid_path, is_finished, measured_facts, report_end, report_plan, report_start
+from immiscible.training.summary import (
+    check_batch_size,
+    checkpoint_bytes,
+    grid_path,
+    is_finished,
+    measured_facts,
+    report_end,
+    report_plan,
+    report_start,
+)
 from immiscible.training.task import BuildTask, Task
 
 if TYPE_CHECKING:
@@ -72,7 +81,8 @@ def run(config: RunConfig, accelerator: Accelerator, build_task: BuildTask) -> N
     with epoch_plans(config, accelerator, task, state.order, state.max_steps, state.identity, stop) as plans:
         if config.plan:
             remaining = state.max_steps - state.start_step
-            report_plan(_or_error(steps, stop), task.network, accelerator, remaining, plans.words if plans else None)
+            checkpoint = partial(checkpoint_bytes, task.network, state.optimizer, config.use_ema)
+            report_plan(_or_error(steps, stop), task.network, accelerator, remaining, plans.words if plans else None, checkpoint=checkpoint)
             return
         if is_finished(config, state.start_step, state.max_steps):
             return

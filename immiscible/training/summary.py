@@ -6,13 +6,13 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from itertools import islice
 from math import isfinite
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -219,6 +219,19 @@ def parameters_of(network: nn.Module) -> tuple[int, int]:
     return sum(parameter.numel() for _, parameter in once), sum(parameter.numel() for _, parameter in stored)
 
 
+def checkpoint_bytes(network: nn.Module, optimizer: torch.optim.Optimizer, averaged: bool) -> float:
+    """How much a checkpoint holds: what is trained of a network, with copies of what is shared, its average, if one is kept, and the
+    optimizer's state, once it has taken a step.
+    """
+    parameters, stored = parameters_of(network)
+    trained = _bytes(parameter for parameter in network.parameters() if parameter.requires_grad) * stored / parameters
+    return (2 if averaged else 1) * trained + _bytes(value for of_weight in optimizer.state.values() for value in of_weight.values())
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+
+
 def report_plan(
     steps: Iterator[StepStats],
     network: nn.Module,
@@ -226,6 +239,7 @@ def report_plan(
     remaining: int,
     planning: Callable[[], str] | None = None,
     *,
+    checkpoint: Callable[[], float],
     timed: int = 5,
 ) -> None:
     """Takes a few steps that leave nothing behind and prints sizes and the time that the run would take.
@@ -236,6 +250,7 @@ def report_plan(
         accelerator: of the run.
         remaining: how many steps the run would take.
         planning: says, after the steps, what the plan of an epoch has taken; None where none is made.
+        checkpoint: says, after the steps, how many bytes a checkpoint holds.
         timed: how many steps are timed, beside the first.
     """
     if remaining <= 0:
@@ -248,15 +263,13 @@ def report_plan(
         if len(seconds) > 1 and spent > PLAN_SECONDS:
             break
     typical = median(seconds[1:] or seconds)
-    parameters, stored = parameters_of(network)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters()) / 2**20
-    checkpoint = (2 + 2 * stored / parameters) * weights  # AdamW's moments, and weights and average with copies
+    weights, saved = (size / 2**20 for size in (_bytes(network.parameters()), checkpoint()))
     on_gpu = accelerator.device.type == "cuda"
     memory = torch.cuda.max_memory_allocated(accelerator.device) / 2**20 if on_gpu else peak_memory()
     total = timedelta(seconds=round(typical * remaining))
     accelerator.print(
         f"Plan: {remaining} steps of {typical:.3f} s (median of {len(seconds[1:] or seconds)}) = {total}, without sampling and saving\n"
-        f"Plan: weights {weights:.1f} MiB, with AdamW and EMA {checkpoint:.1f} MiB a checkpoint; peak memory so far {memory:.0f} MiB\n"
+        f"Plan: weights {weights:.1f} MiB, a checkpoint of them and all that goes on {saved:.1f} MiB; peak memory so far {memory:.0f} MiB\n"
         f"{f'Plan: {planning()}{chr(10)}' if planning else ''}Plan: nothing was written"
     )
 

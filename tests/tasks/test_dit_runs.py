@@ -119,11 +119,12 @@ def test_it_is_measured_sampled_guided_and_described(script, tmp_path, monkeypat
     assert len(said["images"]) == 8
 
 
-def test_a_plan_says_what_is_stored_and_what_is_in_use(script, tmp_path):
-    words = {"model_preset": "dit-tiny", "use_ema": True}
+@pytest.mark.parametrize("training", [{"use_ema": True}, {"optimizer": "muon"}], ids=str)
+def test_a_plan_says_what_is_stored_and_what_is_in_use(script, tmp_path, training):
+    words = {"model_preset": "dit-tiny", **training}
     done = script(tiny(tmp_path / "plan", **words, plan=True))
     assert "0.33 million parameters (0.39 million stored, with copies of what is shared)" in done.stderr
-    (said,) = re.findall(r"weights 1\.3 MiB, with AdamW and EMA ([\d.]+) MiB a checkpoint", done.stdout)
+    (said,) = re.findall(r"weights 1\.3 MiB, a checkpoint of them and all that goes on ([\d.]+) MiB", done.stdout)
     assert script(tiny(tmp_path / "run", **words)).code == 0
     found = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoint-4").rglob("*") if path.is_file()) / 2**20
     assert float(said) == pytest.approx(found, rel=0.05)

@@ -6,6 +6,8 @@ from launch import tiny
 GUIDABLE = {"class_conditional": True, "class_dropout_prob": 0.1}
 SPOKEN = {
     "ends inside the warm-up: 4 steps, --lr_warmup_steps 500": {"lr_scheduler": "cosine", "lr_warmup_steps": 500},
+    "never reached in a run of 4 steps: --second_phase_step 4;": {"second_timestep_sampling": "beta", "second_phase_step": 4},
+    "never reached in a run of 4 steps: --coupling_start_step 9;": {"noise_coupling": "assignment", "coupling_start_step": 9},
     "plain epsilon-prediction": {"noise_coupling": "assignment"},
     "about 5.2 times what the training costs (1,000 calls": {"ddpm_num_inference_steps": 500},  # 2 images x 500 / (3 x 64)
     # 2 images x 500 x (1 + 0.2) / (3 x 64)
