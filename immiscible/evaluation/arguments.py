@@ -30,6 +30,12 @@ class EvaluationArguments:
     eval_raw_weights: bool = flag(
         False, "measure the weights themselves beside their average of --use_ema, into `raw` of the same line: what the average's lag costs"
     )
+    eval_metrics: list[str] = flag(  # noqa: RUF009
+        ["frechet_distance"],
+        "what else to measure of the same samples and their features, e.g. kid precision recall, see docs/METRICS.md; those by class need "
+        "--class_conditional; frechet_distance is measured always, as reports draw their curves of it",
+        choices=Names("immiscible.evaluation.metrics", "METRICS"),
+    )
     eval_features: str | None = flag(
         None,
         "what the Frechet distance compares: digits (a classifier of the bundled digits; FD-digits), pixels (8x8 pooled; FD-pixels-8x8), "
@@ -61,6 +67,8 @@ class EvaluationArguments:
         for name in ("validation_split", "eval_data_dir"):
             if getattr(self, name) is not None and self.eval_steps is None:
                 raise UserError(f"--{name} holds images out for evaluation: give --eval_steps too")
+        if self.eval_steps is None and set(self.eval_metrics) != {"frechet_distance"}:
+            raise UserError("--eval_metrics are of evaluation: give --eval_steps too")
         if self.eval_raw_weights and self.eval_steps is None:
             raise UserError("--eval_raw_weights is of evaluation: give --eval_steps too")
         if self.validation_split is not None and self.eval_data_dir is not None:

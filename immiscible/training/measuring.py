@@ -13,7 +13,8 @@ from immiscible.data.batches import Images
 from immiscible.data.transforms import ImageTransform
 from immiscible.encoding.encoders import Encoded
 from immiscible.evaluation.features import build_features
-from immiscible.evaluation.frechet import Evaluation
+from immiscible.evaluation.metrics import metrics_of
+from immiscible.evaluation.sampled import Evaluation
 from immiscible.evaluation.validation import fixed_images, images_together, to_uint8, validation_loss
 from immiscible.files import append_line, drop_later_lines
 from immiscible.randomness import Draws
@@ -58,11 +59,12 @@ class RunEvaluation:
             config.eval_features or self._task.features, channels=transform.channels, resolution=transform.resolution, device=device
         )
         source: Any = data.source  # no stream: those are not evaluated
-        images = fixed_images(source, transform, skip_bad_images=config.skip_bad_images)
+        by_class = any(need.endswith(".labels") for metric in metrics_of(config.eval_metrics).values() for need in metric.needs)
+        images = fixed_images(source, transform, skip_bad_images=config.skip_bad_images, with_labels=by_class)
         prompts = self._task.prompts(config.eval_samples)
         self._evaluation = Evaluation(
             features,
-            (to_uint8(batch.x0) for batch in images),
+            (to_uint8(batch.x0) if batch.labels is None else (to_uint8(batch.x0), batch.labels) for batch in images),
             samples=config.eval_samples,
             inference_steps=config.eval_inference_steps,
             batch_size=images_together(transform.resolution),
@@ -71,6 +73,8 @@ class RunEvaluation:
             guidance_interval=config.interval,
             held_out=(to_uint8(batch.x0) for batch in self._held_out_images()),
             directions=config.eval_feature_directions,
+            metrics=config.eval_metrics,
+            num_classes=self._task.num_classes,
         )
         options = {"with_labels": config.labels_for is not None, "with_captions": data.with_captions, "limit": LOSS_IMAGES}
         batches = enumerate(self._held_out_images(**options))
@@ -96,11 +100,13 @@ class RunEvaluation:
         if self._config.eval_raw_weights:
             line["raw"] = self._measured(None)
         append_line(self._path, {**line, "weights": "raw" if ema is None else "ema", "told": told(asdict(self._config))})
-        for name, what in MEASURED.items():
-            by_guidance = {"": line.get(name, {}), **{f" with guidance {w}": of for w, of in line.get(f"{name}_guided", {}).items()}}
+        found_of = {**line, **line.get("metrics", {})}
+        for name, what in {**dict.fromkeys(self._config.eval_metrics), **MEASURED}.items():
+            guided = {f" with guidance {w}": of for w, of in found_of.get(f"{name}_guided", {}).items()}
+            by_guidance = {"": found_of.get(name, {}), **guided}
             found = [f"{value:.3f} at {steps} steps{how}" for how, of in by_guidance.items() for steps, value in of.items()]
             if found:
-                logger.info("step %d: %s %s", step, what.format(line["feature"]), ", ".join(found))
+                logger.info("step %d: %s %s", step, (what or name).format(line["feature"]), ", ".join(found))
 
     def _measured(self, ema: EMAModel | None) -> dict[str, Any]:
         """Of the average, or of the weights themselves."""
