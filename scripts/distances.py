@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Tables of a grid's last distances, arm by arm, each tested against one arm over the seeds.
+"""Tables of a grid's last distances or other metrics, arm by arm, each tested against one arm over the seeds.
 
 python scripts/distances.py docs/results/digits_classes
 python scripts/distances.py docs/results/digits_classes --baseline epoch --measure frechet_distance_held_out
 python scripts/distances.py docs/results/digits_classes docs/results/digits_classes_fresh     # seeds put together
+python scripts/distances.py runs/mine --measure kid                                           # of runs with --eval_metrics kid
 
 A folder is --output_dir of scripts/compare.py, or what scripts/results.sh keeps of it.
 """
@@ -50,7 +51,8 @@ def tables(folders: Sequence[Path], baseline: str, measure: str) -> str:
             if twice:
                 raise UserError(f"{name}-seed{min(twice)} is in {folder} and in another of the folders")
             arms.setdefault(name, {}).update(seeds)
-    return f"{MEASURES[measure][:1].upper()}{MEASURES[measure][1:]}:\n\n{paired_tables(arms, baseline)}"
+    words = MEASURES[measure].words
+    return f"{words[:1].upper()}{words[1:]}:\n\n{paired_tables(arms, baseline, measure)}"
 
 
 if __name__ == "__main__":

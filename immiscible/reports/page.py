@@ -27,6 +27,7 @@ from immiscible.reports.tables import (
     curve_table,
     guidance_table,
     held_out_table,
+    metric_table,
     seed_table,
     summary_table,
     validation_table,
@@ -58,6 +59,7 @@ def html_report(comparison: Comparison) -> str:
         summaries=[summary_table(comparison, count) for count in steps],
         evidence=[evidence_table(comparison, count) for count in steps],
         guidance=guidance_table(comparison),
+        metrics=[table for count in steps if (table := metric_table(comparison, count))],
         costs=cost_table(comparison),
         held_out=[table for table in (held_out_table(comparison), validation_table(comparison)) if table],
         arms=arm_table(comparison),
@@ -108,6 +110,7 @@ def markdown_report(comparison: Comparison) -> str:
     """The report's words and numbers in Markdown, names escaped; the curves are tables."""
     steps = comparison.inference_steps
     guidance = guidance_table(comparison)
+    metrics = [table.markdown() for count in steps if (table := metric_table(comparison, count))]
     held_out = [table.markdown() for table in (held_out_table(comparison), validation_table(comparison)) if table]
     parts = [
         f"# {inline(title(comparison))}",
@@ -121,6 +124,7 @@ def markdown_report(comparison: Comparison) -> str:
         f"## {inline(comparison.feature)} while training",
         *(curve_table(comparison, count).markdown() for count in steps),
         *(["## Quality against guidance", guidance.markdown()] if guidance else []),
+        *(["## Other metrics", *metrics] if metrics else []),
         "## What it costs and what it does",
         cost_table(comparison).markdown(),
         *held_out,

@@ -41,7 +41,7 @@ class Run:
         config: its flags.
         evaluations: the lines of ``evaluation.jsonl``, one per step, in order; distances by number of inference steps: those at the
             guidance scale that was asked for as ``frechet_distance``, those at each scale as ``by_guidance``. Empty for a run that was not
-            measured, which has neither curves nor a `last_step`.
+            measured, which has neither curves nor a `last_step`. Other metrics likewise, by name in ``metrics``.
         metrics: the lines of ``metrics.jsonl``.
         finished: whether ``summary.json`` says that the last step was taken.
         ended: when ``summary.json`` was written, in seconds since 1970; None where it does not say.
@@ -237,7 +237,13 @@ def _measured(line: Mapping[str, Any], guidance_scale: float) -> dict[str, Any]:
     if not (isinstance(line["data"], str) and isinstance(line["feature"], str)):
         raise ValueError(f"line of step {line['step']}: data and feature are no texts")
     by_guidance = _by_guidance(line, "frechet_distance")
-    chosen = {name: _by_guidance(line, name).get(guidance_scale, {}) for name in ("frechet_distance", *HELD_OUT) if name in line}
+    chosen: dict[str, Any] = {
+        name: _by_guidance(line, name).get(guidance_scale, {}) for name in ("frechet_distance", *HELD_OUT) if name in line
+    }
+    if "metrics" in line:
+        names = [name for name in line["metrics"] if not name.endswith("_guided")]
+        chosen["metrics"] = {name: _by_guidance(line["metrics"], name).get(guidance_scale, {}) for name in names}
+        chosen["metrics_real"] = {name: float(value) for name, value in line.get("metrics_real", {}).items()}
     return {**line, **counts, "train_seconds": float(line["train_seconds"]), **chosen, "by_guidance": by_guidance}
 
 

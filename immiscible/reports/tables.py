@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from immiscible.evaluation.metrics import METRICS
 from immiscible.reports.arms import Report
 from immiscible.reports.clock import WALL
 from immiscible.reports.comparison import Comparison
@@ -84,6 +85,29 @@ def guidance_table(comparison: Comparison) -> Table | None:
         f"Final {comparison.feature} by guidance scale w (1 is no guidance) and number of inference steps. Median over seeds, least to "
         "greatest in brackets",
         ["arm", *(f"w {scale:g}, {steps} steps" for scale, steps in measured)],
+        rows,
+    )
+
+
+def metric_table(comparison: Comparison, inference_steps: int) -> Table | None:
+    """What else was measured of each arm's last samples, for one number of inference steps; None if nothing was."""
+    last = {name: [run.evaluations[-1] for run in arm.runs.values()] for name, arm in comparison.arms.items()}
+    lines = [line for of_arm in last.values() for line in of_arm]
+    names = list(dict.fromkeys(name for line in lines for name, of in line.get("metrics", {}).items() if inference_steps in of))
+    if not names:
+        return None
+    real: dict[str, float] = {name: value for line in lines for name, value in line.get("metrics_real", {}).items()}
+    goals = {name: f"real images {real[name]:.3g}" if name in real else f"best {METRICS[name].best}" for name in names if name in METRICS}
+    rows = []
+    for arm, of_arm in last.items():
+        found = [
+            [of[inference_steps] for line in of_arm if inference_steps in (of := line.get("metrics", {}).get(name, {}))] for name in names
+        ]
+        rows.append([arm, *(f"{median(values):.3g}" if values else NOTHING for values in found)])
+    return Table(
+        f"Other metrics of the same samples at {inference_steps} inference steps by the features of {comparison.feature}, at the last "
+        "step; medians over seeds, and in brackets what the best samples have",
+        ["arm", *(f"{name} ({goals[name]})" if name in goals else name for name in names)],
         rows,
     )
 

@@ -8,7 +8,7 @@ from immiscible.reports.comparison import compare
 from immiscible.reports.page import html_report, markdown_report, summary
 from immiscible.reports.ratios import GAIN, HARM, NOTHING, Interval
 from immiscible.reports.sentences import headline
-from immiscible.reports.tables import cost_table, held_out_table, seed_table, spread, summary_table
+from immiscible.reports.tables import cost_table, held_out_table, metric_table, seed_table, spread, summary_table
 
 
 def test_every_baseline_reaches_its_goal(arms):
@@ -117,6 +117,25 @@ def test_what_is_measured_against_images_held_out(arms, tmp_path):
     assert all(rows[-1][name] == NOTHING for name in ("from images held out", "nearest-neighbor ratio"))  # not measured
     for report in (words(html_report(compare(arms))), markdown_report(compare(arms))):
         assert "Whether samples are copies" in report and "0.94" in report
+
+
+def test_other_metrics_of_the_last_samples(tmp_path):
+    def line(number):
+        metrics = {"kid": {"5": 0.1 * number, "20": None}, "kid_guided": {"2": {"5": 7.0}}, "of_later": {"5": 3.0}}
+        return {"metrics": {**metrics, "alignment": {"5": 0.2}}, "metrics_real": {"alignment": 0.125}}
+
+    guided = {2: {5: decay(), 20: decay()}}
+    curves = {5: decay(), 20: decay()}
+    arms = {"a": [write_run(tmp_path / f"a{n}", curves, guided=guided, seed=n, line=line(n)) for n in (1, 2, 4)]}
+    arms["plain"] = [write_run(tmp_path / "plain", curves, guided=guided)]
+    table = metric_table(compare(arms), 5)
+    assert table.columns == ["arm", "kid (best 0)", "of_later", "alignment (real images 0.125)"]
+    assert table.rows == [["a", "0.2", "3", "0.2"], ["plain", NOTHING, NOTHING, NOTHING]]
+    assert metric_table(compare(arms), 20).rows[0] == ["a", "nan"]  # not finite where it was measured
+    assert metric_table(compare(arms, guidance_scale=2), 5).rows == [["a", "7"], ["plain", NOTHING]]
+    assert metric_table(compare({"plain": arms["plain"]}), 5) is None
+    for report in (words(html_report(compare(arms))), markdown_report(compare(arms))):
+        assert "Other metrics" in report and "kid (best 0)" in report and "real images 0.125" in report
 
 
 def test_runs_measured_against_different_images_are_not_compared(tmp_path):

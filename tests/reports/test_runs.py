@@ -113,6 +113,9 @@ def test_bad_folders(arms, tmp_path):
         {"step": -100},
         {"train_seconds": math.nan},
         {"feature": ["FD"]},
+        {"metrics": ["kid"]},
+        {"metrics": {"kid": {"a": 1.0}}},
+        {"metrics": {}, "metrics_real": {"kid": "x"}},
         {"data": []},
     ],
 )
