@@ -47,6 +47,13 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num_images", type=number(int, least=1, most=10**8), required=True, help="N: exactly as many files are left")
     parser.add_argument("--num_inference_steps", type=number(int, least=1, most=10**5), required=True, help="steps of the sampler")
+    add_sampling(parser)
+    parser.add_argument("--npz", action="store_true", help="also write samples.npz, as the ADM evaluation reads it")
+    return parser
+
+
+def add_sampling(parser: Any) -> None:
+    """The flags that say how a model is sampled, which other scripts that sample have too."""
     parser.add_argument("--weights", choices=("ema", "raw"), help="of a run or checkpoint; by default the average where the run kept one")
     parser.add_argument("--lora", type=plain_text, help="adapters for a text-to-image pipeline: a folder, or a name on the hub")
     parser.add_argument(
@@ -85,8 +92,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=number(int, least=0, most=2**63 - 1), default=0, help="image i is a function of it and of i")
     parser.add_argument("--batch_size", type=number(int, least=1, most=2**14), default=16, help="images sampled together by a process")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="inside the network")
-    parser.add_argument("--npz", action="store_true", help="also write samples.npz, as the ADM evaluation reads it")
-    return parser
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -141,10 +146,11 @@ def main(argv: Sequence[str]) -> None:
     from immiscible.training.session import joined  # after parsing, so that --help and usage errors come at once
 
     with joined(arguments.mixed_precision, PATIENCE) as accelerator:
-        sample(arguments, argv, accelerator)
+        sample(arguments, shlex.join(["scripts/sample.py", *argv]), accelerator, load(arguments))
 
 
-def sample(arguments: argparse.Namespace, argv: Sequence[str], accelerator: Accelerator) -> None:
+def sample(arguments: argparse.Namespace, command: str, accelerator: Accelerator, loaded: Loaded) -> None:
+    """Completes the folder; ``command`` is what asked for it."""
     from immiscible.processes import on_main_process
     from immiscible.sampling.folder import Request, SampleFolder, read_lines
     from immiscible.sampling.loaded import image_mode, image_size
@@ -153,7 +159,6 @@ def sample(arguments: argparse.Namespace, argv: Sequence[str], accelerator: Acce
     flag = "--prompts" if arguments.prompts else "--class_names"
     file = arguments.prompts or arguments.class_names
     prompts = read_lines(file, flag) if file else []
-    loaded = load(arguments)
     side = (arguments.resolution or loaded.side) if loaded.prompted else arguments.resolution
     folder = SampleFolder(arguments.output_dir, image_size(loaded, side), image_mode(loaded))
     request = Request(
@@ -170,7 +175,7 @@ def sample(arguments: argparse.Namespace, argv: Sequence[str], accelerator: Acce
     manifest: dict[str, Any] = {}
 
     def prepare() -> None:
-        manifest.update(describe(arguments, argv, loaded, request, folder.size, accelerator.num_processes))
+        manifest.update(describe(arguments, command, loaded, request, folder.size, accelerator.num_processes))
         folder.prepare(manifest)
 
     on_main_process(accelerator, prepare)
@@ -249,7 +254,7 @@ def draw_share(accelerator: Accelerator, loaded: Loaded, request: Request, folde
 
 
 def describe(
-    arguments: argparse.Namespace, argv: Sequence[str], loaded: Loaded, request: Request, size: tuple[int, int], processes: int
+    arguments: argparse.Namespace, command: str, loaded: Loaded, request: Request, size: tuple[int, int], processes: int
 ) -> dict[str, Any]:
     """What defines the samples, and how they were made."""
     import diffusers
@@ -260,7 +265,7 @@ def describe(
     pipeline = loaded.pipeline
     settings = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
     return {
-        "command": shlex.join(["scripts/sample.py", *argv]),
+        "command": command,
         "complete": False,
         "num_images": request.num_images,
         "batch_size": request.batch_size,

@@ -37,6 +37,7 @@ IMPORTED_LATE = {
     "finetune_sd.py": (*LIFE, *STABLE_DIFFUSION),
     "scripts/precompute_latents.py": (*LIFE, *STABLE_DIFFUSION),
     "scripts/sample.py": (*STABLE_DIFFUSION, "immiscible.tasks.from_run"),
+    "scripts/evaluate.py": ("immiscible.training.session", "immiscible.tasks.from_run", "immiscible.evaluation.real_images"),
 }
 
 # One thread, so that forked children and several ranks on few cores compute as they should; the CPU also where there is a GPU.

@@ -141,23 +141,37 @@ def key_of(features: Any, *, data: str, split: str, crop: str, resolution: int, 
 
 def cached_statistics(key: StatisticsKey, compute: Callable[[], dict[str, Statistics]]) -> dict[str, Statistics]:
     """What is kept under the key in the cache folder, or else computed and kept; what is broken is told and computed anew."""
-    text = _dumped(key)
-    path = cache_folder() / "statistics" / f"{hashlib.blake2b(text, digest_size=16).hexdigest()}.safetensors"
+    found = kept_statistics(key)
+    if not found:
+        found = compute()
+        keep_statistics(key, found)
+    return found
+
+
+def kept_statistics(key: StatisticsKey) -> dict[str, Statistics]:
+    """What is kept under the key in the cache folder; nothing where nothing is, or where it is broken, which is told."""
     found: dict[str, Statistics] = {}
 
     def use(tensors: dict[str, Tensor]) -> None:
-        if tensors["key"].numpy().tobytes() != text:
+        if tensors["key"].numpy().tobytes() != _dumped(key):
             raise ValueError("it is of another key")
         for name in (part.removesuffix(".mean") for part in tensors if part.endswith(".mean")):
             found[name] = Statistics(tensors[f"{name}.mean"], tensors[f"{name}.covariance"], int(tensors[f"{name}.count"]))
 
-    if not read_kept(path, use):
-        found = compute()
-        tensors = {"key": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
-        for name, of in found.items():
-            tensors |= {f"{name}.mean": of.mean, f"{name}.covariance": of.covariance, f"{name}.count": torch.tensor(of.count)}
-        write_kept(path, tensors, "the statistics of reference images")
+    read_kept(_place(key), use)
     return found
+
+
+def keep_statistics(key: StatisticsKey, found: Mapping[str, Statistics]) -> None:
+    """Keeps them in the cache folder under the key."""
+    tensors = {"key": torch.frombuffer(bytearray(_dumped(key)), dtype=torch.uint8)}
+    for name, of in found.items():
+        tensors |= {f"{name}.mean": of.mean, f"{name}.covariance": of.covariance, f"{name}.count": torch.tensor(of.count)}
+    write_kept(_place(key), tensors, "the statistics of reference images")
+
+
+def _place(key: StatisticsKey) -> Path:
+    return cache_folder() / "statistics" / f"{hashlib.blake2b(_dumped(key), digest_size=16).hexdigest()}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -216,6 +230,14 @@ def write_reference(path: Path, key: StatisticsKey, statistics: Mapping[str, Sta
         raise UserError(f"{path} cannot be written: {error.strerror or error}", exit_code=1) from error
 
 
+def holds_statistics(path: Path) -> bool:
+    """Whether `read_reference` is what reads this file: an ``.npz`` with ``mu``."""
+    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "mu.npy" in archive.namelist()
+
+
 def read_reference(path: Path) -> Reference:
     """The statistics in an ``.npz``: our own, TTUR's, pytorch-fid's, EDM's (``mu``, ``sigma``), ADM's (``mu_s``, ``sigma_s``, images too).
 
@@ -258,6 +280,18 @@ def images_of_npz(path: Path, batch_size: int) -> Iterator[Tensor]:
                 if len(pixels) != wanted:
                     raise ValueError("it ends within an image")
                 yield torch.frombuffer(pixels, dtype=torch.uint8).view(count, *shape[1:]).permute(0, 3, 1, 2)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} holds no images that can be read ({first_line(error)})", exit_code=1) from error
+
+
+def shape_of_npz(path: Path) -> tuple[int, ...]:
+    """(N, H, W, C) of the images that `images_of_npz` reads.
+
+    Raises:
+        UserError: (exit code 1) it cannot be read, or holds no such images.
+    """
+    try:
+        return _open_images(path)[0]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} holds no images that can be read ({first_line(error)})", exit_code=1) from error
 
