@@ -98,7 +98,7 @@ class Samples:
         labels: whether they have classes.
         captions: whether they have captions.
         class_names: where the classes have names.
-        equal: whether each class is there equally often by design.
+        labels_chosen: how classes were, where that is known: ``equal`` or ``random``.
         loaded: the model that they are drawn from; None where they are there.
         files: None where they are not.
     """
@@ -109,7 +109,7 @@ class Samples:
     labels: bool
     captions: bool
     class_names: Sequence[str] | None = None
-    equal: bool = False
+    labels_chosen: str | None = None
     loaded: Loaded | None = None
     files: ImageFiles | None = None
 
@@ -124,8 +124,7 @@ def evaluate(arguments: argparse.Namespace, command: str, accelerator: Accelerat
     protocol = find_protocol(arguments.protocol)
     names = chosen_metrics(arguments.metrics, protocol)
     samples = of_model(arguments, protocol) if is_model(arguments.samples) else of_files(arguments, names)
-    labels = "equal" if samples.equal else None
-    check_protocol(arguments.protocol, resolution=samples.side, samples=samples.count, labels=labels)
+    check_protocol(arguments.protocol, resolution=samples.side, samples=samples.count, labels=samples.labels_chosen)
     features = network_of(arguments, protocol, samples, accelerator)
     real = real_images(arguments, protocol, names, samples)
     on_main_process(accelerator, lambda: check_sets(arguments, names, samples, features, real))
@@ -155,14 +154,13 @@ def is_model(path: Path) -> bool:
 
 def of_files(arguments: argparse.Namespace, names: Sequence[str], drawn: Path | None = None) -> Samples:
     """The images that are there, or those that were drawn into a folder."""
-    from immiscible.evaluation.image_files import open_samples, sampled
+    from immiscible.evaluation.image_files import labels_of, open_samples, sampled
     from immiscible.evaluation.scoring import fields_needed
 
     if not drawn:
         refuse_sampling(arguments)
     path, needed = drawn or arguments.samples, fields_needed(names, "samples")
     files = open_samples(path, with_labels="labels" in needed, with_captions="text_embeddings" in needed)
-    told = sampled(path)
     return Samples(
         files.count,
         files.side,
@@ -170,7 +168,7 @@ def of_files(arguments: argparse.Namespace, names: Sequence[str], drawn: Path | 
         files.has_labels,
         files.has_captions,
         files.class_names,
-        bool(told.get("labels")),
+        labels_of(sampled(path)),
         files=files,
     )
 
@@ -201,14 +199,16 @@ def of_model(arguments: argparse.Namespace, protocol: Protocol) -> Samples:
         width, height = image_size(loaded, side)
     if width != height:
         raise UserError(f"--samples {arguments.samples} samples images of {width}x{height}; only square ones are scored")
-    numbered = loaded.num_classes is not None
+    classes = bool(loaded.num_classes or arguments.class_names)
+    if classes:
+        arguments.labels = arguments.labels or protocol.labels
     return Samples(
         arguments.num_images,
         width,
         1 if image_mode(loaded) == "L" else 3,
-        numbered or bool(arguments.class_names),
+        classes,
         loaded.prompted,
-        equal=numbered or bool(arguments.class_names),
+        labels_chosen=arguments.labels if classes else None,
         loaded=loaded,
     )
 

@@ -89,6 +89,11 @@ def add_sampling(parser: Any) -> None:
         type=number(int, least=1, most=2**14),
         help="side of text-to-image samples; by default the run's, or what the network says",
     )
+    parser.add_argument(
+        "--labels",
+        choices=("equal", "random"),
+        help="each class or prompt in turn (by default), or one drawn for each image by --seed, as ADM and EDM do",
+    )
     parser.add_argument("--seed", type=number(int, least=0, most=2**63 - 1), default=0, help="image i is a function of it and of i")
     parser.add_argument("--batch_size", type=number(int, least=1, most=2**14), default=16, help="images sampled together by a process")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="inside the network")
@@ -111,6 +116,8 @@ def check_model(arguments: argparse.Namespace, loaded: Loaded) -> None:
     for name in ("prompts", "class_names"):
         if not loaded.prompted and getattr(arguments, name) is not None:
             raise UserError(f"--{name} is for text-to-image pipelines; --model {arguments.model} is a {kind}")
+    if arguments.labels and not loaded.prompted and loaded.num_classes is None:
+        raise UserError(f"--labels is of classes and prompts, and --model {arguments.model} is told neither")
     check_guidance(arguments, loaded)
 
 
@@ -170,6 +177,7 @@ def sample(arguments: argparse.Namespace, command: str, accelerator: Accelerator
         guidance_scale=1.0 if arguments.guidance_scale is None else arguments.guidance_scale,
         guidance_interval=tuple(arguments.guidance_interval or WHOLE),
         side=side,
+        random_labels=arguments.labels == "random",
     )
     classes = len(prompts) if arguments.class_names else loaded.num_classes
     manifest: dict[str, Any] = {}
@@ -211,7 +219,7 @@ def notice(accelerator: Accelerator, loaded: Loaded, request: Request, classes: 
     """Says of which classes there will be more, and which prompts are not read to their end."""
     from immiscible.sampling.loaded import cut_short
 
-    if classes and request.num_images % classes:
+    if classes and request.num_images % classes and not request.random_labels:
         more = request.num_images % classes
         accelerator.print(f"{request.num_images} images of {classes} classes: classes 0 to {more - 1} get one image more than the others")
     prompts = request.prompts
@@ -263,6 +271,7 @@ def describe(
     from immiscible.sampling.loaded import networks
 
     pipeline = loaded.pipeline
+    kind = "class names" if arguments.class_names else "class numbers" if loaded.num_classes else None
     settings = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
     return {
         "command": command,
@@ -285,7 +294,7 @@ def describe(
         "size": list(size),
         "mixed_precision": arguments.mixed_precision,
         "prompts": list(request.prompts),
-        "labels": "class names" if arguments.class_names else "class numbers" if loaded.num_classes else None,
+        "labels": f"{kind or 'prompts'}, drawn at random" if request.random_labels else kind,
     }
 
 
@@ -297,9 +306,9 @@ def finish(arguments: argparse.Namespace, request: Request, folder: SampleFolder
     if lacking:
         raise UserError(f"{len(lacking)} of {request.num_images} images are missing, the first is {lacking[0]}; sample again", exit_code=1)
     if request.prompts or classes:
-        folder.write_metadata(request.num_images, request.prompts, classes)
+        folder.write_metadata(request.num_images, request.prompts, classes, request.turn)
     if arguments.npz:
-        folder.write_table(request.num_images, classes)
+        folder.write_table(request.num_images, classes, request.turn)
     folder.write_manifest({**manifest, "complete": True})
 
 

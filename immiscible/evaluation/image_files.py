@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,7 @@ def open_samples(path: Path, *, with_labels: bool, with_captions: bool) -> Image
     if told and not told.get("complete"):
         raise UserError(f"{named} is not complete: its {MANIFEST} says so; run scripts/sample.py again")
     source = load_source("--samples", train_data_dir=str(path), caption_column="text" if with_captions else None)
-    labels = [int(line["label"]) for line in read_lines(path / METADATA)] if with_labels and told.get("labels") else None
+    labels = [int(line["label"]) for line in read_lines(path / METADATA)] if with_labels and labels_of(told) else None
     try:
         image = source.load(0)
     except Exception as error:  # Pillow's decoders raise nearly any type
@@ -213,6 +213,14 @@ def open_samples(path: Path, *, with_labels: bool, with_captions: bool) -> Image
     channels = 1 if image.mode in ("1", "L", "LA") or image.mode.startswith(("I", "F")) else 3
     whole = _Whole(image.width, channels, center_crop=True)
     return SourceFiles(source, named, whole, labels=labels, with_labels=with_labels, with_captions=with_captions)
+
+
+def labels_of(told: Mapping[str, Any]) -> str | None:
+    """Of what `sampled` returns: how the classes were chosen, ``equal`` or ``random``; None where there are none."""
+    labels = str(told.get("labels"))
+    if not labels.startswith("class"):
+        return None
+    return "random" if labels.endswith("at random") else "equal"
 
 
 def sampled(folder: Path) -> dict[str, Any]:

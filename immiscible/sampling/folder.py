@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from immiscible.errors import UserError
 from immiscible.files import LOCK, PARTIAL, clean_up, lock, replace
-from immiscible.sampling.pipelines import WHOLE, sample_images
+from immiscible.sampling.pipelines import WHOLE, at_random, in_turn, sample_images
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -63,10 +63,11 @@ class Request:
         steps: inference steps.
         seed: of the images' generators.
         batch_size: images sampled together.
-        prompts: image i is of prompt i modulo their number; empty for a pipeline without prompts.
+        prompts: what images are of; empty for a pipeline without prompts.
         guidance_scale: with prompts or classes; 1 is none.
         guidance_interval: with classes: the noise levels at which they are guided.
         side: of the images with prompts, in pixels; None for what the network says.
+        random_labels: of which prompt or class an image is, is drawn, and not each in turn.
     """
 
     num_images: int
@@ -77,6 +78,12 @@ class Request:
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = WHOLE
     side: int | None = None
+    random_labels: bool = False
+
+    @property
+    def turn(self) -> Callable[[int, int], int]:
+        """Of which of the prompts or classes an image is, by its number and theirs."""
+        return at_random(self.seed) if self.random_labels else in_turn
 
     def batches(self, rank: int = 0, ranks: int = 1) -> Iterator[range]:
         """The numbers of the images that a process samples together; the batches do not depend on how many processes share them."""
@@ -144,12 +151,13 @@ class SampleFolder:
         partial.write_text(json.dumps(manifest, indent=1))
         replace(partial, self.path / MANIFEST)
 
-    def write_table(self, num_images: int, labels: int | None) -> None:
+    def write_table(self, num_images: int, labels: int | None, turn: Callable[[int, int], int] = in_turn) -> None:
         """Saves all images in one file as the ADM evaluation reads them: ``arr_0`` uint8 [N, H, W, C], and the class of each as ``arr_1``.
 
         Args:
             num_images: N.
-            labels: the number of classes, of which image i has class i modulo that number; None leaves ``arr_1`` out.
+            labels: the number of classes; None leaves ``arr_1`` out.
+            turn: which of them an image has, see `sample_images`.
         """
         first = numpy.asarray(Image.open(self.path / file_name(0)))
         shape = (num_images, *first.shape, *([1] if first.ndim == 2 else []))
@@ -163,22 +171,25 @@ class SampleFolder:
                         file.write(numpy.asarray(image).tobytes())
             if labels:
                 with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
-                    numpy.lib.format.write_array(file, numpy.arange(num_images) % labels)
+                    numpy.lib.format.write_array(file, numpy.array([turn(number, labels) for number in range(num_images)]))
         replace(partial, self.path / TABLE)
 
-    def write_metadata(self, num_images: int, prompts: Sequence[str], labels: int | None) -> None:
+    def write_metadata(
+        self, num_images: int, prompts: Sequence[str], labels: int | None, turn: Callable[[int, int], int] = in_turn
+    ) -> None:
         """Writes what each image was told, a line for each: its ``file_name``, ``text`` where there are prompts, ``label`` where classes.
 
         Args:
             num_images: N.
-            prompts: image i is of prompt i modulo their number; may be empty.
+            prompts: what they are of; may be empty.
             labels: the number of classes, as for `write_table`.
+            turn: likewise.
         """
         partial = self.path / f"{PARTIAL}{METADATA}"
         with partial.open("w") as file:
             for number in range(num_images):
-                text = {"text": prompts[number % len(prompts)]} if prompts else {}
-                label = {"label": number % labels} if labels else {}
+                text = {"text": prompts[turn(number, len(prompts))]} if prompts else {}
+                label = {"label": turn(number, labels)} if labels else {}
                 file.write(json.dumps({"file_name": file_name(number), **text, **label}) + "\n")
         replace(partial, self.path / METADATA)
 
@@ -250,6 +261,7 @@ def draw(
         guidance_scale=request.guidance_scale,
         guidance_interval=request.guidance_interval,
         side=request.side,
+        turn=request.turn,
         bar=False,
     )
     for numbers in request.batches(rank, ranks):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from inspect import signature
@@ -21,7 +21,7 @@ from immiscible import networks
 from immiscible.errors import UserError
 from immiscible.networks.kinds import PARTS, classes_told, is_foreign, part_of
 from immiscible.networks.stable_diffusion import StableDiffusion
-from immiscible.randomness import seeded_generator
+from immiscible.randomness import derive_seed, seeded_generator
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, StableDiffusionPipeline
@@ -30,6 +30,16 @@ CLASS_PIPELINE = Path(__file__).with_name("class_pipeline.py")  # which imports 
 EDM_SCHEDULER = Path(__file__).with_name("edm_scheduler.py")
 TRANSFORMERS = Path(networks.__file__).with_name("diffusion_transformers.py")
 WHOLE = (0.0, 1.0)  # the interval of all noise levels
+
+
+def in_turn(number: int, kinds: int) -> int:
+    """Of which of its prompts or classes image ``number`` is where each comes equally often."""
+    return number % kinds
+
+
+def at_random(seed: int) -> Callable[[int, int], int]:
+    """As `in_turn`, each image by itself with equal chances, by (seed, number)."""
+    return lambda number, kinds: derive_seed(seed, "label", number) % kinds
 
 
 def network_of(pipeline: DiffusionPipeline) -> ModelMixin:
@@ -183,6 +193,7 @@ def sample_images(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = WHOLE,
     side: int | None = None,
+    turn: Callable[[int, int], int] = in_turn,
     bar: bool = True,
 ) -> numpy.ndarray:
     """Samples with one generator per image, so that image i is the same for every batch size and device.
@@ -197,10 +208,11 @@ def sample_images(
         batch_size: images sampled together.
         device: where the network runs.
         first: the number of the first image; samples 0..n may be taken in several calls.
-        prompts: of a text-to-image pipeline: image i is of prompt i modulo their number.
+        prompts: of a text-to-image pipeline.
         guidance_scale: of a text-to-image pipeline, or of a network that is told classes and knows a null class; 1 is without guidance.
         guidance_interval: the noise levels at which classes are guided; see `ClassConditionalPipeline`.
         side: of a text-to-image pipeline's images, in pixels; None for what its network says.
+        turn: of which of the prompts or classes an image is, by its number and theirs.
         bar: show the steps of each batch, where there is a terminal.
 
     Returns:
@@ -218,7 +230,7 @@ def sample_images(
     for start in range(first, first + count, batch_size):
         numbers = range(start, min(start + batch_size, first + count))
         generators = [seeded_generator(seed, "sample", number) for number in numbers]
-        wanted = _told(pipeline, numbers, prompts, guidance_scale, guidance_interval, side)
+        wanted = _told(pipeline, numbers, prompts, guidance_scale, guidance_interval, side, turn)
         with told_generators(pipeline, generators), autocast:
             batches.append(pipeline(**wanted, generator=generators, num_inference_steps=steps, output_type="np").images)
     images = numpy.concatenate(batches)
@@ -231,23 +243,30 @@ def sample_images(
 
 
 def _told(
-    pipeline: DiffusionPipeline, numbers: range, prompts: Sequence[str], scale: float, interval: tuple[float, float], side: int | None
+    pipeline: DiffusionPipeline,
+    numbers: range,
+    prompts: Sequence[str],
+    scale: float,
+    interval: tuple[float, float],
+    side: int | None,
+    turn: Callable[[int, int], int],
 ) -> dict[str, Any]:
     """What the pipeline is told of the images with these numbers."""
     if prompts:
-        return {"prompt": [prompts[number % len(prompts)] for number in numbers], "guidance_scale": scale, "height": side, "width": side}
-    labels = sample_labels(network_of(pipeline), len(numbers), first=numbers[0])
+        told = [prompts[turn(number, len(prompts))] for number in numbers]
+        return {"prompt": told, "guidance_scale": scale, "height": side, "width": side}
+    labels = sample_labels(network_of(pipeline), len(numbers), first=numbers[0], turn=turn)
     if labels is None:
         return {"batch_size": len(numbers)}
     return {"class_labels": labels, "guidance_scale": scale, "guidance_interval": interval}
 
 
-def sample_labels(network: ModelMixin, count: int, *, first: int = 0) -> Tensor | None:
-    """The classes of samples ``first`` to ``first + count - 1``: int64 [count], sample i is of class i modulo the number of classes,
-    so that each is sampled equally often. None for an unconditional network. The null class is none of them.
+def sample_labels(network: ModelMixin, count: int, *, first: int = 0, turn: Callable[[int, int], int] = in_turn) -> Tensor | None:
+    """The classes of samples ``first`` to ``first + count - 1``, int64 [count], by default each equally often. None for an unconditional
+    network. The null class is none of them.
     """
     num_classes = classes_told(network)
-    return None if num_classes is None else torch.arange(first, first + count) % num_classes
+    return None if num_classes is None else torch.tensor([turn(number, num_classes) for number in range(first, first + count)])
 
 
 def told(config: Mapping[str, Any], guidance_scale: float = 1.0) -> str:

@@ -197,6 +197,6 @@ def test_metrics_of_keeps_the_order_and_each_once():
 
 
 def test_the_page_of_metrics_lists_each_as_the_table_does():
-    page = (Path(__file__).parents[2] / "docs" / "METRICS.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "SCORES.md").read_text()
     for name, metric in METRICS.items():
         assert f"| `{name}` | {metric.definition} | {metric.source} | {metric.best} | {metric.least} |" in page

@@ -1,4 +1,4 @@
-"""Metrics beside other people's code, where it is installed (docs/METRICS.md); of packages that need torchvision the function alone."""
+"""Metrics beside other people's code, where it is installed (docs/SCORES.md); of packages that need torchvision the function alone."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import pytest
 from immiscible.data.arguments import ImageArguments
 from immiscible.errors import UserError
 from immiscible.evaluation.features import FEATURES
+from immiscible.evaluation.metrics import METRICS
 from immiscible.evaluation.protocols import PROTOCOLS, check_protocol, find_protocol
 from immiscible.evaluation.resize import RESIZES
 
@@ -20,7 +21,7 @@ def test_every_protocol_names_a_network_and_a_resize_that_exist():
     for name, protocol in PROTOCOLS.items():
         if name != "default":
             assert protocol.features in FEATURES and protocol.resize in RESIZES and protocol.samples == 50_000
-        assert protocol.crop in crops and protocol.metrics
+        assert protocol.crop in crops and protocol.metrics and set(protocol.metrics) <= METRICS.keys()
 
 
 def test_the_page_lists_them_as_they_are():

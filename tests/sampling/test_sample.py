@@ -17,7 +17,7 @@ from tiny_text import WEIGHTS, model_folder, tiny_text
 
 from immiscible.errors import UserError
 from immiscible.files import LOCK
-from immiscible.randomness import seeded_generator
+from immiscible.randomness import derive_seed, seeded_generator
 from immiscible.sampling.folder import read_lines
 
 PROGRAM = "scripts/sample.py"
@@ -279,6 +279,20 @@ def test_classes_in_turn(script, conditional, tmp_path):
     with telling(pipeline.unet, labels[8:12]):
         wanted = pipeline(batch_size=4, generator=generators(range(8, 12)), num_inference_steps=2, output_type="np").images
     assert equal(pixels(tmp_path / "out")[8:12], wanted)
+
+
+def test_classes_drawn_at_random_and_in_turn_are_the_same_images_where_they_agree(script, conditional, run, tmp_path):
+    changes = {"num_images": 60, "batch_size": 30}
+    drawn = sampled(script, conditional, tmp_path / "drawn", labels="random", npz=True, **changes)
+    turns = sampled(script, conditional, tmp_path / "turns", **changes)
+    classes = [derive_seed(0, "label", number) % 10 for number in range(60)]
+    assert [line["label"] for line in told(tmp_path / "drawn")] == classes != [line["label"] for line in told(tmp_path / "turns")]
+    assert numpy.load(tmp_path / "drawn" / "samples.npz")["arr_1"].tolist() == classes
+    apart = numpy.abs(pixels(tmp_path / "drawn").astype(int) - pixels(tmp_path / "turns")).max((1, 2))
+    assert all(apart[number] <= 1 for number in range(60) if classes[number] == number % 10) and apart.max() > 1
+    assert sorted(drawn) == sorted(turns)
+    assert "labels was" in refused(script, conditional, tmp_path / "turns", labels="random", **changes)
+    assert "is told neither" in refused(script, run, tmp_path / "none", labels="equal")
 
 
 def test_a_run_of_before_is_sampled_as_it_was(script, conditional, tmp_path):

@@ -11,7 +11,7 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "peft",
 LOADED = """
 import runpy, sys
 
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/scripts"]
 script = sys.argv[1] + "/" + sys.argv[2]
 sys.argv = [script, *sys.argv[3:]]
 try:
@@ -22,7 +22,7 @@ print("loaded", *sys.modules)
 """
 
 
-@pytest.mark.parametrize("script", ["scripts/sample.py", "scripts/precompute_latents.py"])
+@pytest.mark.parametrize("script", ["scripts/sample.py", "scripts/evaluate.py", "scripts/precompute_latents.py"])
 @pytest.mark.parametrize(("words", "code", "said"), [(["--help"], 0, "--resolution"), (["--resolutoin", "3"], 2, "error: ")])
 def test_nothing_heavy_is_loaded_before_the_flags_are_read(script, words, code, said):
     result = run_command([sys.executable, "-c", LOADED, ROOT, script, *words])
