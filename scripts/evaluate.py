@@ -80,8 +80,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    if arguments.output.exists():
-        raise UserError(f"--output {arguments.output} is there already: remove it, or give another name")
+    for name in ("output", "write_reference"):
+        path = getattr(arguments, name)
+        if path and path.exists():
+            raise UserError(f"--{name} {path} is there already: remove it, or give another name")
+        if path and not path.parent.is_dir():
+            raise UserError(f"--{name} {path}: there is no folder {path.parent}; make it first")
     if not arguments.samples.exists():
         raise UserError(f"--samples {arguments.samples}: no such file or folder")
     arguments.work_dir = arguments.work_dir or Path(f"{arguments.output}.work")
@@ -140,6 +144,8 @@ def evaluate(arguments: argparse.Namespace, command: str, accelerator: Accelerat
         accelerator, samples.files, features, set.union(*fields["samples"]), folder, "features of the samples"
     )
     for of, images in real.items():
+        if not any(fields[of]):
+            continue
         key = partial(key_of_read, arguments, protocol, features, samples, images)
         measured[of] = images.measure(accelerator, features, folder, rows=fields[of][0], moments=fields[of][1], key=key)
     on_main_process(accelerator, lambda: finish(arguments, command, protocol, names, samples, features, real, measured), arguments.output)
@@ -310,6 +316,7 @@ def draw(arguments: argparse.Namespace, command: str, accelerator: Accelerator, 
     loaded, samples.loaded = samples.loaded, None
     with renamed():
         sample.sample(arguments, command, accelerator, loaded)
+    accelerator.free_memory()  # of the model, which would stay beside the network that looks
 
 
 def finish(

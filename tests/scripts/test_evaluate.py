@@ -21,8 +21,8 @@ class Slow(torch.nn.Module):
     """Means of a few rows, after a while."""
 
     def forward(self, images):
-        wasted = torch.ones(400, 400)
-        for _ in range(3):
+        wasted = torch.ones(200, 200)
+        for _ in range(1):
             wasted = (wasted @ wasted).clamp(max=1.0)
         return images.mean([1, 3])[:, :6] + 0 * wasted[0, 0]
 
@@ -121,6 +121,7 @@ def test_statistics_that_were_written_serve_as_a_reference_of_their_own_kind_alo
         ({"protocol": "cifar10-legacy", "features": None}, 2, "cifar10-legacy is of images of 32 pixels a side, not 8, of 50000 samples"),
         ({"protocol": "adm"}, 2, "--protocol adm is of images of 64"),
         ({"features": "inception"}, 1, "pt_inception-2015-12-05-6726825d.pth"),
+        ({"output": "nowhere/o.json"}, 2, "--output nowhere/o.json: there is no folder nowhere; make it first"),
         ({"num_images": 5}, 2, "--num_images is of a model to sample"),
         ({"write_reference": "a.npz", "reference": None, "metrics": ["uniformity"]}, 2, "--write_reference needs --reference"),
     ],
