@@ -32,7 +32,7 @@ class EvaluationArguments:
     )
     eval_metrics: list[str] = flag(  # noqa: RUF009
         ["frechet_distance"],
-        "what else to measure of the same samples and their features, e.g. kid precision recall, see docs/METRICS.md; those by class need "
+        "what else to measure of the same samples and their features, e.g. kid precision recall, see docs/SCORES.md; those by class need "
         "--class_conditional; frechet_distance is measured always, as reports draw their curves of it",
         choices=Names("immiscible.evaluation.metrics", "METRICS"),
     )
