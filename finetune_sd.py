@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from immiscible.configs import TextToImageConfig
-from immiscible.errors import run_script
+from immiscible.errors import UserError, run_script
 from immiscible.flags import parse_config
 from train_text_to_image import train_text_to_image
 
 
 def main(argv: Sequence[str]) -> None:
     config = parse_config(TextToImageConfig, argv, program=Path(__file__).name, description=__doc__ or "")
+    if config.model_preset:
+        raise UserError(f"--model_preset {config.model_preset} begins with random weights; use train_text_to_image.py")
     train_text_to_image(config, from_scratch=False)
 
 

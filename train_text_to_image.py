@@ -2,7 +2,8 @@
 """Trains a Stable Diffusion U-Net from random weights on captions or class names, with noise coupling and asymmetric timesteps.
 
 The checkpoint of --pretrained_model_name_or_path gives VAE, text encoder, tokenizer, scheduler and the U-Net's configuration; to start
-from its weights take finetune_sd.py. Takes every flag of the diffusers example of this name:
+from its weights take finetune_sd.py. --model_preset puts a transformer into the U-Net's place. Takes every flag of the diffusers example of
+this name:
 
     accelerate launch train_text_to_image.py --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 --dataset_name DATA \\
       --prediction_type v_prediction --output_dir runs/scratch

@@ -175,7 +175,8 @@ class TextToImageConfig(
         _check_epsilon(self, "--use_lora, whose first gradients are 0" if self.use_lora else None)
         if self.use_lora and self.dream_training:
             raise UserError("--dream_training is for the whole U-Net; leave out --use_lora")
-        if unguided := [scale for scale in self.eval_guidance_scales if scale < 1]:  # diffusers' pipeline would take it for 1
+        unguided = [scale for scale in self.eval_guidance_scales if scale < 1]
+        if unguided and not self.model_preset:  # diffusers' pipeline would take it for 1, and ours of a transformer does not
             raise UserError(f"--eval_guidance_scales must be at least 1 for prompts, not {unguided[0]:g}")
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             raise UserError(f"--dream_training needs epsilon-prediction, not {self.prediction_type}")

@@ -92,8 +92,8 @@ def gigaflops(parts: StableDiffusion, resolution: int) -> dict[str, float]:
 
     side, found = resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1), {}
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel.from_config(parts.unet.config), AutoencoderKL.from_config(parts.vae.config)
-        states = torch.empty(1, parts.tokenizer.model_max_length, parts.unet.config.cross_attention_dim)
+        unet, vae = UNet2DConditionModel.from_config(parts.network.config), AutoencoderKL.from_config(parts.vae.config)
+        states = torch.empty(1, parts.tokenizer.model_max_length, parts.network.config.cross_attention_dim)
         latent, image = torch.empty(1, 4, side, side), torch.empty(1, 3, resolution, resolution)
         time_ = torch.zeros(1, dtype=torch.int64)
     work = {
@@ -171,9 +171,9 @@ def compare(arguments: argparse.Namespace, root: Path) -> None:
         write_cache(folder, config, parts, source, accelerator, model=named, batch_size=arguments.batch, rows_per_shard=2048)
         cache = LatentCache(folder, json.loads((folder / MANIFEST).read_text()))
         place_frozen(parts, accelerator.device, parts.vae.dtype)
-        parts.unet.to(accelerator.device).train()
+        parts.network.to(accelerator.device).train()
         objective = build_objective(config, parts.scheduler, accelerator)
-        model, optimizer = accelerator.prepare(parts.unet, OPTIMIZERS[arguments.optimizer](parts.unet.parameters(), lr=1e-5))
+        model, optimizer = accelerator.prepare(parts.network, OPTIMIZERS[arguments.optimizer](parts.network.parameters(), lr=1e-5))
         transform = ImageTransform(arguments.resolution, center_crop=True)
         encoder = TextToImageEncoder(parts, accelerator.device)
         order = GlobalBatchOrder(len(source), arguments.batch, seed=0, stop=10**9)

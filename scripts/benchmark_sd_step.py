@@ -51,11 +51,11 @@ def parts(arguments: argparse.Namespace) -> tuple:
     )
     found = load_stable_diffusion(config, resolution=config.resolution, cache_dir=None, from_scratch=False)
     if arguments.channels:
-        settings = {**found.unet.config, "block_out_channels": arguments.channels}
-        found.unet = UNet2DConditionModel.from_config(settings)
+        settings = {**found.network.config, "block_out_channels": arguments.channels}
+        found.network = UNet2DConditionModel.from_config(settings)
     place(found, accelerator, rank=config.rank if config.use_lora else None, idle=False)
-    ema = build_ema(found.unet, config, accelerator.device)
-    model, optimizer = accelerator.prepare(found.unet, build_optimizer(found.unet, config))
+    ema = build_ema(found.network, config, accelerator.device)
+    model, optimizer = accelerator.prepare(found.network, build_optimizer(found.network, config))
     return accelerator, found, model, optimizer, ema
 
 

@@ -113,7 +113,7 @@ def fill(config: TextCacheConfig | ImageCacheConfig, accelerator: Accelerator) -
     else:
         source = captioned_source(config, config.labels_for)
         parts = load_stable_diffusion(config, from_scratch=True, **common)
-        parts.unet.to("meta")  # gigabytes that nobody needs here
+        parts.network.to("meta")  # gigabytes that nobody needs here
     return write_cache(
         Path(str(config.latent_cache_dir)),
         config,

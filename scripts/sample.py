@@ -71,8 +71,8 @@ def add_sampling(parser: Any) -> None:
     parser.add_argument(
         "--guidance_scale",
         type=number(float, least=0, most=100),
-        help="1 is no guidance; required with prompts or class names, at least 1 there; of a model trained with --class_dropout_prob 1 by "
-        "default, and 0 samples no class",
+        help="1 is no guidance; required with prompts or class names, at least 1 there of a U-Net; of a model trained with "
+        "--class_dropout_prob 1 by default, and 0 samples no class",
     )
     parser.add_argument(
         "--guidance_interval",
@@ -128,7 +128,7 @@ def check_guidance(arguments: argparse.Namespace, loaded: Loaded) -> None:
             f"--guidance_scale is for text-to-image pipelines and models trained with --class_dropout_prob; --model {arguments.model} is "
             "neither"
         )
-    if loaded.prompted and scale < 1:
+    if scale is not None and scale < loaded.least_guidance:
         raise UserError(f"--guidance_scale must be at least 1 with prompts, not {scale:g}")
     if interval and (loaded.prompted or scale in (None, 1)):
         raise UserError("--guidance_interval is for a model that is told classes by number, and --guidance_scale other than 1")

@@ -255,13 +255,14 @@ class CachedTextEncoder(_FromMoments, TextToImageEncoder):
 
     cache: LatentCache | None = None
 
-    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """See `TextToImageEncoder`; in the precision that the text encoder would give, pooled states where labels are made of them."""
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
+        """See `TextToImageEncoder`; in the precision that the text encoder would give."""
         assert self.cache is not None
-        names = ("states", "pooled") if self.pooled_labels else ("states",)
         dtype = self.parts.text_encoder.dtype
-        found = [self.cache.texts(captions, name).to(self.device, dtype, non_blocking=True) for name in names]
-        return found[0], found[1] if self.pooled_labels else None
+        needed = {"states": not self.pooled, "pooled": self.pooled or self.pooled_labels}
+        names = [name for name, wanted in needed.items() if wanted]
+        found = {name: self.cache.texts(captions, name).to(self.device, dtype, non_blocking=True) for name in names}
+        return found.get("states"), found.get("pooled")
 
 
 def open_cache(folder: Path, data: ImageArguments, parts: Parts, source: ImageSource, *, precision: str | None) -> LatentCache:

@@ -32,17 +32,21 @@ class TextToImageEncoder:
         parts: of the checkpoint; VAE and text encoder already on the device.
         device: where training happens.
         empty_prompts: share of the images whose caption is left empty, drawn for each image.
+        pooled: tell the network the pooled state of a caption, and not the states of its tokens.
         pooled_labels: give couplings the captions' pooled text states for labels, where the batch has no classes.
     """
 
     parts: StableDiffusion
     device: torch.device
     empty_prompts: float = 0.0
+    pooled: bool = False
     pooled_labels: bool = False
 
     @torch.no_grad()
     def __call__(self, batch: Images, draws: Draws) -> Encoded:
-        """See `Encoded`: ``x0`` are latents [B, 4, H/8, W/8], the condition is ``encoder_hidden_states`` [B, L, E]."""
+        """See `Encoded`: ``x0`` are latents [B, 4, H/8, W/8], the condition is ``encoder_hidden_states`` [B, L, E] or
+        ``pooled_projections`` [B, E].
+        """
         captions = list(batch.captions or ())
         x0 = latent_draw(*self.posterior(batch.x0), self.parts.vae.config.scaling_factor, draws)
         if self.empty_prompts:
@@ -52,7 +56,9 @@ class TextToImageEncoder:
         labels = None if batch.labels is None else batch.labels.to(self.device)
         if labels is None and self.pooled_labels and pooled is not None:
             labels = pooled.float()
-        return Encoded(x0, labels, {"encoder_hidden_states": states})
+        name, told = ("pooled_projections", pooled) if self.pooled else ("encoder_hidden_states", states)
+        assert told is not None
+        return Encoded(x0, labels, {name: told})
 
     @torch.no_grad()
     def expected(self, batch: Images) -> Tensor:
@@ -65,8 +71,8 @@ class TextToImageEncoder:
         posterior = vae.encode(images.to(self.device, vae.dtype, non_blocking=True)).latent_dist
         return posterior.mean, posterior.logvar
 
-    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """The states [B, L, E] and pooled states [B, E] of captions."""
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
+        """The states [B, L, E] and pooled states [B, E] of captions; a cache gives those alone that are needed."""
         return text_states(self.parts, captions, self.device)
 
 

@@ -73,7 +73,7 @@ class ModelArguments:
 
 @dataclass
 class TextModelArguments:
-    """The checkpoint that gives VAE, text encoder, tokenizer, scheduler and the U-Net or its configuration."""
+    """The checkpoint that gives VAE, text encoder, tokenizer, scheduler and, without a preset, the U-Net or its configuration."""
 
     _argument_group_name = "model"
 
@@ -83,6 +83,12 @@ class TextModelArguments:
     non_ema_revision: str | None = flag(None, "the revision that holds the non-EMA U-Net")
     prediction_type: str | None = flag(
         None, "what the network predicts; by default what the checkpoint's scheduler says", choices=("epsilon", "sample", "v_prediction")
+    )
+    model_preset: str | None = flag(
+        None,
+        "a diffusion transformer (DiT) by name in the place of the checkpoint's U-Net, from random weights, told the text encoder's pooled "
+        "state (train_text_to_image.py)",
+        choices=Names("immiscible.networks.dit", "TEXT_PRESETS"),
     )
     use_lora: bool = flag(False, "train low-rank adapters of the attention and leave the rest of the U-Net as it is (finetune_sd.py)")
     rank: int = flag(4, "rank of the adapters", least=1, most=2**12)
@@ -95,6 +101,11 @@ class TextModelArguments:
         """
         if self.pretrained_model_name_or_path is None:
             raise UserError("--pretrained_model_name_or_path is required: a Stable Diffusion checkpoint, on the hub or in a folder")
+        preset = f"--model_preset {self.model_preset}"
+        if self.model_preset and self.use_lora:
+            raise UserError(f"--use_lora adapts pretrained weights, which {preset} does not have; choose one")
+        if self.model_preset and self.non_ema_revision:
+            raise UserError(f"--non_ema_revision is of the checkpoint's U-Net, whose place {preset} takes; choose one")
 
 
 @dataclass

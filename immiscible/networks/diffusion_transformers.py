@@ -1,13 +1,15 @@
-"""Diffusion transformers as their papers have them: DiT with one embedder of time and class, and MDT, which also learns from masked images.
+"""Diffusion transformers as their papers have them: DiT with one embedder of time and class, DiT that is told a text in the class's place,
+and MDT, which also learns from masked images.
 
 In diffusers each block of a DiT owns a copy of the embedder, of which the original has one, and drops labels anew in each copy, from the
 global generator. Here the copies are one module, and who trains drops labels, once for each image. A DiT is saved as plain diffusers loads
-it. A run of an MDT, which diffusers has not, leaves this file beside its weights; it needs torch and diffusers alone.
+it. A run of another, which diffusers has not, leaves this file beside its weights; it needs torch and diffusers alone.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import wraps
 from inspect import Parameter, signature
 from typing import Any
@@ -81,11 +83,53 @@ class DiTTransformer2DModel(diffusers.DiTTransformer2DModel):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         times = self.embedder.timestep_embedder
-        for weight in (times.linear_1.weight, times.linear_2.weight, self.embedder.class_embedder.embedding_table.weight):
+        told = next(self.embedder.class_embedder.parameters())  # the table of classes, or the matrix of a text
+        for weight in (times.linear_1.weight, times.linear_2.weight, told):
             nn.init.normal_(weight, std=0.02)
         for layer in (*(block.norm1.linear for block in self.blocks()), self.proj_out_1, self.proj_out_2):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+
+def _with_setting(name: str, default: Any) -> Callable[[Any], Any]:
+    """Marks a constructor as one of a DiT with a setting more; diffusers knows the settings by the signature."""
+
+    def mark(constructor: Any) -> Any:
+        others = signature(diffusers.DiTTransformer2DModel.__init__).parameters.values()
+        own = Parameter(name, Parameter.KEYWORD_ONLY, default=default)
+        constructor.__signature__ = signature(constructor).replace(parameters=[*others, own])
+        return constructor
+
+    return mark
+
+
+class TextDiTTransformer2DModel(DiTTransformer2DModel):
+    """A DiT that is told a text by one vector: a linear layer of the text encoder's pooled state is added to the embedded time, where a DiT
+    has the embedded class (SpeeD, appendix A.7 and its code).
+
+    Args:
+        text_width: of the pooled state, E.
+        config: as of a DiT; there are no classes.
+    """
+
+    @_with_setting("text_width", 768)
+    def __init__(self, *args: Any, text_width: int = 768, **config: Any) -> None:
+        super().__init__(*args, **config)
+        self.register_to_config(text_width=text_width)
+        self.embedder.class_embedder = nn.Linear(text_width, self.inner_dim)
+
+    def forward(  # type: ignore[override]  # it takes no labels
+        self, hidden_states: Tensor, timestep: Tensor, pooled_projections: Tensor, **options: Any
+    ) -> Any:
+        """The network's output, [B, C, H, W].
+
+        Args:
+            hidden_states: [B, C, H, W].
+            timestep: [B], of any type.
+            pooled_projections: the text of each image, [B, E], of any floating type; that of the empty text says none.
+            options: diffusers' others.
+        """
+        return super().forward(hidden_states, timestep, pooled_projections.to(self.dtype), **options)
 
 
 class MDTTransformer2DModel(DiTTransformer2DModel):
@@ -100,6 +144,7 @@ class MDTTransformer2DModel(DiTTransformer2DModel):
         config: as of a DiT.
     """
 
+    @_with_setting("num_decoder_layers", 2)
     def __init__(self, *args: Any, num_decoder_layers: int = 2, **config: Any) -> None:
         super().__init__(*args, **config)
         self.register_to_config(num_decoder_layers=num_decoder_layers)
@@ -116,10 +161,6 @@ class MDTTransformer2DModel(DiTTransformer2DModel):
         self.encoder_position = nn.Parameter(torch.zeros_like(positions))  # added to the fixed ones
         self.decoder_position = nn.Parameter(positions.clone())
         self._tie()
-
-    _others = signature(diffusers.DiTTransformer2DModel.__init__).parameters.values()
-    _own = Parameter("num_decoder_layers", Parameter.KEYWORD_ONLY, default=2)
-    __init__.__signature__ = signature(__init__).replace(parameters=[*_others, _own])  # type: ignore[attr-defined]  # for diffusers
 
     def blocks(self) -> list[Any]:
         """See `DiTTransformer2DModel.blocks`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError, first_line
-from immiscible.networks.kinds import DECODER, NULL_CLASS, ROWS, channels_out, read_config, settings_of
+from immiscible.networks.kinds import DECODER, NULL_CLASS, ROWS, TEXT_WIDTH, channels_out, read_config, settings_of
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -29,6 +29,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mdt-b-2": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64, "patch_size": 2, "num_decoder_layers": 2},
     "mdt-xl-2": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "patch_size": 2, "num_decoder_layers": 2},
 }
+
+TEXT_PRESETS = ("dit-tiny", "dit-s-2", "dit-b-2", "dit-l-2", "dit-xl-2")  # of `PRESETS`, those that can be told prompts
 
 
 def dit_config(
@@ -84,15 +86,34 @@ def dit_config(
     return {**config, **own}
 
 
+def text_dit_config(preset: str, *, resolution: int, channels: int, downsampling: int, width: int) -> dict[str, Any]:
+    """The constructor arguments of a transformer of latents that is told prompts, one of `TEXT_PRESETS`.
+
+    Args:
+        preset: which.
+        resolution: of the images.
+        channels: of their latents.
+        downsampling: the side of an image divided by that of its latent.
+        width: of the text encoder's pooled states.
+
+    Raises:
+        UserError: the latent is not made of whole patches.
+    """
+    common: dict[str, Any] = {"config_name_or_path": None, "dropout": None}
+    config = dit_config(preset=preset, resolution=resolution, channels=channels, downsampling=downsampling, **common)
+    return {**config, TEXT_WIDTH: width}
+
+
 def build_dit(config: dict[str, Any]) -> DiTTransformer2DModel:
     """A transformer with fresh weights, drawn from the global generator as DiT draws them.
 
     Raises:
         UserError: diffusers cannot build a network of this configuration.
     """
-    from immiscible.networks.diffusion_transformers import DiTTransformer2DModel, MDTTransformer2DModel
+    from immiscible.networks import diffusion_transformers as ours
 
-    kind = MDTTransformer2DModel if DECODER in config else DiTTransformer2DModel
+    kind: Any = ours.MDTTransformer2DModel if DECODER in config else ours.DiTTransformer2DModel
+    kind = ours.TextDiTTransformer2DModel if TEXT_WIDTH in config else kind
     try:
         network: DiTTransformer2DModel = kind.from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:

@@ -21,6 +21,7 @@ NULL_CLASS = "_null_class"
 ROWS = "num_embeds_ada_norm"  # a transformer's number of classes, which no U-Net has; its embedding has a row more, for no class
 
 DECODER = "num_decoder_layers"  # a setting of masked transformers (MDT) alone
+TEXT_WIDTH = "text_width"  # a setting of transformers alone that are told a prompt by one vector
 
 
 def part_of(network: ModelMixin) -> str:
@@ -30,7 +31,12 @@ def part_of(network: ModelMixin) -> str:
 
 def is_foreign(network: ModelMixin) -> bool:
     """Whether diffusers has not this class of network, so that its code goes with its weights."""
-    return DECODER in network.config
+    return DECODER in network.config or told_pooled(network)
+
+
+def told_pooled(network: ModelMixin) -> bool:
+    """Whether a network is told a prompt by the text encoder's pooled state, and not by the states of its tokens."""
+    return TEXT_WIDTH in network.config
 
 
 def classes_told(network: ModelMixin) -> int | None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from immiscible.errors import UserError, first_line
 from immiscible.networks.arguments import TextModelArguments
+from immiscible.networks.dit import build_dit, text_dit_config
+from immiscible.networks.kinds import part_of, told_pooled
 from immiscible.networks.latents import latent_downsampling, refuse_single_file
 from immiscible.networks.weights import LOAD_ERRORS, PRECISIONS, weights_digest
 
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from immiscible.networks.diffusion_transformers import TextDiTTransformer2DModel
+
 PIPELINE = "StableDiffusionPipeline"
+TEXT_PIPELINE = "PooledTextPipeline"  # ours, of a transformer in the U-Net's place: `immiscible.sampling.text_pipeline`
 LEAST_SIGNAL = 1e-6  # of alpha_bar at the last step; Stable Diffusion's is 0.0047
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]  # what diffusers' LoRA example adapts
 
@@ -31,7 +36,7 @@ class StableDiffusion:
     """The parts of a checkpoint; VAE and text encoder are frozen.
 
     Args:
-        unet: what is trained, fp32; with adapters its own weights are frozen.
+        network: what is trained, fp32: the U-Net, of which with adapters its own weights are frozen, or a transformer in its place.
         vae: images to latents and back.
         text_encoder: token ids to text states.
         tokenizer: of the text encoder.
@@ -42,7 +47,7 @@ class StableDiffusion:
         pretrained_prediction: the checkpoint's own prediction type.
     """
 
-    unet: UNet2DConditionModel
+    network: UNet2DConditionModel | TextDiTTransformer2DModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
@@ -55,7 +60,7 @@ class StableDiffusion:
     @property
     def identity(self) -> dict[str, Any]:
         """What tells these parts from another checkpoint's, wherever they were loaded from."""
-        configs = {"unet": self.unet.config, "vae": self.vae.config, "scheduler": self.scheduler.config}
+        configs = {part_of(self.network): self.network.config, "vae": self.vae.config, "scheduler": self.scheduler.config}
         settings = {part: {name: value for name, value in config.items() if not name.startswith("_")} for part, config in configs.items()}
         return {**settings, "frozen": self.digest}
 
@@ -65,9 +70,9 @@ def load_stable_diffusion(arguments: TextModelArguments, *, resolution: int, cac
 
     Args:
         arguments: which checkpoint, and what it shall predict; with ``use_lora`` the digest is of the U-Net's own weights too.
-        resolution: of the run's images. The U-Net's ``sample_size`` becomes its, at which pipelines then sample by default.
+        resolution: of the run's images. The network's ``sample_size`` becomes its, at which pipelines then sample by default.
         cache_dir: where models of the hub are kept.
-        from_scratch: gives the U-Net fresh weights, drawn from the global generator.
+        from_scratch: gives the U-Net fresh weights, drawn from the global generator. A transformer has no others.
 
     Raises:
         UserError: it cannot be loaded, is no Stable Diffusion 1.x or 2.x, or does not go with the flags.
@@ -75,9 +80,11 @@ def load_stable_diffusion(arguments: TextModelArguments, *, resolution: int, cac
     name = str(arguments.pretrained_model_name_or_path)
     refuse_single_file("--pretrained_model_name_or_path", name, PIPELINE)
     common = {"revision": arguments.revision, "cache_dir": cache_dir}
-    _check_family(name, common)
+    _check_family(name, common, with_unet=not arguments.model_preset)
     try:
-        parts = _load_parts(name, {**common, "variant": arguments.variant}, arguments.non_ema_revision or arguments.revision, from_scratch)
+        parts = _load_parts(arguments, {**common, "variant": arguments.variant}, resolution, from_scratch)
+    except UserError:
+        raise
     except LOAD_ERRORS as error:
         raise UserError(f"--pretrained_model_name_or_path {name}: cannot be loaded ({first_line(error)})", exit_code=1) from None
     if arguments.prediction_type is not None:
@@ -87,29 +94,41 @@ def load_stable_diffusion(arguments: TextModelArguments, *, resolution: int, cac
     factor = latent_downsampling(parts.vae)
     if resolution % factor:
         raise UserError(f"--resolution {resolution} must be a multiple of {factor}, by which the VAE of {name} divides images")
-    parts.unet.register_to_config(sample_size=resolution // factor)
-    frozen = [parts.vae, parts.text_encoder, *([parts.unet] if arguments.use_lora else [])]
+    parts.network.register_to_config(sample_size=resolution // factor)
+    frozen = [parts.vae, parts.text_encoder, *([parts.network] if arguments.use_lora else [])]
     parts.digest = " ".join(map(weights_digest, frozen))
     return parts
 
 
-def _load_parts(name: str, options: dict[str, Any], unet_revision: str | None, from_scratch: bool) -> StableDiffusion:
+def _load_parts(arguments: TextModelArguments, options: dict[str, Any], resolution: int, from_scratch: bool) -> StableDiffusion:
     """The parts as they are in the checkpoint; ``options`` are those of its revision, variant and cache."""
-    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers import DDPMScheduler
     from transformers import CLIPTokenizer
 
+    name = str(arguments.pretrained_model_name_or_path)
     common = {"revision": options["revision"], "cache_dir": options["cache_dir"]}
     scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **common)
     tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **common)
     vae, text_encoder = load_frozen(name, options)
     limit_length(tokenizer, text_encoder)
-    if from_scratch:
-        settings = UNet2DConditionModel.load_config(name, subfolder="unet", **{**common, "revision": unet_revision})
-        unet = UNet2DConditionModel.from_config(settings)
+    if arguments.model_preset:
+        latents = {"channels": vae.config.latent_channels, "downsampling": latent_downsampling(vae)}
+        width = text_encoder.config.hidden_size
+        network: Any = build_dit(text_dit_config(arguments.model_preset, resolution=resolution, width=width, **latents))
     else:
-        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **{**options, "revision": unet_revision})
+        network = _load_unet(name, {**options, "revision": arguments.non_ema_revision or arguments.revision}, from_scratch)
     own = scheduler.config.prediction_type
-    return StableDiffusion(unet.float(), vae, text_encoder, tokenizer, scheduler, name, options, pretrained_prediction=own)
+    return StableDiffusion(network.float(), vae, text_encoder, tokenizer, scheduler, name, options, pretrained_prediction=own)
+
+
+def _load_unet(name: str, options: dict[str, Any], from_scratch: bool) -> UNet2DConditionModel:
+    """The checkpoint's, or one of its configuration with fresh weights."""
+    from diffusers import UNet2DConditionModel
+
+    if not from_scratch:
+        return UNet2DConditionModel.from_pretrained(name, subfolder="unet", **options)
+    common = {key: value for key, value in options.items() if key != "variant"}
+    return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(name, subfolder="unet", **common))
 
 
 def limit_length(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
@@ -131,8 +150,8 @@ def load_frozen(name: str, options: dict[str, Any]) -> tuple[AutoencoderKL, CLIP
     return vae, text_encoder
 
 
-def _check_family(name: str, options: dict[str, Any]) -> None:
-    """Looks at what the checkpoint says it is; loads nothing."""
+def _check_family(name: str, options: dict[str, Any], *, with_unet: bool) -> None:
+    """Looks at what the checkpoint says it is, and whether it has all parts, of which a U-Net is not always wanted; loads nothing."""
     import diffusers
 
     try:
@@ -144,8 +163,8 @@ def _check_family(name: str, options: dict[str, Any]) -> None:
             exit_code=1,
         ) from None
     family = found.get("_class_name", "an unnamed pipeline")
-    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    if "text_encoder_2" in found or "transformer" in found:
+    parts = (*(["unet"] if with_unet else []), "vae", "text_encoder", "tokenizer", "scheduler")
+    if "text_encoder_2" in found or ("transformer" in found and family != TEXT_PIPELINE):
         raise UserError(
             f"--pretrained_model_name_or_path {name} is a {family}: these scripts train Stable Diffusion 1.x and 2.x ({PIPELINE}) only, "
             f"not SDXL, SD3 or Flux"
@@ -165,7 +184,17 @@ def _check_family(name: str, options: dict[str, Any]) -> None:
 
 def _check_parts(parts: StableDiffusion) -> None:
     """Whether they go together, and are what is trained here."""
-    unet, named = parts.unet, f"--pretrained_model_name_or_path {parts.name}"
+    named = f"--pretrained_model_name_or_path {parts.name}"
+    if not told_pooled(parts.network):
+        _check_unet(parts, named)
+    words = parts.tokenizer("a photograph").input_ids
+    if set(words) <= set(parts.tokenizer.all_special_ids):  # made up where the files of words are not there
+        raise UserError(f"{named}: its tokenizer knows no words; is its vocabulary there?", exit_code=1)
+
+
+def _check_unet(parts: StableDiffusion, named: str) -> None:
+    """Whether the U-Net takes the VAE's latents and the text encoder's states, and nothing else."""
+    unet: Any = parts.network
     channels, latent_channels = unet.config.in_channels, parts.vae.config.latent_channels
     if channels != latent_channels or unet.config.class_embed_type or unet.config.num_class_embeds:
         raise UserError(
@@ -175,9 +204,6 @@ def _check_parts(parts: StableDiffusion) -> None:
     width, wanted = parts.text_encoder.config.hidden_size, unet.config.cross_attention_dim
     if isinstance(wanted, int) and width != wanted:
         raise UserError(f"{named}: its U-Net takes text states of width {wanted}, its text encoder gives {width}")
-    words = parts.tokenizer("a photograph").input_ids
-    if set(words) <= set(parts.tokenizer.all_special_ids):  # made up where the files of words are not there
-        raise UserError(f"{named}: its tokenizer knows no words; is its vocabulary there?", exit_code=1)
 
 
 def _check_end(parts: StableDiffusion) -> None:
@@ -191,14 +217,17 @@ def _check_end(parts: StableDiffusion) -> None:
         )
 
 
-def initial_weights(name: str, *, from_scratch: bool, rank: int | None) -> str:
-    """With which weights a U-Net begins, in words, for the start of the run and the model card.
+def initial_weights(name: str, *, from_scratch: bool, rank: int | None, preset: str | None = None) -> str:
+    """With which weights a network begins, in words, for the start of the run and the model card.
 
     Args:
         name: of the checkpoint.
         from_scratch: whether it has fresh ones.
         rank: of its adapters; None without.
+        preset: of a transformer in the U-Net's place; None of a U-Net.
     """
+    if preset:
+        return f"random, of {preset}, which is told the pooled text state in the place of the U-Net of {name}"
     if from_scratch:
         return f"random, not those of {name}, with which finetune_sd.py begins"
     return f"those of {name}" + ("" if rank is None else f", frozen, with adapters of rank {rank}")
@@ -221,8 +250,8 @@ def place(parts: StableDiffusion, accelerator: Accelerator, *, rank: int | None,
     dtype = PRECISIONS[accelerator.mixed_precision]
     place_frozen(parts, torch.device("cpu") if idle else accelerator.device, dtype)
     if rank is not None:
-        add_adapters(parts.unet, rank, dtype)
-    parts.unet.to(accelerator.device).train()
+        add_adapters(parts.network, rank, dtype)
+    parts.network.to(accelerator.device).train()
 
 
 def place_frozen(parts: StableDiffusion, device: torch.device, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from immiscible.errors import UserError
-from immiscible.networks.kinds import classes_told, null_class
+from immiscible.networks.kinds import classes_told, null_class, told_pooled
 from immiscible.networks.latents import latent_downsampling
 from immiscible.networks.weights import weights_digest
 from immiscible.sampling.pipelines import network_of
@@ -61,6 +61,11 @@ class Loaded:
         """Whether its samples can be guided: by prompts, or by a class that means none."""
         return self.prompted or null_class(network_of(self.pipeline)) is not None
 
+    @property
+    def least_guidance(self) -> float:
+        """The least scale that its pipeline takes; diffusers' own of prompts takes what is below 1 for 1."""
+        return 1 if self.prompted and not told_pooled(network_of(self.pipeline)) else 0
+
 
 def take_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
     """The pipeline with another sampler of its noise process, one of `SCHEDULERS`.
@@ -105,7 +110,10 @@ def image_size(loaded: Loaded, side: int | None) -> tuple[int, int]:
         factor = pipeline.vae_scale_factor
         if side is not None and side % factor:
             raise UserError(f"--resolution {side} must be a multiple of {factor}, by which the VAE divides it")
-        return (side, side) if side is not None else (width * factor, height * factor)
+        own = (width * factor, height * factor)
+        if told_pooled(network_of(pipeline)) and side not in (None, own[0]):
+            raise UserError(f"--resolution {side}: this network has one size, {own[0]}; leave it out")
+        return own if side is None else (side, side)
     if side is not None:
         raise UserError("--resolution is for text-to-image pipelines; this network has one size")
     decoder = _decoder(pipeline)

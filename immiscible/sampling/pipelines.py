@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from immiscible import networks
 from immiscible.errors import UserError
-from immiscible.networks.kinds import PARTS, classes_told, is_foreign, part_of
+from immiscible.networks.kinds import PARTS, classes_told, is_foreign, part_of, told_pooled
 from immiscible.networks.stable_diffusion import StableDiffusion
 from immiscible.randomness import derive_seed, seeded_generator
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, StableDiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 
 CLASS_PIPELINE = Path(__file__).with_name("class_pipeline.py")  # which imports diffusers, and so is imported where it is used
+TEXT_PIPELINE = Path(__file__).with_name("text_pipeline.py")  # likewise
 EDM_SCHEDULER = Path(__file__).with_name("edm_scheduler.py")
 TRANSFORMERS = Path(networks.__file__).with_name("diffusion_transformers.py")
 WHOLE = (0.0, 1.0)  # the interval of all noise levels
@@ -116,7 +117,7 @@ def is_plain(pipeline: DiffusionPipeline) -> bool:
 
 def class_pipeline(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Our pipeline of the same parts if diffusers' own knows nothing of classes, or less of them; else ``pipeline`` itself."""
-    if is_plain(pipeline):
+    if is_plain(pipeline) or told_pooled(network_of(pipeline)):
         return pipeline
     from immiscible.sampling.class_pipeline import ClassConditionalPipeline
 
@@ -124,7 +125,7 @@ def class_pipeline(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path, class_names: Sequence[str] = ()) -> None:
-    """Leaves a pipeline from `build_pipeline` in a folder, with the file of ours by which diffusers samples it where its own does not.
+    """Leaves a pipeline that was built here in a folder, with the file of ours by which diffusers samples it where its own does not.
 
     An EDM network's sampler becomes diffusers' own, by Euler's steps. FDM's stays, with the file that it stands in beside it; so does the
     code of a network that diffusers has not. A `DiTPipeline` keeps the names of the classes, by which diffusers' finds their numbers.
@@ -147,11 +148,12 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, class_names: Sequen
     if is_foreign(network):
         shutil.copyfile(TRANSFORMERS, folder / "transformer" / TRANSFORMERS.name)
     if not is_plain(pipeline):
-        shutil.copyfile(CLASS_PIPELINE, folder / "pipeline.py")
+        shutil.copyfile(TEXT_PIPELINE if told_pooled(network) else CLASS_PIPELINE, folder / "pipeline.py")
 
 
-def build_text_pipeline(parts: StableDiffusion) -> StableDiffusionPipeline:
-    """The checkpoint's own pipeline with the U-Net in training, and its own sampler told the prediction type that is trained.
+def build_text_pipeline(parts: StableDiffusion) -> DiffusionPipeline:
+    """The checkpoint's own pipeline with the U-Net in training, and its own sampler told the prediction type that is trained; ours of a
+    transformer in the U-Net's place.
 
     A sampler that cannot sample that type (PNDM and "sample") gives way to DDIM. A safety checker is left out: it would blank samples.
     """
@@ -164,12 +166,16 @@ def build_text_pipeline(parts: StableDiffusion) -> StableDiffusionPipeline:
     if prediction_type == "sample" and kind == "PNDMScheduler":
         kind, options = "DDIMScheduler", {**options, "clip_sample": False}
     scheduler = getattr(diffusers, kind).from_pretrained(parts.name, subfolder="scheduler", **options)
-    side = parts.unet.config.sample_size
+    tokenizer = copy.deepcopy(parts.tokenizer)  # it has state, and the look-ahead thread uses its own
+    frozen = {"vae": parts.vae, "text_encoder": parts.text_encoder, "tokenizer": tokenizer}
+    if told_pooled(parts.network):
+        from immiscible.sampling.text_pipeline import PooledTextPipeline
+
+        return PooledTextPipeline(**frozen, transformer=parts.network, scheduler=scheduler)
+    side = parts.network.config.sample_size
     pipeline = diffusers.StableDiffusionPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=copy.deepcopy(parts.tokenizer),  # it has state, and the look-ahead thread uses its own
-        unet=parts.unet,
+        **frozen,
+        unet=parts.network,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -253,8 +259,9 @@ def _told(
 ) -> dict[str, Any]:
     """What the pipeline is told of the images with these numbers."""
     if prompts:
+        sizes = {} if told_pooled(network_of(pipeline)) else {"height": side, "width": side}  # a transformer has one
         told = [prompts[turn(number, len(prompts))] for number in numbers]
-        return {"prompt": told, "guidance_scale": scale, "height": side, "width": side}
+        return {"prompt": told, "guidance_scale": scale, **sizes}
     labels = sample_labels(network_of(pipeline), len(numbers), first=numbers[0], turn=turn)
     if labels is None:
         return {"batch_size": len(numbers)}

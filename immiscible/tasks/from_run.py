@@ -85,7 +85,9 @@ def _from_run(folder: Path, weights: str | None, base: str | None) -> Loaded:
         )
     weights = _chosen(weights, [kind for kind in WEIGHTS if config.use_ema or kind == "raw"], folder)
     part = _part(folder)
-    if isinstance(config, UnconditionalConfig) and (config.objective == "edm" or (folder / part / TRANSFORMERS.name).exists()):
+    if isinstance(config, TextToImageConfig) and config.model_preset:
+        pipeline = _told_texts(folder, folder / part, config, str(folder))
+    elif isinstance(config, UnconditionalConfig) and (config.objective == "edm" or (folder / part / TRANSFORMERS.name).exists()):
         # Diffusers' sampler is there in the place of the run's, or code that diffusers would have to be trusted with.
         vae = load_vae(str(folder / "vae"), resolution=config.resolution) if config.vae_model_name_or_path else None
         with _readable(str(folder)):
@@ -115,12 +117,8 @@ def _from_checkpoint(path: Path, weights: str | None, base: str | None) -> Loade
     weights = _chosen(weights, [kind for kind, after in WEIGHTS.items() if (path / f"{part}{after}").is_dir()], path)
     saved = path / f"{part}{WEIGHTS[weights]}"
     if isinstance(config, TextToImageConfig):
-        from immiscible.sampling.pipelines import build_text_pipeline
-
         own = str(folder) if (folder / "model_index.json").exists() else None
-        parts = _started_from(path, config, base or own, from_scratch=True)  # its fresh U-Net makes room for the checkpoint's
-        parts.unet = type(parts.unet).from_pretrained(saved)
-        return Loaded(build_text_pipeline(parts), weights, config.resolution)
+        return Loaded(_told_texts(path, saved, config, base or own), weights, config.resolution)
     vae = None
     if config.vae_model_name_or_path:
         own = next((str(folder / name) for name in ("vqvae", "vae") if (folder / name).is_dir()), None)
@@ -130,6 +128,16 @@ def _from_checkpoint(path: Path, weights: str | None, base: str | None) -> Loade
     else:
         _refuse_base(base, path)
     return Loaded(pipeline_of(config, saved_network(saved), vae), weights, config.resolution)
+
+
+def _told_texts(path: Path, saved: Path, config: TextToImageConfig, base: str | None) -> DiffusionPipeline:
+    """The pipeline of a network in the folder ``saved``, and of the checkpoint that its run started from."""
+    from immiscible.sampling.pipelines import build_text_pipeline
+
+    parts = _started_from(path, config, base, from_scratch=True)  # its fresh network makes room for the saved one
+    with _readable(str(path)):
+        parts.network = type(parts.network).from_pretrained(saved)
+    return build_text_pipeline(parts)
 
 
 def _adapted(folder: Path, config: TextToImageConfig, weights: str | None, base: str | None) -> Loaded:

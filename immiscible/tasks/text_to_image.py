@@ -1,4 +1,6 @@
-"""Text-to-image: the U-Net of a Stable Diffusion checkpoint trained on captions, from random weights, from its own, or by adapters."""
+"""Text-to-image: the U-Net of a Stable Diffusion checkpoint trained on captions, from random weights, from its own, or by adapters; or a
+transformer in its place.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,14 @@ from immiscible.encoding.encoders import Encoder
 from immiscible.encoding.texts import TextToImageEncoder, tell_long_captions
 from immiscible.errors import UserError
 from immiscible.method import build_objective
+from immiscible.networks.kinds import part_of, told_pooled
 from immiscible.networks.latents import latent_downsampling
 from immiscible.networks.stable_diffusion import StableDiffusion, initial_weights, load_frozen, load_stable_diffusion, place
 from immiscible.networks.weights import adapted, evaluation_weights, save_adapters
 from immiscible.objectives import DenoisingObjective
 from immiscible.processes import from_main_process
 from immiscible.randomness import reseed_globally
-from immiscible.sampling.pipelines import build_text_pipeline, sample_images
+from immiscible.sampling.pipelines import build_text_pipeline, sample_images, save_pipeline
 from immiscible.training.cards import text_to_image_card
 from immiscible.training.planning import classes_of
 from immiscible.training.summary import method_facts
@@ -36,21 +39,21 @@ from immiscible.training.task import TrainingData
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DiffusionPipeline, ModelMixin
     from diffusers.training_utils import EMAModel
     from huggingface_hub import ModelCard
 
 
 @dataclass
 class TextToImageTask:
-    """A U-Net that is told captions; see `immiscible.training.task.Task`.
+    """A network that is told captions; see `immiscible.training.task.Task`.
 
     Args:
         config: the run's flags.
-        parts: of the checkpoint, placed; the network is its U-Net.
+        parts: of the checkpoint, placed, with the network.
         objective: the loss.
         data: the images.
-        from_scratch: whether the U-Net began with random weights.
+        from_scratch: whether the network began with random weights.
         encode: of a loaded batch.
         encode_held_out: of images that are measured on.
     """
@@ -63,7 +66,6 @@ class TextToImageTask:
     encode: Encoder
     encode_held_out: Encoder
     facts: dict[str, str] = field(init=False)
-    part: ClassVar[str] = "unet"
     grid_name: ClassVar[str] = "validation"
     features: ClassVar[str] = "pixels"
     num_classes: ClassVar[None] = None
@@ -72,14 +74,19 @@ class TextToImageTask:
         config, schedule = self.config, str(self.parts.scheduler.config.beta_schedule)
         rank = config.rank if config.use_lora else None
         self.facts = {
-            "initial_weights": initial_weights(self.parts.name, from_scratch=self.from_scratch, rank=rank),
+            "initial_weights": initial_weights(self.parts.name, from_scratch=self.from_scratch, rank=rank, preset=config.model_preset),
             **method_facts(config, self.objective, schedule=schedule, inference_steps=config.validation_inference_steps),
         }
 
     @property
-    def network(self) -> UNet2DConditionModel:
+    def network(self) -> ModelMixin:
         """See `Task`."""
-        return self.parts.unet
+        return self.parts.network
+
+    @property
+    def part(self) -> str:
+        """See `Task`."""
+        return part_of(self.network)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -102,7 +109,7 @@ class TextToImageTask:
         source: Any = self.data.source
         return [source.captions(index)[0] for index in range(min(count, len(source)))]
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    def pipeline(self) -> DiffusionPipeline:
         """See `Task`."""
         return build_text_pipeline(self.parts)
 
@@ -129,14 +136,14 @@ class TextToImageTask:
         All parts are saved in fp32, those that this run rounded anew from the checkpoint.
         """
         parts = self.parts
-        if adapted(parts.unet):
-            save_adapters(parts.unet, folder)
+        if adapted(parts.network):
+            save_adapters(parts.network, folder)
             return
         if parts.vae.dtype != torch.float32:
             vae, text_encoder = load_frozen(parts.name, parts.options)
             parts = dataclasses.replace(parts, vae=vae, text_encoder=text_encoder)
-        with evaluation_weights(parts.unet, ema):
-            build_text_pipeline(parts).save_pretrained(folder)
+        with evaluation_weights(parts.network, ema):
+            save_pipeline(build_text_pipeline(parts), folder)
 
     def card(self, title: str, facts: Mapping[str, str], grid: Path | None) -> ModelCard:
         """See `Task`."""
@@ -146,15 +153,16 @@ class TextToImageTask:
             title=title,
             facts=facts,
             base_model=parts.name,
-            adapters=adapted(parts.unet),
-            resolution=parts.unet.config.sample_size * latent_downsampling(parts.vae),
+            adapters=adapted(parts.network),
+            own=told_pooled(parts.network),
+            resolution=parts.network.config.sample_size * latent_downsampling(parts.vae),
             prediction_type=prediction_type if prediction_type != parts.pretrained_prediction else None,
             grid=grid,
         )
 
 
 def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed: int, *, from_scratch: bool) -> TextToImageTask:
-    """The U-Net of ``--pretrained_model_name_or_path`` on the captioned images that the flags name.
+    """The U-Net of ``--pretrained_model_name_or_path``, or ``--model_preset`` in its place, on the captioned images that the flags name.
 
     Args:
         config: the run's flags; its precision becomes accelerate's own where the flag is not given.
@@ -186,6 +194,7 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
         parts,
         accelerator.device,
         empty_prompts=config.proportion_empty_prompts,
+        pooled=told_pooled(parts.network),
         pooled_labels=config.coupling_condition in ("centered", "penalty"),
     )
     encode_loaded: Any = cache.encoder(encode) if cache else encode

@@ -177,6 +177,21 @@ def test_batches_are_those_of_the_uncached_run(tiny_sd, dropout):
     assert not close(runs[1][0][1].x0, runs[1][3][1].x0)
 
 
+def test_a_network_that_is_told_pooled_states_is_given_those_alone(tiny_sd):
+    from immiscible.data.batches import Images
+
+    _, source, parts, cache = parts_of(tiny_sd)
+    plain, cached = encoders(parts, cache, empty_prompts=0.5, pooled=True)
+    captions, draws = ["picture 1", "number 2", "one of them", "picture 3"], Draws(3, 0, 0, CPU)
+    moments = torch.from_numpy(np.stack([cache.moments(index)[0] for index in range(4)]))
+    images = ImageTransform(64, center_crop=True, interpolation="lanczos")
+    pixels = torch.stack([images(source.load(index), 0, index) for index in range(4)])
+    found, wanted = cached(Images(moments, None, captions), draws), plain(Images(pixels, None, captions), draws)
+    assert found.condition.keys() == wanted.condition.keys() == {"pooled_projections"}
+    assert close(found.condition["pooled_projections"], wanted.condition["pooled_projections"]) and cached.texts(captions)[0] is None
+    assert wanted.condition["pooled_projections"].shape == (4, parts.text_encoder.config.hidden_size)
+
+
 def test_latents_are_distributed_as_the_vae_says(tiny_sd):
     """Mean and variance of 4,096 draws, each within five standard errors at every one of 256 places."""
     _, source, parts, cache = parts_of(tiny_sd)

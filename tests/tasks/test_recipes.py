@@ -20,6 +20,7 @@ from immiscible.flags import parse_config
 
 DEMO = sorted((ROOT / "configs/tasks").glob("sd_tiny*.yaml"))
 RECIPES = sorted(set((ROOT / "configs/tasks").glob("sd_*.yaml")) - set(DEMO))
+SPEED = ROOT / "configs/tasks/mscoco_dit.yaml"  # of another paper, with a network of its own
 METHODS = sorted((ROOT / "configs/methods").glob("*.yaml"))
 ACCELERATE = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 CONFIGS = {
@@ -54,7 +55,7 @@ def recipe(stem: str) -> tuple[UnconditionalConfig | TextToImageConfig, int]:
 # The files
 
 
-@pytest.mark.parametrize("path", RECIPES, **IDS)
+@pytest.mark.parametrize("path", [*RECIPES, SPEED], **IDS)
 def test_a_header_says_what_design_asks_for(path):
     text = path.read_text()
     header = text[: text.index("\n", text.rindex("\n#") + 1)]
@@ -110,6 +111,20 @@ def test_the_recipes_are_the_papers():
     assert (unconditional.ddpm_beta_start, unconditional.ddpm_beta_end) == (0.00085, 0.012)
 
 
+def test_the_recipe_of_speeds_text_to_image_is_the_papers():
+    """Table 5 and appendix A.7."""
+    config, count = recipe(SPEED.stem)
+    assert (config.model_preset, config.resolution, config.guidance_scale) == ("dit-xl-2", 256, 1.5)
+    assert (count * config.train_batch_size, config.max_train_steps, config.learning_rate, config.adam_weight_decay) == (
+        256,
+        400_000,
+        1e-4,
+        0,
+    )
+    assert config.use_ema and config.random_flip and config.proportion_empty_prompts == 0.1
+    assert (config.timestep_sampling, config.loss_weighting) == ("asymmetric", "change_aware")
+
+
 def test_one_gpu_takes_the_same_step_in_more_pieces():
     for stem in ("sd_imagenet", "sd_finetune_imagenet"):
         script = launch_line(ROOT / f"configs/tasks/{stem}.yaml")[1]
@@ -162,12 +177,13 @@ def shrunk(config: UnconditionalConfig | TextToImageConfig, small: dict[str, Pat
     words |= {"dataset_name": data} if config.dataset_name else {"train_data_dir": data}
     if isinstance(config, TextToImageConfig):
         words |= {"pretrained_model_name_or_path": small["model"], "report_to": "none", "validation_prompts": ["a cat", "a rocket"]}
+        words |= {"model_preset": "dit-tiny"} if config.model_preset else {}
         return flags({**words, "validation_inference_steps": 2})
     words |= {"vae_model_name_or_path": small["model"], "model_preset": "unet-tiny", "logger": "none"}
     return flags({**words, "ddpm_num_inference_steps": 2, "eval_batch_size": 2})
 
 
-@pytest.mark.parametrize("path", [*RECIPES[:2], *(pytest.param(path, marks=pytest.mark.slow) for path in RECIPES[2:])], **IDS)
+@pytest.mark.parametrize("path", [*RECIPES[:2], *(pytest.param(path, marks=pytest.mark.slow) for path in [*RECIPES[2:], SPEED])], **IDS)
 def test_a_recipe_trains_when_shrunk(script, small, tmp_path, path):
     _, program, words = launch_line(path)
     config = recipe(path.stem)[0]
@@ -260,7 +276,7 @@ def test_the_commands_of_the_page_on_stable_diffusion_parse():
 
 
 def test_the_page_on_data_names_every_recipe_with_foreign_data():
-    data = "sd|cifar10|celeba|tiny_imagenet|imagenet|metfaces|ffhq|digits|photo|emoji"
+    data = "sd|mscoco|cifar10|celeba|tiny_imagenet|imagenet|metfaces|ffhq|digits|photo|emoji"
     named = set(re.findall(rf"`((?:{data})\w*\*?)`", (ROOT / "docs/DATA.md").read_text()))
     no_data = {ROOT / f"configs/tasks/{part}.yaml" for part in ("classes", "consistency", "dit_tiny", "edm")}
     for path in {*(ROOT / "configs/tasks").glob("*.yaml")} - no_data:

@@ -310,6 +310,10 @@ def test_broken_weights_are_one_line(monkeypatch, tmp_path, part, width):
 
 BAD = {
     "adapters from scratch": ({"use_lora": True}, True, "--use_lora adapts pretrained weights.*finetune_sd.py"),
+    "adapters of a transformer": ({"use_lora": True, "model_preset": "dit-tiny"}, False, "--use_lora adapts pretrained weights"),
+    "tuned transformer": ({"model_preset": "dit-tiny"}, False, "--model_preset dit-tiny begins with random weights; use train_text"),
+    "revision of no unet": ({"model_preset": "dit-tiny", "non_ema_revision": "a"}, True, "--non_ema_revision is of the checkpoint's U-Net"),
+    "patches": ({"model_preset": "dit-tiny", "resolution": 40}, True, "--resolution 40 must be a multiple of 16"),
     "size": ({"resolution": 36}, False, "--resolution 36 must be a multiple of 8"),
     "both prompts": ({"validation_prompt": "a", "validation_prompts": ["b"]}, False, "choose one"),
     "average of adapters": ({"use_lora": True, "use_ema": True}, False, "--use_ema averages the whole U-Net"),
