@@ -51,7 +51,8 @@ grid() { # name, core-minutes, task, seeds, methods, flags of every run
   [ -d "$kept" ] || return 0
   if [ -f "$out/$name/report.md" ]; then sed '/^## /,$!d' "$out/$name/report.md" > "$kept/report.md"; fi
   : > "$kept/distances.md"
-  for measure in frechet_distance frechet_distance_held_out nearest_neighbor_ratio; do
+  for measure in frechet_distance frechet_distance_held_out nearest_neighbor_ratio kid precision recall density coverage \
+    per_class_frechet_distance within_class_distance alignment uniformity; do
     grep -qs "\"$measure\"" "$kept"/*-seed*.jsonl || continue
     { "$python" scripts/distances.py "$kept" --baseline "${first%%=*}" --measure "$measure"; echo; } >> "$kept/distances.md"
   done
@@ -104,6 +105,11 @@ grids() {
   grid digits_laws_dit 150 "digits classes dit_tiny" "0 1 2" "$laws" "${held[@]}" "${phases[@]}" --max_train_steps 600 --learning_rate 1e-3 --eval_steps 600 --eval_guidance_scales 0.75 1 1.5 2 3
   grid emoji_laws 150 "emoji classes" "0 1 2" "$laws" "${quiet[@]}" "${phases[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5
   grid emoji_laws_dit 200 "emoji classes dit_tiny" "0 1 2" "$laws" "${quiet[@]}" "${phases[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5
+
+  # Quality by every metric, by class too, of the arms of the headline.
+  metrics=(--eval_metrics frechet_distance kid precision recall density coverage per_class_frechet_distance within_class_distance alignment uniformity)
+  grid digits_scores 50 "digits classes" "0 1 2" "baseline immiscible immiscible_within epoch epoch_within" "${held[@]}" "${metrics[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5
+  grid emoji_scores 130 "emoji classes" "0 1 2" "baseline epoch epoch_within" "${quiet[@]}" "${metrics[@]}" --eval_steps 3000
 
   # Optimizers beside the coupling, in a DiT.
   muon=configs/optimizers/muon.yaml prodigy=configs/optimizers/prodigy.yaml free=configs/optimizers/schedule_free.yaml
