@@ -19,7 +19,7 @@ from immiscible.evaluation.features import PixelFeatures
 from immiscible.evaluation.image_files import open_samples
 from immiscible.evaluation.image_sets import ImageSet
 from immiscible.evaluation.kept_features import MeasuredImages, given_by, measure
-from immiscible.evaluation.metrics import compute
+from immiscible.evaluation.metrics import clip_score, compute
 from immiscible.evaluation.protocols import PROTOCOLS
 from immiscible.evaluation.real_images import open_real
 from immiscible.evaluation.scoring import (
@@ -49,6 +49,16 @@ class Several(PixelFeatures):
         self.calls += 1
         found = self(images)
         return {"features": found, "spatial": found[:, :9] ** 2, "probabilities": (found[:, 20:30] * 3).softmax(1)}
+
+
+class Captioned(PixelFeatures):
+    """Embeds images by their pixels and captions by their letters."""
+
+    def outputs(self, images):
+        return {"features": self(images), "image_embeddings": self(images)}
+
+    def texts(self, captions):
+        return torch.tensor([[float(text.count(letter)) for letter in "abcdefgh" * 8] for text in captions], dtype=torch.float64)
 
 
 def write(folder: Path, images, labels=None) -> Path:
@@ -117,6 +127,34 @@ def test_an_npz_is_read_as_the_folder_it_was_made_of(samples, tmp_path):
             parts = [list(open_samples(each, with_labels=True, with_captions=False).parts(rank, ranks)) for each in (samples, path)]
             assert [part.digest for part in parts[0]] == [part.digest for part in parts[1]]
             assert all(torch.equal(a.labels, b.labels) and a.number == b.number for a, b in zip(*parts, strict=True))
+
+
+def test_captions_of_sample_py_are_embedded_and_their_scores_have_an_interval(tmp_path):
+    folder, captions = write(tmp_path / "images", DIGITS[:40]), ["a bad face", "a deaf dad", "beef", "he had a cab"] * 10
+    lines = [json.dumps({"file_name": f"{number:06}.png", "text": text}) for number, text in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    network, images = Captioned(1, 8), open_samples(folder, with_labels=False, with_captions=True)
+    given = given_by(network, 1, 8)
+    for captioned in (images, open_samples(folder, with_labels=False, with_captions=False)):
+        sets = {"samples": available(captioned.named, given, labels=False, captions=captioned.has_captions)}
+        if captioned.has_captions:
+            check_available(["clip_score"], sets, network)
+        else:
+            with pytest.raises(UserError, match=r"clip_score needs the caption of each sample, and --samples .*images has none"):
+                check_available(["clip_score"], sets, network)
+    found = known(images, tmp_path / "work", ("image_embeddings", "text_embeddings"), network=network)
+    scores = score(["clip_score"], found, found, found)
+    wanted = clip_score(network(DIGITS[:40]), network.texts(captions)).mean()
+    low, high = scores.intervals["clip_score"]
+    assert scores.values["clip_score"] == pytest.approx(float(wanted), rel=1e-12) and low < wanted < high
+    (folder / "metadata.jsonl").write_text("\n".join(line.replace("beef", "egg") for line in lines) + "\n")
+    other = known(
+        open_samples(folder, with_labels=False, with_captions=True),
+        tmp_path / "work",
+        ("image_embeddings", "text_embeddings"),
+        network=network,
+    )
+    assert score(["clip_score"], other, other, other).values != scores.values
 
 
 def test_statistics_of_the_reference_are_kept_by_the_pixels(samples, tmp_path, monkeypatch):
