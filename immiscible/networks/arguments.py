@@ -177,6 +177,8 @@ class TrainingArguments:
             raise UserError(f"--use_8bit_adam is AdamW with 8-bit states; leave it or --optimizer {self.optimizer} out")
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
             raise UserError(f"--optimizer prodigy finds its rate, and --learning_rate multiplies it: give 1, not {self.learning_rate:g}")
+        if self.torch_compile_backend != "inductor" and not self.torch_compile:
+            raise UserError(f"--torch_compile_backend {self.torch_compile_backend} is of --torch_compile: give it too, or leave this out")
         if self.optimizer == "schedule_free":
             self._check_schedule_free()
 

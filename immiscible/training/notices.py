@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite, prod
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
     from immiscible.training.arguments import RunConfig
 
 BACKWARD = 3  # forward passes that a training step of an image costs, about: its own and a backward pass of two
+BETAS = ("ddpm_beta_start", "ddpm_beta_end")
 OF_DENOISING = ("prediction_type", "sampling_scheduler", "timestep_spacing")  # no errors elsewhere: task files that are combined name them
+OF_DDPM = ("ddpm_beta_schedule", *BETAS, "timestep_spacing")  # likewise where the process is a flow
+OF_OTHERS = {  # of AdamW, and of the average that the flags describe
+    "adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    "schedule_free": ("use_ema_warmup", "ema_inv_gamma", "ema_power", "ema_max_decay", "ema_min_decay"),
+}
 BEGINNINGS = ("second_phase_step", "coupling_start_step")  # optimizer steps at which something begins
 UNWARMED = ("constant",)  # schedules that know no warm-up
 
@@ -42,7 +49,7 @@ def notices(config: RunConfig, task: Task, order: GlobalBatchOrder | StreamOrder
         _warm_up(config, max_steps),
         _unreached(config, max_steps),
         _epsilon(task),
-        _unread(config),
+        *_unread(config),
         _sampling(config, max_steps, epochs, max_steps * images),
         bias_notice(coupling, prod(task.shape)),
         leak_notice(coupling, int(conditions), captions=captions),
@@ -78,12 +85,21 @@ def _epsilon(task: Task) -> str:
     )
 
 
-def _unread(config: RunConfig) -> str:
-    if not isinstance(config, ObjectiveArguments) or config.objective == "denoising":
-        return ""
-    defaults = defaults_of(type(config))
-    flags = [f"--{name} {value}" for name in OF_DENOISING if (value := getattr(config, name)) != defaults[name]]
-    return f"not read, as {config.objective} has a target and a sampler of its own: {', '.join(flags)}" if flags else ""
+def _unread(config: RunConfig) -> list[str]:
+    owners: dict[str, Sequence[str]] = {}
+    if isinstance(config, ObjectiveArguments) and config.objective != "denoising":
+        owners[f"{config.objective} has a target and a sampler"] = OF_DENOISING
+    elif isinstance(config, ObjectiveArguments) and config.noise_process == "flow":
+        owners["a flow has a schedule and a sampler"] = OF_DDPM
+    elif isinstance(config, ObjectiveArguments) and config.ddpm_beta_schedule == "squaredcos_cap_v2":
+        owners["squaredcos_cap_v2 has ends"] = BETAS
+    if config.optimizer in OF_OTHERS:
+        owners[f"{config.optimizer} has averages"] = OF_OTHERS[config.optimizer]
+    defaults, lines = defaults_of(type(config)), []
+    for owner, names in owners.items():
+        flags = [f"--{name} {getattr(config, name)}" for name in names if name in defaults and getattr(config, name) != defaults[name]]
+        lines += [f"not read, as {owner} of its own: {', '.join(flags)}"] if flags else []
+    return lines
 
 
 def _sampling(config: RunConfig, max_steps: int, epochs: float, images: int) -> str:

@@ -199,6 +199,7 @@ def test_muon_in_a_unet_is_for_its_linear_layers():
         ({"optimizer": "schedule_free", "lr_scheduler": "cosine"}, "--lr_scheduler constant_with_warmup, not cosine"),
         ({"optimizer": "schedule_free", "adam_beta1": 0.0}, "--adam_beta1 must be above 0"),
         ({"optimizer": "muon", "use_8bit_adam": True}, "--use_8bit_adam .* --optimizer muon"),
+        ({"optimizer": "adamw", "torch_compile_backend": "eager"}, "--torch_compile_backend eager is of --torch_compile: give it too"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(changes, says):

@@ -30,6 +30,17 @@ SPOKEN = {
         "prediction_type": "sample",
         "timestep_spacing": "trailing",
     },
+    "not read, as a flow has a schedule and a sampler of its own: --ddpm_beta_schedule quadratic, --timestep_spacing linspace": {
+        "noise_process": "flow",
+        "prediction_type": "flow_prediction",
+        "ddpm_beta_schedule": "quadratic",
+        "timestep_spacing": "linspace",
+    },
+    "not read, as squaredcos_cap_v2 has ends of its own: --ddpm_beta_end 0.012": {
+        "ddpm_beta_schedule": "squaredcos_cap_v2",
+        "ddpm_beta_end": 0.012,
+    },
+    "not read, as adafactor has averages of its own: --adam_beta1 0.5": {"optimizer": "adafactor", "adam_beta1": 0.5},
     "accelerate is launched with mixed precision bf16": {},
 }
 
