@@ -235,7 +235,8 @@ def test_a_command_parses_and_is_what_the_results_advise(path, command, comment,
     compared = script == "scripts/compare.py"  # measures arms, good ones and others
     shown = [] if compared else [why for config in configs if (why := advised_against(config))]
     assert shown == [] or marked, shown
-    assert shown or not marked, f"says {AGAINST!r} of what nothing speaks against"
+    scores = path.suffix == ".yaml" and not configs  # beside the header's line that trains
+    assert shown or not marked or scores, f"says {AGAINST!r} of what nothing speaks against"
 
 
 def test_the_rule_knows_what_is_advised_against(monkeypatch):
