@@ -103,6 +103,9 @@ def check_unused(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     if args.increments is None:
         if given("sigma_data"):
             raise UserError("--sigma_data is for --increments ve, edm or flow: laws and weightings are for data of unit variance")
+        for name in ("ddpm_beta_schedule", "ddpm_beta_start", "ddpm_beta_end"):
+            if given(name) and args.noise_process == "flow":
+                raise UserError(f"--{name} is of --noise_process ddpm, and a flow has no betas: leave one of them out")
         return
     names = set(args.increments or INCREMENTS)
     for name in LAW_FLAGS:

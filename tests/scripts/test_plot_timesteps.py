@@ -79,6 +79,7 @@ def test_increments(words, said, tmp_path, capsys):
         (["--sigma_data", "0.5"], "--sigma_data is for --increments ve, edm or flow: laws"),
         (["--increments", "--asymmetric_r", "10"], "--asymmetric_r is for laws and weightings"),
         (["--increments", "--noise_process", "flow"], "--noise_process is for laws and weightings"),
+        (["--noise_process", "flow", "--ddpm_beta_schedule", "quadratic"], "--ddpm_beta_schedule is of --noise_process ddpm"),
         (["--increments", "--ddpm_num_steps", "2"], "--ddpm_num_steps 2 is too small for --increments: it must be at least 3"),
         (["--increments", "vp", "--ddpm_beta_end", "2"], "--ddpm_beta_end 2 are out of range"),
         (["--increments", "vp", "--ddpm_beta_schedule", "scaled_linear"], "--ddpm_beta_schedule is for --increments ddpm, not for vp"),
