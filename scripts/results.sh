@@ -108,7 +108,7 @@ grids() {
 
   # Quality by every metric, by class too, of the arms of the headline.
   metrics=(--eval_metrics frechet_distance kid precision recall density coverage per_class_frechet_distance within_class_distance alignment uniformity)
-  grid digits_scores 50 "digits classes" "0 1 2" "baseline immiscible immiscible_within epoch epoch_within" "${held[@]}" "${metrics[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5
+  grid digits_scores 25 "digits classes" "0 1 2" "baseline immiscible immiscible_within epoch_within" "${held[@]}" "${metrics[@]}" --max_train_steps 600 --eval_steps 600
   grid emoji_scores 130 "emoji classes" "0 1 2" "baseline epoch epoch_within" "${quiet[@]}" "${metrics[@]}" --eval_steps 3000
 
   # Optimizers beside the coupling, in a DiT.

@@ -184,7 +184,10 @@ class TrainingArguments:
 
     def _check_schedule_free(self) -> None:
         if not self.use_ema:
-            raise UserError("--optimizer schedule_free trains one point and keeps another, their average, for use: give --use_ema")
+            raise UserError(
+                "--optimizer schedule_free trains one point and keeps another, their average, for use: give --use_ema (adapters have no "
+                "average: choose another optimizer for them)"
+            )
         if not self.lr_scheduler.startswith("constant"):
             raise UserError(f"--optimizer schedule_free has no schedule: --lr_scheduler constant_with_warmup, not {self.lr_scheduler}")
         if not self.adam_beta1:
