@@ -119,7 +119,7 @@ def test_snr_gamma_is_the_diffusers_formula(monkeypatch, tmp_path, prediction_ty
 
 
 def test_snr_gamma_and_another_weighting_is_an_error(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="--snr_gamma belongs to --loss_weighting min_snr, not to p2"):
+    with pytest.raises(UserError, match="--snr_gamma belongs to --loss_weighting min_snr or soft_min_snr, not to p2"):
         reach(monkeypatch, tiny_text(tmp_path / "run", snr_gamma=5, loss_weighting="p2"))
 
 
