@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, fields
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -234,13 +233,15 @@ def test_recipes_of_objectives_are_the_papers(name, batch, kind):
 
 def test_tasks_and_methods_compose():
     assert len(TASKS) >= 3 and len(METHODS) >= 10
-    for task, method in product(TASKS, METHODS):
-        config = parse("--config", task, method)
-        assert config.bundled_data or config.dataset_name or config.train_data_dir
-        plain, alone = parse("--bundled_data", "digits"), parse("--bundled_data", "digits", "--config", method)
+    plain = parse("--bundled_data", "digits")
+    for method in METHODS:
+        alone = parse("--bundled_data", "digits", "--config", method)
         changed = [name for name in DEFAULTS if getattr(alone, name) != getattr(plain, name)]
-        assert all(getattr(config, name) == getattr(alone, name) for name in changed), (task, method)
-        parts(config)
+        for task in TASKS:
+            config = parse("--config", task, method)
+            assert config.bundled_data or config.dataset_name or config.train_data_dir
+            assert all(getattr(config, name) == getattr(alone, name) for name in changed), (task, method)
+            parts(config)
 
 
 def test_cifar10_is_the_papers_experiment():

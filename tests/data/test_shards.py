@@ -388,6 +388,7 @@ def text_shards(tmp_path):
     return tmp_path / "text"
 
 
+@pytest.mark.slow
 def test_text_to_image_on_shards_is_that_on_a_folder(monkeypatch, text_shards, tmp_path):
     files = reach(monkeypatch, tiny_text(tmp_path / "files"), steps=3)
     tars = reach(monkeypatch, tiny_text(tmp_path / "tars", train_data_dir=text_shards, caption_column="captions"), steps=3)

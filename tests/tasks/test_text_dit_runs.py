@@ -76,6 +76,7 @@ def run(script, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_plain_diffusers_samples_what_a_run_leaves(run, tmp_path):
     import numpy
 
