@@ -231,6 +231,7 @@ def test_recipes_of_objectives_are_the_papers(name, batch, kind):
     unet_config(config_name_or_path=None, preset=config.model_preset, resolution=config.resolution, channels=3, dropout=config.dropout)
 
 
+@pytest.mark.slow
 def test_tasks_and_methods_compose():
     assert len(TASKS) >= 3 and len(METHODS) >= 10
     plain = parse("--bundled_data", "digits")

@@ -113,6 +113,7 @@ def test_paths_in_parquet_are_from_where_it_lies(tmp_path, monkeypatch):
     assert source.sizes().tolist() == [(tmp_path / "images" / name).stat().st_size for name in arrays]
 
 
+@pytest.mark.slow
 def test_a_run_on_paths_in_parquet(script, tmp_path):
     for number in range(3):
         save(tmp_path / "images" / f"{number}.png", noise(8, 8, 3))

@@ -41,6 +41,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_plain_diffusers_samples_what_runs_leave(script, tmp_path):
     for name in SCHEDULERS:
         done = script(tiny(tmp_path / name, **RUNS[name]))

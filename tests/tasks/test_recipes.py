@@ -34,7 +34,8 @@ IDS = {"ids": lambda path: path.stem}
 def launch_line(path: Path) -> tuple[list[str], str, list[str]]:
     """What the file's header says to run: the launcher's words, the script, and the script's words."""
     header = "\n".join(line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#"))
-    (line,) = re.findall(r"^ +accelerate launch (.+)$", re.sub(r"\\\n *", "", header), flags=re.MULTILINE)
+    lines = re.findall(r"^ +accelerate launch (.+)$", re.sub(r"\\\n *", "", header), flags=re.MULTILINE)
+    (line,) = [line for line in lines if "scripts/evaluate.py" not in line]
     words = shlex.split(line)
     script = next(word for word in words if word.endswith(".py"))
     return words[: words.index(script)], script, words[words.index(script) + 1 :]
@@ -61,6 +62,7 @@ def test_a_header_says_what_design_asks_for(path):
     header = text[: text.index("\n", text.rindex("\n#") + 1)]
     for what in (r"# Devices?: ", r"# Expected (FID|number)", r"# Reproduced: no \(needs", r"not measured", r"docs/DATA.md|see there"):
         assert re.search(what, header), what
+    assert "accelerate launch scripts/evaluate.py --samples runs/" in path.read_text()
     launcher, _, words = launch_line(path)
     assert (ROOT / launcher[1]).is_file() and f"configs/tasks/{path.name}" in words and "--output_dir" in words
 

@@ -161,6 +161,7 @@ def test_offset_and_perturbation_are_the_examples(monkeypatch, tmp_path):
 # Averages and adapters
 
 
+@pytest.mark.slow
 def test_offloaded_and_foreach_averages_are_the_plain_one(monkeypatch, tmp_path):
     kinds = [{}, {"offload_ema": True}, {"foreach_ema": True}, {"offload_ema": True, "foreach_ema": True}]
     averages = []
@@ -235,6 +236,7 @@ def test_class_names_become_prompts_by_number(script, monkeypatch, tmp_path):
     assert {int(label) for pairs in reached.pairs for label in pairs.labels} == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 def test_coupling_conditions_look_at_captions(script, monkeypatch, tmp_path):
     common = {"noise_coupling": "assignment", "train_batch_size": 8}
     assert "captions is wanted" in (said := notices(script, tmp_path / "run", **common)) and "condition within" not in said
