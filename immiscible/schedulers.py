@@ -53,13 +53,7 @@ def build_scheduler(
         raise UserError(
             f"--ddpm_beta_start {beta_start:g} and --ddpm_beta_end {beta_end:g} are out of range: they must be 0 < start <= end < 1"
         )
-    if beta_schedule == "quadratic":
-        if (beta_start, beta_end) != QUADRATIC_BETAS:
-            raise UserError(
-                f"--ddpm_beta_schedule quadratic is the papers', with betas from {QUADRATIC_BETAS[0]:g} to {QUADRATIC_BETAS[1]:g}: for "
-                f"{beta_start:g} to {beta_end:g} give scaled_linear"
-            )
-        beta_schedule = "scaled_linear"
+    beta_schedule = _of_diffusers(beta_schedule, (beta_start, beta_end))
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     if noise_process == "flow":
@@ -75,6 +69,18 @@ def build_scheduler(
     if image_scale == 1:
         return scheduler
     return DDPMScheduler(**settings, trained_betas=_scaled_betas(scheduler.betas, image_scale))
+
+
+def _of_diffusers(beta_schedule: str, ends: tuple[float, float]) -> str:
+    """What diffusers calls a schedule of `BETA_SCHEDULES`; of the papers' quadratic one with the papers' ends alone."""
+    if beta_schedule != "quadratic":
+        return beta_schedule
+    if ends != QUADRATIC_BETAS:
+        raise UserError(
+            f"--ddpm_beta_schedule quadratic is the papers', with betas from {QUADRATIC_BETAS[0]:g} to {QUADRATIC_BETAS[1]:g}: for "
+            f"{ends[0]:g} to {ends[1]:g} give scaled_linear"
+        )
+    return "scaled_linear"
 
 
 def _trained_type(noise_process: str, prediction_type: str | None) -> str:

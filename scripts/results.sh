@@ -49,7 +49,7 @@ grid() { # name, core-minutes, task, seeds, methods, flags of every run
     cp "$run/evaluation.jsonl" "$kept/$(basename "$run").jsonl"
   done
   [ -d "$kept" ] || return 0
-  if [ -f "$out/$name/report.md" ]; then sed '/^## /,$!d' "$out/$name/report.md" > "$kept/report.md"; fi
+  if [ -f "$out/$name/report.md" ]; then sed -E '/^## /,$!d; s#[^ ]*/(runs/results/)#\1#g' "$out/$name/report.md" > "$kept/report.md"; fi
   : > "$kept/distances.md"
   for measure in frechet_distance frechet_distance_held_out nearest_neighbor_ratio kid precision recall density coverage \
     per_class_frechet_distance within_class_distance alignment uniformity; do

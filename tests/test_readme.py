@@ -106,6 +106,12 @@ def test_every_relative_link_resolves(page):
     assert broken == []
 
 
+def test_kept_reports_name_no_machine():
+    reports = sorted((ROOT / "docs/results").glob("*/report.md"))
+    assert len(reports) > 20
+    assert [path.parent.name for path in reports if re.search(r"--output_dir '?/", path.read_text())] == []
+
+
 def test_targets_of_make_that_pages_name_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = {word for page in PAGES for word in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.M)}
