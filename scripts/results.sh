@@ -102,7 +102,7 @@ grids() {
   laws="baseline speed_sampling two_phase logit_normal edm_log_normal mode laplace beta clts loss_second_moment speed_weighting speed p2 min_snr soft_min_snr debiased edm_weighting cosmap velocity snr"
   phases=(--clts_ramp_steps 300 --clts_std 0.2 --second_phase_step 300)
   grid digits_laws 120 "digits classes" "0 1 2" "$laws" "${held[@]}" "${phases[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 0.75 1 1.5 2 3
-  grid digits_laws_dit 150 "digits classes dit_tiny" "0 1 2" "$laws" "${held[@]}" "${phases[@]}" --max_train_steps 600 --learning_rate 1e-3 --eval_steps 600 --eval_guidance_scales 0.75 1 1.5 2 3
+  grid digits_laws_dit 150 "digits classes dit_tiny" "0 1 2" "$laws" "${held[@]}" "${phases[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 0.75 1 1.5 2 3
   grid emoji_laws 150 "emoji classes" "0 1 2" "$laws" "${quiet[@]}" "${phases[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5
   grid emoji_laws_dit 200 "emoji classes dit_tiny" "0 1 2" "$laws" "${quiet[@]}" "${phases[@]}" --max_train_steps 600 --eval_steps 600 --eval_guidance_scales 1 1.5
 
