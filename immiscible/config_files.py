@@ -5,6 +5,7 @@ What a flag is and takes is told in `immiscible.flags`; here every name and valu
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,9 @@ import yaml
 from immiscible.errors import UserError, short
 
 LARGEST_FILE = 2**20  # bytes
+PACKAGE = Path(__file__).resolve().parent
+IN_WHEEL, IN_CHECKOUT = PACKAGE / "recipes", PACKAGE.parent / "configs"
+CONFIGS = IN_WHEEL if IN_WHEEL.is_dir() else IN_CHECKOUT  # the files that come with the package, in folders such as `methods`
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -30,6 +34,15 @@ def save_config(config: Any, path: Path) -> None:
     values = {item.name: getattr(config, item.name) if item.metadata.get("saved", True) else item.default for item in fields(config)}
     lines = yaml.safe_dump(values, sort_keys=False).replace(": null\n", ":\n")
     path.write_text(f"# Every flag of this run; restart it with --config {path.name} --output_dir ANOTHER_FOLDER\n{lines}")
+
+
+def find_file(path: Path) -> Path:
+    """The path itself, or where nothing is there the file of ours that it names, as `configs/methods/flow.yaml` or `flow.yaml`."""
+    if path.is_absolute() or ".." in path.parts or os.path.exists(path):
+        return path
+    below = path.parts[1:] if path.parts[0] == "configs" else path.parts
+    folders = sorted(CONFIGS.iterdir()) if len(path.parts) == 1 else [CONFIGS]
+    return next((file for folder in folders if os.path.isfile(file := folder.joinpath(*below))), path)
 
 
 def file_words(path: Path) -> list[str]:

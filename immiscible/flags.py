@@ -25,7 +25,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from immiscible.config_files import file_words
+from immiscible.config_files import file_words, find_file
 from immiscible.errors import UserError, short
 
 PACKAGE = Path(__file__).parent
@@ -319,9 +319,9 @@ def parse_config(
         type=plain_text,
         default=[],
         metavar="FILE",
-        help="YAML files of flags, applied left to right before the command line",
+        help="YAML files of flags, applied left to right before the command line; those that come with the package are found from anywhere",
     )
-    paths = [Path(path) for path in parser.parse_args(argv).config]
+    paths = [find_file(Path(path)) for path in parser.parse_args(argv).config]
     arguments = [word for path in paths for word in _file_arguments(path, parser)]
     namespace = vars(parser.parse_args([*arguments, *argv]))
     if no_data_config and not any(namespace[name] for name in config_class.names_data):  # type: ignore[attr-defined]
@@ -348,7 +348,7 @@ def flag_value(argv: Sequence[str], name: str) -> str | None:
     parser.add_argument("--config", nargs="+", default=[])
     parser.add_argument(f"--{name}")
     paths = parser.parse_known_args(argv)[0].config
-    words = [word for path in paths for word in file_words(Path(path))]
+    words = [word for path in paths for word in file_words(find_file(Path(path)))]
     value: str | None = getattr(parser.parse_known_args([*words, *argv])[0], name)
     return value
 

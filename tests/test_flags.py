@@ -255,7 +255,7 @@ def test_a_project_is_inside_the_folder_of_logs(name):
 
 
 def script(name: str):
-    path = ROOT / "scripts" / name
+    path = next(path for folder in ("immiscible/commands", "scripts") if (path := ROOT / folder / name).exists())
     spec = importlib.util.spec_from_file_location(f"flags_of_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

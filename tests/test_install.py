@@ -21,8 +21,9 @@ def test_the_core_is_enough_to_use_it():
 def test_it_installs_beside_the_pins_of_sd_scripts(tmp_path):
     """By pip's resolver, which needs the network. Nothing is installed."""
     source = tmp_path / "source"
-    shutil.copytree(ROOT / "immiscible", source / "immiscible", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("immiscible", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     report = tmp_path / "report.json"
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--dry-run", "--quiet", "--report", report]

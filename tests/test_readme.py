@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 
+from immiscible.commands import compare
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.flags import flag_value, parse_config
@@ -60,7 +61,7 @@ def test_flags_that_it_names_exist():
     help_text = subprocess.run(
         [sys.executable, ROOT / "train_unconditional.py", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    scripts = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.py"))
+    scripts = "".join(path.read_text() for folder in ("scripts", "immiscible/commands") for path in (ROOT / folder).glob("*.py"))
     foreign = {"--multi_gpu", "--num_processes"}
     flags = set(re.findall(r"(?<![\w-])--[a-z_0-9]+", README)) - foreign
     assert [flag for flag in sorted(flags) if f"{flag} " not in help_text and f'"{flag}"' not in scripts] == []
@@ -122,7 +123,7 @@ def test_targets_of_make_that_pages_name_exist():
 
 AGAINST = "not our advice"  # marks a command that shows what docs/RESULTS.md advises against, on its line or in its header
 V_PREDICTION = ("stabilityai/stable-diffusion-2", "stabilityai/stable-diffusion-2-1")  # checkpoints whose scheduler says so
-SCRIPTS = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
+SCRIPTS = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("immiscible/commands/*.py")]
 CONFIGS = {
     "train_unconditional.py": UnconditionalConfig,
     "train_text_to_image.py": TextToImageConfig,
@@ -197,11 +198,11 @@ def trainings(script: str, words: list[str], monkeypatch) -> list[UnconditionalC
         kind = "ImageCacheConfig" if flag_value(words, "vae_model_name_or_path") else "TextCacheConfig"
         return [parse_config(getattr(module_of(path), kind), words, program=script, description="")]
     if script == "scripts/compare.py":
-        own, shared = module_of(path).parse(words)
+        own, shared = compare.parse(words)
         if own.runs:
             return []
-        grid = {"task": own.task, "methods": own.methods, "seeds": own.seeds, "script": own.script, "output_dir": own.output_dir}
-        jobs, _ = plan(**grid, shared=shared, root=ROOT)
+        grid = {"task": own.task, "methods": own.methods, "seeds": own.seeds, "script": [str(own.script)], "output_dir": own.output_dir}
+        jobs, _ = plan(**grid, shared=shared)
         return [parse_config(CONFIGS[own.script.name], job.words[1:], program=script, description="") for job in jobs]
     parse_only(path, words, monkeypatch)
     return []

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from immiscible.config_files import CONFIGS, find_file
 from immiscible.errors import UserError
 from immiscible.flags import Parser
 from immiscible.method import MethodArguments, unused_flags
@@ -27,22 +28,20 @@ def plan(
     task: Sequence[str],
     methods: Sequence[str],
     seeds: Sequence[int],
-    script: Path,
+    script: Sequence[str],
     output_dir: Path,
     shared: Sequence[str],
-    root: Path,
     guidance_scale: float = 1.0,
 ) -> tuple[list[Job], list[str]]:
     """The grid, all methods of the first seed first, so that what slows the machine down for a while slows all arms.
 
     Args:
-        task: config files, or names in ``root/configs/tasks``.
-        methods: an arm each: config files or names in ``root/configs/methods``, put together by "+", after "NAME=" if it has one.
+        task: config files, or names in `CONFIGS`/tasks.
+        methods: an arm each: config files or names in `CONFIGS`/methods, put together by "+", after "NAME=" if it has one.
         seeds: each arm is trained once with each.
-        script: the training script.
+        script: the training script, as words for the interpreter.
         output_dir: gets a folder for each run.
         shared: further words of every command; an arm goes without those flags of the method that it does not use.
-        root: where ``configs`` is.
         guidance_scale: at which the runs will be compared.
 
     Returns:
@@ -51,8 +50,8 @@ def plan(
     Raises:
         UserError: a file is missing or cannot be read, an arm is there twice, nothing would be measured, or no arm uses a shared flag.
     """
-    task_files = [find_config(text, "tasks", root) for text in task]
-    arms = {name: [*task_files, *paths] for name, paths in _arms(methods, root).items()}
+    task_files = [find_config(text, "tasks") for text in task]
+    arms = {name: [*task_files, *paths] for name, paths in _arms(methods).items()}
     words, lines = _shared_out(arms, shared)
     jobs = []
     for seed in seeds:
@@ -63,7 +62,7 @@ def plan(
                 given = f"--guidance_scale {guidance_scale:g}"
                 raise UserError(f"{given} would not be measured: put `-- --eval_guidance_scales 1 {guidance_scale:g}` at the end")
             folder = output_dir / f"{name}-seed{seed}"
-            command = [str(script), "--config", *map(str, files), "--seed", str(seed), "--output_dir", str(folder)]
+            command = [*script, "--config", *map(str, files), "--seed", str(seed), "--output_dir", str(folder)]
             command += ["--resume_from_checkpoint", "latest", *words[name]]
             settings = "\n".join([shlex.join(command), *(path.read_text() for path in files)])
             steps = flag_value("max_train_steps", files, shared)
@@ -72,11 +71,11 @@ def plan(
     return jobs, lines
 
 
-def _arms(methods: Sequence[str], root: Path) -> dict[str, list[Path]]:
+def _arms(methods: Sequence[str]) -> dict[str, list[Path]]:
     arms: dict[str, list[Path]] = {}
     for text in methods:
         name, _, files = text.rpartition("=")
-        paths = [find_config(part, "methods", root) for part in files.split("+")]
+        paths = [find_config(part, "methods") for part in files.split("+")]
         name = name or "+".join(path.stem for path in paths)
         if name in arms or "/" in name:
             raise UserError(f"--methods: {name} {'is there twice' if name in arms else 'is no name of a folder'}; NAME={files} names it")
@@ -84,14 +83,14 @@ def _arms(methods: Sequence[str], root: Path) -> dict[str, list[Path]]:
     return arms
 
 
-def find_config(text: str, kind: str, root: Path) -> Path:
-    """A config file by its path, or by its name in ``root/configs/kind``."""
-    folder = root / "configs" / kind
-    for path in (Path(text), folder / f"{text}.yaml"):
+def find_config(text: str, kind: str) -> Path:
+    """A config file by its path, or by its name in `CONFIGS`/``kind``."""
+    folder = CONFIGS / kind
+    for path in (find_file(Path(text)), folder / f"{text}.yaml"):
         if path.is_file():
-            return short(path) if path.is_relative_to(root) else path
+            return short(path) if path.is_relative_to(CONFIGS) else path
     flag, known = {"tasks": "--task", "methods": "--methods"}[kind], sorted(path.stem for path in folder.glob("*.yaml"))
-    raise UserError(f"{flag} {text}: no such file; {folder.relative_to(root).as_posix()} holds {', '.join(known)}")
+    raise UserError(f"{flag} {text}: no such file; configs/{kind} holds {', '.join(known)}")
 
 
 def short(path: Path) -> Path:

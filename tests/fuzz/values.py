@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 from launch import ROOT
 
+from immiscible.commands import compare, sample
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.flags import Range, _kind, parse_config, range_of
 
@@ -108,7 +109,7 @@ def targets() -> tuple[Target, ...]:
 
     text = ("--pretrained_model_name_or_path", "model", "--train_data_dir", "photos")
     plain, cached = ("--bundled_data", "digits"), ("--latent_cache_dir", "cache", "--center_crop")
-    precompute, sample, compare = (module_of(f"scripts/{name}.py") for name in ("precompute_latents", "sample", "compare"))
+    precompute = module_of("scripts/precompute_latents.py")
     found = [
         Target("train_unconditional.py", flags_of(UnconditionalConfig), plain, parsing(UnconditionalConfig)),
         Target("train_text_to_image.py", flags_of(TextToImageConfig), text, parsing(TextToImageConfig)),

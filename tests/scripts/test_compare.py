@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import pytest
 from compared import decay, write_run
 from launch import ROOT
 
+from immiscible.commands import compare
 from immiscible.errors import UserError
 from immiscible.reports import grid as runs
 from immiscible.reports import plan
@@ -72,12 +72,9 @@ while step < steps:
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("compare_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return compare
 
 
 @pytest.fixture
