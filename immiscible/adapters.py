@@ -61,7 +61,7 @@ def couple_p_losses(diffusion: Any, coupling: Coupling) -> None:
 
     Args:
         diffusion: a ``GaussianDiffusion``; its ``p_losses`` is replaced on this object.
-        coupling: called as ``coupling(x_start, noise, timesteps=t)``.
+        coupling: called as ``coupling(x_start, noise, timesteps=t, labels=classes)``, with the classes that are trained, if there are any.
 
     Raises:
         UserError: it was built with ``immiscible=True``, which permutes the noise that is added once more, but not the target.
@@ -71,6 +71,8 @@ def couple_p_losses(diffusion: Any, coupling: Coupling) -> None:
     p_losses = diffusion.p_losses
 
     def coupled(x_start: Tensor, t: Tensor, noise: Tensor | None = None, *args: Any, **options: Any) -> Any:
-        return p_losses(x_start, t, coupling(x_start, noise, timesteps=t), *args, **options)
+        noise = coupling(x_start, noise, timesteps=t, labels=options.get("classes"))
+        # By name, as with classes there is no place for it; what comes after it by its place needs it in its own.
+        return p_losses(x_start, t, noise, *args, **options) if args else p_losses(x_start, t, noise=noise, **options)
 
     diffusion.p_losses = coupled
