@@ -27,23 +27,27 @@ class BadImage:
 
 class Batch(TypedDict):
     """``pixel_values`` float32 [B,C,H,W], contiguous; ``labels`` int64 [B] of a dataset ``with_labels``, else None; ``captions`` of one
-    ``with_captions``, else None; ``bad`` the images that were met and not used; ``transparent`` how many were laid upon a color. Give it
-    to `check_batch`.
+    ``with_captions``, ``geometry`` int64 [B,6] of one ``with_geometry``, else None; ``bad`` the images that were met and not used;
+    ``transparent`` how many were laid upon a color. Give it to `check_batch`.
     """
 
     pixel_values: Tensor
     labels: Tensor | None
     captions: list[str] | None
+    geometry: Tensor | None
     bad: list[BadImage]
     transparent: int
 
 
 class Images(NamedTuple):
-    """A batch as training takes it: ``x0`` float32 [B,C,H,W] in [-1, 1], the class of each image, int64 [B], and its caption, or None."""
+    """A batch as training takes it: ``x0`` float32 [B,C,H,W] in [-1, 1], the class of each image, int64 [B], its caption, and where its
+    crop lies, int64 [B,6], see `ImageTransform.geometry`; each of them or None.
+    """
 
     x0: Tensor
     labels: Tensor | None = None
     captions: list[str] | None = None
+    geometry: Tensor | None = None
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -55,6 +59,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         skip_bad_images: use the next readable image in place of a bad one.
         with_labels: give the images' classes too; an image without one is a bad image.
         with_captions: give a caption of each too, of several one drawn by (seed, epoch, index); an image without one is a bad image.
+        with_geometry: give each image's `ImageTransform.geometry` too.
 
     Raises:
         UserError: ``with_labels``, and the source has no classes.
@@ -67,6 +72,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         skip_bad_images: bool = False,
         with_labels: bool = False,
         with_captions: bool = False,
+        with_geometry: bool = False,
     ):
         if with_labels and source.class_names is None:
             raise UserError(f"class labels are asked for, and {source.description} has none")
@@ -75,13 +81,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.skip_bad_images = skip_bad_images
         self.with_labels = with_labels
         self.with_captions = with_captions
+        self.with_geometry = with_geometry
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """``{"pixel_values": float32 [C,H,W], "label": int | None, "caption": str | None, "bad": list[BadImage], "transparent": bool}``;
-        ``bad`` alone if there is no image to give.
+        """``{"pixel_values": float32 [C,H,W], "label": int | None, "caption": str | None, "geometry": six int | None, "bad":
+        list[BadImage], "transparent": bool}``; ``bad`` alone if there is no image to give.
         """
         epoch, index = key
         bad: list[BadImage] = []
@@ -98,7 +105,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 # Drawn for the index that was asked for: a substitute differs from its own appearance in the epoch.
                 caption = captions[derive_seed(self.transform.seed, "caption", epoch, index) % len(captions)]
                 pixel_values = self.transform.augment(pixels, epoch, index)
-                return {"pixel_values": pixel_values, "label": label, "caption": caption, "bad": bad, "transparent": transparent}
+                geometry = self.transform.geometry(*self.transform.original_size(image), epoch, index) if self.with_geometry else None
+                told = {"label": label, "caption": caption, "geometry": geometry}
+                return {"pixel_values": pixel_values, **told, "bad": bad, "transparent": transparent}
         return {"bad": bad}
 
 
@@ -115,10 +124,12 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
     good = [item for item in items if "pixel_values" in item]
     labels = [item["label"] for item in good if item["label"] is not None]
     captions = [item["caption"] for item in good if item["caption"] is not None]
+    geometry = [item["geometry"] for item in good if item["geometry"] is not None]
     return {
         "pixel_values": torch.stack([item["pixel_values"] for item in good]) if good else torch.empty(0),
         "labels": torch.tensor(labels) if labels else None,
         "captions": captions or None,
+        "geometry": torch.tensor(geometry) if geometry else None,
         "bad": [bad for item in items for bad in item["bad"]],
         "transparent": sum(item["transparent"] for item in good),
     }

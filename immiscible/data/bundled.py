@@ -87,6 +87,10 @@ class PhotoCrops:
         box = (left, top, left + side, top + side)
         return photograph.resize((self.resolution, self.resolution), Image.Resampling.BOX, box)
 
+    def size(self, index: int) -> tuple[int, int]:
+        """See `ImageSource`."""
+        return self.resolution, self.resolution
+
     def name(self, index: int) -> str:
         """The crop's number."""
         return f"crop {index} of photo_crops"

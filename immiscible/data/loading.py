@@ -276,6 +276,7 @@ def training_images(
     skip_bad_images: bool = False,
     with_labels: bool = False,
     with_captions: bool = False,
+    with_geometry: bool = False,
 ) -> ImageDataset | StreamDataset:
     """What the loader loads, for the keys of `batch_order`; the arguments are those of `ImageDataset`.
 
@@ -283,7 +284,7 @@ def training_images(
         UserError: classes are needed, and the source has none.
     """
     kind: Any = StreamDataset if isinstance(source, Stream) else ImageDataset
-    return kind(source, transform, skip_bad_images, with_labels=with_labels, with_captions=with_captions)
+    return kind(source, transform, skip_bad_images, with_labels=with_labels, with_captions=with_captions, with_geometry=with_geometry)
 
 
 def build_loader(dataset: Dataset[Any], order: Iterable[list[Any]], num_workers: int, device: torch.device) -> DataLoader[Batch]:
@@ -331,7 +332,7 @@ def _whole(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Images]:
-    """The images of each batch, on the CPU, with labels if the dataset gives them; names each skipped image once, and counts them.
+    """The images of each batch, on the CPU, with what else the dataset gives; names each skipped image once, and counts them.
 
     That images are transparent is told when the first is met, and how many were at the end.
 
@@ -349,7 +350,7 @@ def images_of(loader: DataLoader[Batch], skip_bad_images: bool) -> Iterator[Imag
             if batch["transparent"] and not transparent:
                 logger.warning("transparent images are laid upon --alpha_color (white by default); how many is told at the end")
             seen, transparent = seen + len(batch["pixel_values"]), transparent + batch["transparent"]
-            yield Images(batch["pixel_values"], batch["labels"], batch["captions"])
+            yield Images(batch["pixel_values"], batch["labels"], batch["captions"], batch["geometry"])
     finally:
         if transparent:
             logger.warning("transparent: %d of %d images read", transparent, seen)

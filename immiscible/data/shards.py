@@ -106,6 +106,10 @@ class ShardImages:
         """See `TarSample`."""
         return self.sample(index).load()
 
+    def size(self, index: int) -> tuple[int, int]:
+        """See `ImageSource`."""
+        return self.sample(index).size()
+
     def name(self, index: int) -> str:
         """See `TarSample`; its place in the shard if it cannot be read."""
         try:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import EpsImagePlugin, Image, ImageOps, features
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, features
 
 from immiscible.errors import UserError, first_line
 from immiscible.randomness import seeded_generator
@@ -72,6 +72,9 @@ class ImageSource(Protocol):
     def load(self, index: int) -> Image.Image | np.ndarray:
         """The decoded image; an array is what `PIL.Image.fromarray` takes, e.g. uint8 [H,W] or [H,W,3]."""
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of what `load` gives, of its pixels none are decoded. What it raises `load` raises, too."""
+
     def name(self, index: int) -> str:
         """What a user needs to find the image: its path, or its row and table."""
 
@@ -95,6 +98,23 @@ def open_image(file: Any) -> Image.Image:
             return ImageOps.exif_transpose(image)
         except Exception:  # nearly any type, of EXIF data that is broken; the pixels are sound
             return image
+
+
+def size_in_header(file: Any) -> tuple[int, int]:
+    """Height and width that `open_image` gives, from a file's header alone.
+
+    Raises:
+        ValueError: as `open_image`.
+    """
+    image_extensions()
+    with _opened(file) as image:
+        height, width = image.height, image.width
+        # Pillow turns a TIFF itself, and would decode all of a PNG to look for what may stand behind its pixels.
+        told = image.format != "TIFF" and (image.format != "PNG" or {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & {*image.info})
+        with suppress(Exception):  # as in `open_image`
+            if told and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
+                height, width = width, height
+        return height, width
 
 
 def _opened(file: Any) -> Image.Image:
@@ -154,6 +174,10 @@ class ArrayImages:
         """uint8 [H,W] or [H,W,3]."""
         return self.images[index]
 
+    def size(self, index: int) -> tuple[int, int]:
+        """See `ImageSource`."""
+        return self.images.shape[1], self.images.shape[2]
+
     def name(self, index: int) -> str:
         """The image's number."""
         return f"image {index} of {self.origin}"
@@ -203,6 +227,10 @@ class Subset:
     def load(self, index: int) -> Image.Image | np.ndarray:
         """See `ImageSource`."""
         return self.source.load(self.indices[index])
+
+    def size(self, index: int) -> tuple[int, int]:
+        """See `ImageSource`."""
+        return self.source.size(self.indices[index])
 
     def name(self, index: int) -> str:
         """The name in the source."""

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from immiscible.data.batches import ImageDataset
 from immiscible.data.streaming import Sample, Stream
 from immiscible.data.tars import DamagedShard
-from immiscible.data.transforms import ImageTransform
+from immiscible.data.transforms import ImageTransform, size_of
 from immiscible.errors import UserError, first_line
 from immiscible.randomness import derive_seed, seeded_generator
 
@@ -239,6 +239,9 @@ class _BatchImages:
     def load(self, index: int) -> Any:
         return self.samples[index].load()
 
+    def size(self, index: int) -> tuple[int, int]:
+        return size_of(self.load(index))
+
     def name(self, index: int) -> str:
         return self.samples[index].name
 
@@ -255,9 +258,10 @@ class StreamDataset(Dataset[dict[str, Any]]):
     Args:
         stream: the images.
         transform: what makes pixels of them.
-        skip_bad_images: see `ImageDataset`, as for the next two.
+        skip_bad_images: see `ImageDataset`, as for the next three.
         with_labels: see there.
         with_captions: see there.
+        with_geometry: see there.
 
     Raises:
         UserError: ``with_labels``, and the stream has no classes.
@@ -270,9 +274,10 @@ class StreamDataset(Dataset[dict[str, Any]]):
         skip_bad_images: bool = False,
         with_labels: bool = False,
         with_captions: bool = False,
+        with_geometry: bool = False,
     ):
         self._stream = stream
-        self._options = (transform, skip_bad_images, with_labels, with_captions)
+        self._options = (transform, skip_bad_images, with_labels, with_captions, with_geometry)
         ImageDataset(_BatchImages(stream, []), *self._options)  # now: what is wrong with them is an error of the run, not of a batch
 
     def __getitems__(self, keys: Sequence[StreamKey]) -> list[dict[str, Any]]:

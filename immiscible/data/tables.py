@@ -8,21 +8,23 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from immiscible.data.archives import readable, size
 from immiscible.data.listing import Listing
-from immiscible.data.sources import captions_in, open_image
+from immiscible.data.sources import captions_in, open_image, size_in_header
 from immiscible.errors import UserError, first_line, short
 
 _BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")  # of image files
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,19 @@ class TableImages:
             ValueError: there is none, or something else in its place.
             OSError: it cannot be read.
         """
+        return self._of_file(index, open_image)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """See `ImageSource`; raises as `load`."""
+        return self._of_file(index, size_in_header)
+
+    def _of_file(self, index: int, read: Callable[[Any], Read]) -> Read:
+        """What ``read`` makes of an image's file, or of its bytes."""
         cell = self.table[index][self.column]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise ValueError("the row holds no image")
         try:
-            return open_image(readable(self._found(cell["path"])) if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+            return read(readable(self._found(cell["path"])) if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
         except (OSError, ValueError) as error:
             if what := _instead(cell):
                 raise ValueError(what) from None

@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar
 
 from PIL import Image
 
-from immiscible.data.sources import captions_in, image_extensions, open_image
+from immiscible.data.sources import captions_in, image_extensions, open_image, size_in_header
 from immiscible.errors import UserError
 
 LARGEST_CLASS = 999_999  # a longer number in .cls is no class but some identifier
@@ -87,9 +87,20 @@ class TarSample:
         Raises:
             ValueError: the sample has none.
         """
+        return open_image(self._image())
+
+    def size(self) -> tuple[int, int]:
+        """Height and width; see `size_in_header`.
+
+        Raises:
+            ValueError: the sample has no image.
+        """
+        return size_in_header(self._image())
+
+    def _image(self) -> io.BytesIO:
         for extension, content in self.members.items():
             if self.columns.is_image(extension):
-                return open_image(io.BytesIO(content))
+                return io.BytesIO(content)
         raise ValueError(f"it has no image (only {', '.join(self.members) or 'nothing'})")
 
     def label(self) -> int:

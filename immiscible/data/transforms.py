@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,15 @@ from immiscible.randomness import derive_seed
 
 ROUNDING = 0.01  # of the range, by which a resized image may leave it
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's 8-bit mode
+
+
+class Cut(NamedTuple):
+    """What of an image is seen, before it is mirrored: the size to which it is resized, and where in that the crop begins."""
+
+    height: int
+    width: int
+    top: int
+    left: int
 
 
 @dataclass(frozen=True)
@@ -93,21 +103,17 @@ class ImageTransform:
 
     def augment(self, pixels: Image.Image | Tensor, epoch: int, index: int) -> Tensor:
         """Resize, crop, flip and scale what `decode` returned: float32 [channels, resolution, resolution] in [-1, 1]."""
+        cut = self.cut(*size_of(pixels), epoch, index)
         if isinstance(pixels, Tensor):
-            size = self._resized(*pixels.shape[-2:])
-            if size != tuple(pixels.shape[-2:]):
-                pixels = torch.nn.functional.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+            if cut[:2] != tuple(pixels.shape[-2:]):
+                pixels = torch.nn.functional.interpolate(pixels[None], cut[:2], mode="bilinear", antialias=True)[0]
         else:
             if self.crop == "adm":
                 pixels, kernel = _halved(pixels, self.resolution), Image.Resampling.BICUBIC
-                factor = self.resolution / min(pixels.size)
-                width, height = (round(side * factor) for side in pixels.size)
             else:
                 kernel = Image.Resampling[self.interpolation.removesuffix("_exact").upper()]
-                height, width = self._resized(pixels.height, pixels.width)
-            pixels = _bytes_tensor(pixels.resize((width, height), kernel))
-        top, left = (self._offset(side, extra, epoch, index) for side, extra in zip(("top", "left"), self._extra(pixels), strict=True))
-        pixels = pixels[:, top : top + self.resolution, left : left + self.resolution]
+            pixels = _bytes_tensor(pixels.resize((cut.width, cut.height), kernel))
+        pixels = pixels[:, cut.top : cut.top + self.resolution, cut.left : cut.left + self.resolution]
         if self.flips(epoch, index):
             pixels = pixels.flip(-1)
         unit = pixels if pixels.is_floating_point() else pixels.to(torch.float32).div(255)
@@ -117,13 +123,36 @@ class ImageTransform:
         """Whether the image is mirrored in this epoch."""
         return self.random_flip and derive_seed(self.seed, "flip", epoch, index) % 2 == 1
 
+    def original_size(self, image: Image.Image | np.ndarray) -> tuple[int, int]:
+        """Height and width of what a source has loaded, before anything is done to it."""
+        return size_of(image)
+
+    def cut(self, height: int, width: int, epoch: int, index: int) -> Cut:
+        """What `augment` takes of an image of this size."""
+        resized = self._resized(height, width)
+        extra = [side - self.resolution for side in resized]
+        return Cut(*resized, *(self._offset(side, more, epoch, index) for side, more in zip(("top", "left"), extra, strict=True)))
+
+    def geometry(self, height: int, width: int, epoch: int, index: int) -> tuple[int, int, int, int, int, int]:
+        """What SDXL's network is told of a crop (arXiv:2307.01952, section 2.2): height and width of the original image, top and left of
+        the crop in the resized one, height and width of the crop.
+
+        Of a mirrored image the left is that of the crop in the mirror image, as in diffusers' ``train_text_to_image_sdxl.py``, which
+        mirrors first.
+        """
+        cut = self.cut(height, width, epoch, index)
+        left = cut.width - self.resolution - cut.left if self.flips(epoch, index) else cut.left
+        return height, width, cut.top, left, self.resolution, self.resolution
+
     def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if self.crop == "adm":
+            while min(height, width) >= 2 * self.resolution:
+                height, width = height // 2, width // 2
+            factor = self.resolution / min(height, width)
+            return round(height * factor), round(width * factor)
         short, long = sorted((height, width))
         other = int(self.resolution * long / short)  # torchvision's rule: rounded down
         return (self.resolution, other) if height <= width else (other, self.resolution)
-
-    def _extra(self, pixels: Tensor) -> tuple[int, int]:
-        return pixels.shape[-2] - self.resolution, pixels.shape[-1] - self.resolution
 
     def _offset(self, side: str, extra: int, epoch: int, index: int) -> int:
         if self.crop == "adm":
@@ -152,6 +181,14 @@ def image_transform(arguments: ImageArguments, channels: int, seed: int) -> Imag
         arguments.crop,
         arguments.alpha_color or "white",
     )
+
+
+def size_of(image: Image.Image | np.ndarray | Tensor) -> tuple[int, int]:
+    """Height and width of an image, of an array [H,W] or [H,W,3], or of a tensor [C,H,W]."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    height, width = image.shape[-2:] if isinstance(image, Tensor) else image.shape[:2]
+    return height, width
 
 
 def _halved(image: Image.Image, resolution: int) -> Image.Image:

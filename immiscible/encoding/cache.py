@@ -7,7 +7,8 @@ They are of the parts of a Stable Diffusion checkpoint, or of a VAE alone, whose
                                  the mirrored image is there too, after the image
     texts-00000.safetensors      ``states`` fp16 [n, L, E] and ``pooled`` fp16 [n, E] of n distinct captions
     index.safetensors            ``digests`` uint64 [M], ascending: which caption each row of the texts is; ``sizes`` int64 [N]: the bytes
-                                 of each encoded image, by which an edited one is noticed
+                                 of each encoded image, by which an edited one is noticed; ``shapes`` int64 [N, 2]: its height and width,
+                                 0 of one that could not be read
 
 Shard i holds rows ``i * rows_per_shard`` on, encoded in batches of one size from its first row, so a shard is the same to the last bit
 whoever makes it: one process or many, at once or after a kill. A shard is written under another name and renamed, and remembers which
@@ -26,7 +27,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from immiscible.data.arguments import ImageArguments
-from immiscible.data.shards import ShardImages
+from immiscible.data.image_sizes import encoded_bytes
 from immiscible.data.sources import ImageSource, Subset
 from immiscible.data.tables import TableImages
 from immiscible.data.transforms import ImageTransform
@@ -79,7 +80,7 @@ class LatentCache:
 
     def transform(self, transform: ImageTransform) -> CachedTransform:
         """What goes with `images` where ``transform`` goes with the source: the same flips."""
-        return CachedTransform(transform.resolution, random_flip=transform.random_flip, seed=transform.seed)
+        return CachedTransform(**vars(transform))
 
     def encoder(self, encoder: LatentEncoder | TextToImageEncoder) -> CachedLatentEncoder | CachedTextEncoder:
         """What goes with `images` where ``encoder`` goes with the source: the same draws."""
@@ -97,6 +98,11 @@ class LatentCache:
         if reason is not None:
             raise ValueError(reason)
         return self._row("latents", "moments", index)
+
+    def shape(self, index: int) -> tuple[int, int] | None:
+        """Height and width of the image that was encoded; None if the cache is of a version that does not say."""
+        shapes = self._index.get("shapes")
+        return None if shapes is None else (int(shapes[index, 0]), int(shapes[index, 1]))
 
     def texts(self, captions: Sequence[str], name: str) -> Tensor:
         """The ``states`` [B, L, E] or ``pooled`` states [B, E] of captions, fp16; raises as `rows_of`."""
@@ -125,7 +131,7 @@ class LatentCache:
         Raises:
             ValueError: some were.
         """
-        edited = np.flatnonzero(image_sizes(source) != self._index["sizes"])
+        edited = np.flatnonzero(encoded_bytes(source) != self._index["sizes"])
         if len(edited):
             raise ValueError(f"{len(edited):,} of its images have been edited since, the first {source.name(int(edited[0]))}")
         if isinstance(source, TableImages) and source.texts is not None:
@@ -152,13 +158,12 @@ def caption_digest(caption: str) -> int:
     return int.from_bytes(hashlib.blake2b(caption.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
-def image_sizes(source: ImageSource) -> np.ndarray:
-    """Bytes of each encoded image, int64 [N]: of its file, its cell in a table, or its sample in a tar; 0 of bundled images."""
-    if isinstance(source, Subset):
-        return image_sizes(source.source)[np.asarray(source.indices)]
-    if isinstance(source, ShardImages):
-        return source.extents[:, 1] - source.extents[:, 0]
-    return source.sizes() if isinstance(source, TableImages) else np.zeros(len(source), dtype=np.int64)
+class Moments(NamedTuple):
+    """What stands for a decoded image: its moments, fp16 [F, 2, C, h, w], and whose they are."""
+
+    values: np.ndarray
+    source: CachedImages
+    row: int
 
 
 @dataclass(frozen=True)
@@ -196,9 +201,13 @@ class CachedImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def load(self, index: int) -> np.ndarray:
-        """See `LatentCache.moments`."""
-        return self.cache.moments(index)
+    def load(self, index: int) -> Any:
+        """`Moments`; see `LatentCache.moments`."""
+        return Moments(self.cache.moments(index), self, index)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """See `ImageSource`."""
+        return self.cache.shape(index) or self.source.size(index)
 
     def name(self, index: int) -> str:
         """The name in the source."""
@@ -220,9 +229,17 @@ class CachedImages:
 class CachedTransform(ImageTransform):
     """Of the moments of an image and its mirror image, [F, 2, C, h, w], those that the epoch's flip asks for: fp16 [2, C, h, w]."""
 
-    def decode(self, image: Image.Image | np.ndarray) -> Image.Image | Tensor:
+    def decode(self, image: Any) -> Image.Image | Tensor:
         """The moments as a tensor."""
-        return torch.from_numpy(image)
+        return torch.from_numpy(image.values)
+
+    def is_laid_upon(self, image: Any) -> bool:
+        """It was told when the cache was made."""
+        return False
+
+    def original_size(self, image: Any) -> tuple[int, int]:
+        """Of the image whose moments these are."""
+        return image.source.size(image.row)
 
     def augment(self, pixels: Image.Image | Tensor, epoch: int, index: int) -> Tensor:
         """The moments of the image, or of its mirror image where the uncached run mirrors it."""

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from immiscible.data.arguments import ImageArguments
 from immiscible.data.batches import BadImage
+from immiscible.data.image_sizes import encoded_bytes, image_shapes
 from immiscible.data.sources import ImageSource
-from immiscible.encoding.cache import cache_settings, caption_digest, image_sizes, precision_name, vae_of
+from immiscible.encoding.cache import cache_settings, caption_digest, precision_name, vae_of
 from immiscible.encoding.cache_manifest import INDEX, MANIFEST, fingerprint, read_manifest, settings_that_differ, shard_name
 from immiscible.encoding.cache_shards import ImageShards, Shard, TextShards, distinct_captions
 from immiscible.encoding.encoders import LatentEncoder
@@ -33,7 +34,7 @@ from immiscible.errors import UserError
 from immiscible.files import PARTIAL, clean_up, file_facts, replace
 from immiscible.networks.stable_diffusion import StableDiffusion, place_frozen
 from immiscible.networks.weights import PRECISIONS
-from immiscible.processes import on_every_process, on_main_process
+from immiscible.processes import from_main_process, on_every_process, on_main_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -146,14 +147,16 @@ def write_cache(
         "images": len(source),
         "files": {},
     }
-    sizes, device, encoder = image_sizes(source), accelerator.device, _encoder(parts, accelerator)
+    sizes, device, encoder = encoded_bytes(source), accelerator.device, _encoder(parts, accelerator)
     images = ImageShards(data, vae_of(parts), encoder, source, device, batch_size, rows_per_shard)
     kinds = [_Kind("latents", "images", sizes.tolist(), images)]
     captions: list[str] = []
     if isinstance(parts, StableDiffusion):
         captions = distinct_captions(source, accelerator, skip_bad_images=data.skip_bad_images)
         kinds.append(_Kind("texts", "captions", captions, TextShards(parts, captions, device, batch_size, rows_per_shard)))
-    index = {"digests": np.array([caption_digest(caption) for caption in captions], dtype=np.uint64), "sizes": sizes}
+    shapes = from_main_process(accelerator, lambda: image_shapes(source, data.cache_dir)).numpy()
+    digests = np.array([caption_digest(caption) for caption in captions], dtype=np.uint64)
+    index = {"digests": digests, "sizes": sizes, "shapes": shapes}
     made = _fill(folder, manifest, kinds, index, accelerator)
     bad = [BadImage(source.name(int(row)), reason) for row, reason in made.bad.items()]
     size = sum(facts["bytes"] for facts in made.files.values())

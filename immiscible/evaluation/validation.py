@@ -85,6 +85,7 @@ def fixed_images(
     skip_bad_images: bool = False,
     with_labels: bool = False,
     with_captions: bool = False,
+    with_geometry: bool = False,
 ) -> Iterator[Images]:
     """Images as training sees them but cut from the middle and never flipped: the same ones for every run of this data.
 
@@ -95,6 +96,7 @@ def fixed_images(
         skip_bad_images: leave unreadable images out.
         with_labels: give their classes too.
         with_captions: give a caption of each too.
+        with_geometry: give each one's `ImageTransform.geometry` too.
 
     Yields:
         `Images`, in the order of ``source``.
@@ -103,7 +105,7 @@ def fixed_images(
         UserError: an image cannot be read and ``skip_bad_images`` is off.
     """
     fixed = replace(transform, center_crop=True, random_flip=False)
-    dataset = ImageDataset(source, fixed, with_labels=with_labels, with_captions=with_captions)
+    dataset = ImageDataset(source, fixed, with_labels=with_labels, with_captions=with_captions, with_geometry=with_geometry)
     chosen = torch.randperm(len(source), generator=seeded_generator("fixed_images"))[:limit].sort().values
     with tqdm(total=len(chosen), desc="reading images", unit="image", delay=2, leave=False, disable=None) as bar:
         for indices in chosen.split(images_together(transform.resolution)):
@@ -112,7 +114,7 @@ def fixed_images(
             if not skip_bad_images:
                 check_batch(batch, skip_bad_images)
             if len(batch["pixel_values"]):
-                yield Images(batch["pixel_values"], batch["labels"], batch["captions"])
+                yield Images(batch["pixel_values"], batch["labels"], batch["captions"], batch["geometry"])
             bar.update(len(items))
 
 

@@ -76,7 +76,8 @@ class RunEvaluation:
             metrics=config.eval_metrics,
             num_classes=self._task.num_classes,
         )
-        options = {"with_labels": config.labels_for is not None, "with_captions": data.with_captions, "limit": LOSS_IMAGES}
+        parts = {"with_captions": data.with_captions, "with_geometry": data.with_geometry}
+        options = {"with_labels": config.labels_for is not None, **parts, "limit": LOSS_IMAGES}
         batches = enumerate(self._held_out_images(**options))
         self._held_out: list[Encoded] = [self._task.encode_held_out(batch, Draws(0, 0, number, device)) for number, batch in batches]
         self._steps = {line["step"] for line in drop_later_lines(self._path, start_step)}

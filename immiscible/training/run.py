@@ -166,6 +166,7 @@ def _steps(
         skip_bad_images=config.skip_bad_images,
         with_labels=config.labels_for is not None,
         with_captions=data.with_captions,
+        with_geometry=data.with_geometry,
     )
     loader = build_loader(dataset, order, config.dataloader_num_workers, accelerator.device)
     return train(

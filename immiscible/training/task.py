@@ -38,6 +38,7 @@ class TrainingData:
         loaded: what is loaded in the place of ``source``, such as a cache's moments; by default itself.
         augment: what goes with ``loaded``; by default ``transform``.
         with_captions: whether each image's caption is loaded too.
+        with_geometry: whether each image's `ImageTransform.geometry` is.
         groups: inside which images of an epoch are assigned, int64 [N], -1 of none; by default their classes.
     """
 
@@ -47,6 +48,7 @@ class TrainingData:
     loaded: ImageSource | Stream | None = None
     augment: ImageTransform | None = None
     with_captions: bool = False
+    with_geometry: bool = False
     groups: Tensor | None = None
 
     @property

@@ -24,9 +24,21 @@ def test_photographs_taken_sideways_are_turned_upright(tmp_path):
     assert load_images(train_data_dir=str(tmp_path)).load(0).size == (4, 8)
 
 
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+def test_the_size_in_the_header_is_that_of_the_upright_image(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    if orientation:
+        exif[274] = orientation
+    Image.new("RGB", (8, 4)).save(tmp_path / f"a.{kind}", exif=exif)
+    source = load_images(train_data_dir=str(tmp_path))
+    assert source.size(0) == source.load(0).size[::-1] == ((8, 4) if orientation in (6, 8) else (4, 8))
+
+
 def test_broken_exif_data_spoils_no_image(tmp_path):
     Image.new("RGB", (8, 4)).save(tmp_path / "a.png", exif=b"Exif\0\0what is this")
-    assert load_images(train_data_dir=str(tmp_path)).load(0).size == (8, 4)
+    source = load_images(train_data_dir=str(tmp_path))
+    assert source.load(0).size == (8, 4) and source.size(0) == (4, 8)
 
 
 def png_of(width: int, height: int) -> bytes:

@@ -123,11 +123,14 @@ def test_numbers_differ_between_images_and_epochs(folder, tmp_path):
 def test_batches_do_not_depend_on_workers(folder, tmp_path, workers):
     stream = stream_of(folder)
     order = order_of(stream, tmp_path, batch_size=4, stop=5)
-    dataset = StreamDataset(stream, ImageTransform(6, random_flip=True), with_captions=True)
+    dataset = StreamDataset(stream, ImageTransform(6, random_flip=True), with_captions=True, with_geometry=True)
     batches = list(images_of(build_loader(dataset, order, workers, CPU), skip_bad_images=False))
     assert [batch.captions for batch in batches] == [[f"caption {100 * a + b}" for a, b in rows] for rows in positions(order)]
     reference = list(images_of(build_loader(dataset, order_of(stream, tmp_path, batch_size=4, stop=5), 0, CPU), skip_bad_images=False))
     assert all(torch.equal(one.x0, other.x0) for one, other in zip(batches, reference, strict=True))
+    assert all(torch.equal(one.geometry, other.geometry) for one, other in zip(batches, reference, strict=True))
+    geometry = torch.cat([batch.geometry for batch in batches])
+    assert geometry[:, :2].unique(dim=0).tolist() == [[8, 10]] and geometry[:, 2:4].unique(dim=0).tolist() == [[0, 0], [0, 1]]
 
 
 def test_a_bad_image_is_named_and_replaced_by_the_next_of_its_batch(tmp_path, caplog):

@@ -109,6 +109,26 @@ def test_flip_without_crop_is_an_exact_mirror():
     assert results == {tuple(plain.flatten().tolist()), tuple(plain.flip(-1).flatten().tolist())}
 
 
+@pytest.mark.parametrize(("options", "kernel"), [({}, 2), ({"center_crop": True}, 2), ({"crop": "adm"}, 3)])
+@pytest.mark.parametrize("shape", [(12, 31), (33, 13), (10, 10)])
+def test_the_geometry_says_where_the_pixels_are_in_the_resized_image(options, kernel, shape):
+    """Of a mirrored image, in its mirror image; the adm crop's box filter halves the first two shapes not, at 8 pixels."""
+    original = noise(*shape)
+    transform = ImageTransform(8, channels=1, random_flip=True, seed=5, **options)
+    lefts, mirrored = set(), 0
+    for epoch in range(12):
+        height, width, top, left, *target = transform.geometry(*shape, epoch, 3)
+        assert ((height, width), target) == (shape, [8, 8])
+        cut = transform.cut(*shape, epoch, 3)
+        resized = np.array(Image.fromarray(original).resize((cut.width, cut.height), kernel))
+        flips = transform.flips(epoch, 3)
+        seen = (resized[:, ::-1] if flips else resized)[top : top + 8, left : left + 8]
+        assert np.array_equal(grays(transform(original, epoch, 3))[0].round().numpy(), seen)
+        lefts.add((top, left, flips))
+        mirrored += flips
+    assert 0 < mirrored < 12 and len(lefts) >= (1 if shape == (10, 10) else 2)
+
+
 @pytest.mark.parametrize("precise", [False, True])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])

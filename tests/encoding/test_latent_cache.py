@@ -162,12 +162,14 @@ def test_batches_are_those_of_the_uncached_run(tiny_sd, dropout):
     transform = ImageTransform(64, center_crop=True, random_flip=True, seed=3, interpolation="lanczos")
     order = GlobalBatchOrder(IMAGES, 4, seed=3, stop=6)  # two epochs
     plain, cached = encoders(parts, cache, empty_prompts=dropout, pooled_labels=True)
-    runs = []
+    runs, geometries = [], []
     for images, augment, encode in ((source, transform, plain), (cache.images(source), cache.transform(transform), cached)):
-        dataset = ImageDataset(images, augment, with_captions=True)
-        batches = images_of(build_loader(dataset, order, 0, CPU), skip_bad_images=False)
+        dataset = ImageDataset(images, augment, with_captions=True, with_geometry=True)
+        batches = list(images_of(build_loader(dataset, order, 0, CPU), skip_bad_images=False))
         runs.append([(batch.captions, encode(batch, Draws(3, step, 0, CPU))) for step, batch in enumerate(batches)])
-    assert len(runs[0]) == 6
+        geometries.append(torch.cat([batch.geometry for batch in batches]))
+    assert len(runs[0]) == 6 and torch.equal(*geometries)
+    assert geometries[0].dtype == torch.int64 and geometries[0].unique(dim=0).tolist() == [[72, 64, 4, 0, 64, 64]]
     for (captions, wanted), (same_captions, found) in zip(*runs, strict=True):
         assert captions == same_captions
         assert close(found.x0, wanted.x0) and found.x0.dtype == torch.float32 and found.x0.shape == (4, 4, 8, 8)
