@@ -40,7 +40,9 @@ from immiscible.encoding.texts import TextToImageEncoder
 from immiscible.errors import run_script
 from immiscible.flags import parse_config
 from immiscible.method import build_objective
-from immiscible.networks.stable_diffusion import StableDiffusion, load_stable_diffusion, place_frozen, text_states
+from immiscible.networks.checkpoint_parts import CheckpointParts
+from immiscible.networks.families import load_checkpoint
+from immiscible.networks.stable_diffusion import StableDiffusion
 from immiscible.training.loop import StopRequest, train
 from immiscible.training.session import session
 
@@ -54,12 +56,12 @@ SD_V1_VAE = {
 SD_V1_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
 
 
-def tiny(folder: Path, config: TextToImageConfig) -> StableDiffusion:
+def tiny(folder: Path, config: TextToImageConfig) -> CheckpointParts:
     make_model(folder)
-    return load_stable_diffusion(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=True)
+    return load_checkpoint(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=True)
 
 
-def sd_v1(folder: Path, config: TextToImageConfig) -> StableDiffusion:
+def sd_v1(folder: Path, config: TextToImageConfig) -> CheckpointParts:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -70,10 +72,18 @@ def sd_v1(folder: Path, config: TextToImageConfig) -> StableDiffusion:
     vae, unet = AutoencoderKL(**SD_V1_VAE), UNet2DConditionModel(**SD_V1_UNET)
     for part in (vae, text_encoder):
         part.requires_grad_(False).eval()
-    return StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler, "sd_v1", {"revision": None, "variant": None})
+    return StableDiffusion(
+        network=unet,
+        vae=vae,
+        encoders={"text_encoder": text_encoder},
+        tokenizers={"tokenizer": tokenizer},
+        scheduler=scheduler,
+        name="sd_v1",
+        options={"revision": None, "variant": None},
+    )
 
 
-MODELS: dict[str, Callable[[Path, TextToImageConfig], StableDiffusion]] = {"tiny": tiny, "sd_v1": sd_v1}
+MODELS: dict[str, Callable[[Path, TextToImageConfig], CheckpointParts]] = {"tiny": tiny, "sd_v1": sd_v1}
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
@@ -86,7 +96,7 @@ def write_images(folder: Path, count: int, resolution: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(rows))
 
 
-def gigaflops(parts: StableDiffusion, resolution: int) -> dict[str, float]:
+def gigaflops(parts: CheckpointParts, resolution: int) -> dict[str, float]:
     """Of a forward pass for one image. Without memory, except for the text encoder, whose masks need numbers."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -99,7 +109,7 @@ def gigaflops(parts: StableDiffusion, resolution: int) -> dict[str, float]:
     work = {
         "U-Net": lambda: unet(latent, time_, states),
         "VAE encoder": lambda: vae.encode(image),
-        "text encoder": lambda: text_states(parts, ["a text"], torch.device("cpu")),
+        "text encoder": lambda: parts.texts(["a text"], torch.device("cpu")),
     }
     for name, forward in work.items():
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -170,7 +180,7 @@ def compare(arguments: argparse.Namespace, root: Path) -> None:
         folder, named = root / "cache", {"pretrained_model_name_or_path": config.pretrained_model_name_or_path}
         write_cache(folder, config, parts, source, accelerator, model=named, batch_size=arguments.batch, rows_per_shard=2048)
         cache = LatentCache(folder, json.loads((folder / MANIFEST).read_text()))
-        place_frozen(parts, accelerator.device, parts.vae.dtype)
+        parts.place_frozen(accelerator.device, parts.vae.dtype)
         parts.network.to(accelerator.device).train()
         objective = build_objective(config, parts.scheduler, accelerator)
         model, optimizer = accelerator.prepare(parts.network, OPTIMIZERS[arguments.optimizer](parts.network.parameters(), lr=1e-5))

@@ -36,8 +36,9 @@ def parts(arguments: argparse.Namespace) -> tuple:
     from diffusers import UNet2DConditionModel
 
     from immiscible.configs import TextToImageConfig
+    from immiscible.networks.checkpoint_parts import place
+    from immiscible.networks.families import load_checkpoint
     from immiscible.networks.optimization import build_ema, build_optimizer
-    from immiscible.networks.stable_diffusion import load_stable_diffusion, place
 
     torch.manual_seed(0)
     accelerator = accelerator_on(torch.device(arguments.device), mixed_precision=arguments.mixed_precision)
@@ -49,7 +50,7 @@ def parts(arguments: argparse.Namespace) -> tuple:
         foreach_ema=True,
         learning_rate=RATE,
     )
-    found = load_stable_diffusion(config, resolution=config.resolution, cache_dir=None, from_scratch=False)
+    found = load_checkpoint(config, resolution=config.resolution, cache_dir=None, from_scratch=False)
     if arguments.channels:
         settings = {**found.network.config, "block_out_channels": arguments.channels}
         found.network = UNet2DConditionModel.from_config(settings)

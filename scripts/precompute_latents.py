@@ -103,8 +103,8 @@ def fill(config: TextCacheConfig | ImageCacheConfig, accelerator: Accelerator) -
     """Loads the images and what encodes them, and fills the folder."""
     from immiscible.data.loading import captioned_source, training_source
     from immiscible.encoding.cache_writing import write_cache
+    from immiscible.networks.families import load_checkpoint
     from immiscible.networks.latents import load_vae
-    from immiscible.networks.stable_diffusion import load_stable_diffusion
 
     common: dict[str, Any] = {"resolution": config.resolution, "cache_dir": config.cache_dir}
     if isinstance(config, ImageCacheConfig):
@@ -112,7 +112,7 @@ def fill(config: TextCacheConfig | ImageCacheConfig, accelerator: Accelerator) -
         parts = load_vae(str(config.vae_model_name_or_path), **common)
     else:
         source = captioned_source(config, config.labels_for)
-        parts = load_stable_diffusion(config, from_scratch=True, **common)
+        parts = load_checkpoint(config, from_scratch=True, **common)
         parts.network.to("meta")  # gigabytes that nobody needs here
     return write_cache(
         Path(str(config.latent_cache_dir)),

@@ -1,11 +1,11 @@
 """Latents and text states on disk, so that training calls neither the VAE nor the text encoder.
 
-They are of the parts of a Stable Diffusion checkpoint, or of a VAE alone, whose cache has no texts. A cache is a folder of
+They are of the parts of a text-to-image checkpoint, or of a VAE alone, whose cache has no texts. A cache is a folder of
 
     manifest.json                what it was made of, and the size and SHA-256 of every other file
     latents-00000.safetensors    ``moments`` fp16 [n, F, 2, C, h, w]: mean and log-variance of the VAE's posterior of n images; F is 2 if
                                  the mirrored image is there too, after the image
-    texts-00000.safetensors      ``states`` fp16 [n, L, E] and ``pooled`` fp16 [n, E] of n distinct captions
+    texts-00000.safetensors      ``states`` fp16 [n, L, E], ``pooled`` fp16 [n, E], and what else a family has, of n distinct captions
     index.safetensors            ``digests`` uint64 [M], ascending: which caption each row of the texts is; ``sizes`` int64 [N]: the bytes
                                  of each encoded image, by which an edited one is noticed; ``shapes`` int64 [N, 2]: its height and width,
                                  0 of one that could not be read
@@ -45,13 +45,13 @@ from immiscible.encoding.cache_manifest import FORMAT, INDEX, check_files, read_
 from immiscible.encoding.encoders import LatentEncoder
 from immiscible.encoding.texts import TextToImageEncoder
 from immiscible.errors import UserError
-from immiscible.networks.stable_diffusion import StableDiffusion
+from immiscible.networks.checkpoint_parts import CheckpointParts
 from immiscible.networks.weights import PRECISIONS, weights_digest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-    Parts: TypeAlias = StableDiffusion | AutoencoderKL
+    Parts: TypeAlias = CheckpointParts | AutoencoderKL
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class LatentCache:
         return None if shapes is None else (int(shapes[index, 0]), int(shapes[index, 1]))
 
     def texts(self, captions: Sequence[str], name: str) -> Tensor:
-        """The ``states`` [B, L, E] or ``pooled`` states [B, E] of captions, fp16; raises as `rows_of`."""
+        """The text states of captions that have this name, such as ``pooled``, fp16 [B, ...]; raises as `rows_of`."""
         return torch.from_numpy(np.stack([self._row("texts", name, row) for row in self.rows_of(captions)]))
 
     def rows_of(self, captions: Sequence[str]) -> list[int]:
@@ -272,14 +272,12 @@ class CachedTextEncoder(_FromMoments, TextToImageEncoder):
 
     cache: LatentCache | None = None
 
-    def texts(self, captions: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
-        """See `TextToImageEncoder`; in the precision that the text encoder would give."""
+    def texts(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """See `TextToImageEncoder`; in the precision that the text encoders would give."""
         assert self.cache is not None
         dtype = self.parts.text_encoder.dtype
-        needed = {"states": not self.pooled, "pooled": self.pooled or self.pooled_labels}
-        names = [name for name, wanted in needed.items() if wanted]
-        found = {name: self.cache.texts(captions, name).to(self.device, dtype, non_blocking=True) for name in names}
-        return found.get("states"), found.get("pooled")
+        needed = dict.fromkeys([*self.parts.states_told, *(["pooled"] if self.pooled_labels else [])])
+        return {name: self.cache.texts(captions, name).to(self.device, dtype, non_blocking=True) for name in needed}
 
 
 def open_cache(folder: Path, data: ImageArguments, parts: Parts, source: ImageSource, *, precision: str | None) -> LatentCache:
@@ -332,7 +330,7 @@ def cache_settings(data: ImageArguments, parts: Parts, source: ImageSource) -> d
         "format": FORMAT,
         "vae": weights_digest(nn.ModuleList([vae.encoder, vae.quant_conv or nn.Identity()])),
         "scaling_factor": vae.config.scaling_factor,
-        "text_encoder": _text_digest(parts) if isinstance(parts, StableDiffusion) else None,
+        "text_encoder": _text_digest(parts) if isinstance(parts, CheckpointParts) else None,
         "resolution": data.resolution,
         "crop": ("adm" if adm else "center") + (f", transparent images upon {data.alpha_color}" if data.alpha_color else ""),
         "interpolation": None if adm else interpolation,
@@ -345,14 +343,17 @@ def cache_settings(data: ImageArguments, parts: Parts, source: ImageSource) -> d
 
 def vae_of(parts: Parts) -> AutoencoderKL:
     """Of a checkpoint, or itself."""
-    return parts.vae if isinstance(parts, StableDiffusion) else parts
+    return parts.vae if isinstance(parts, CheckpointParts) else parts
 
 
-def _text_digest(parts: StableDiffusion) -> str:
-    words = json.loads(parts.tokenizer.backend_tokenizer.to_str())
-    words |= {"truncation": parts.tokenizer.model_max_length, "padding": None}  # set anew by every call
-    tokenizer = hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
-    return f"{weights_digest(parts.text_encoder)} {tokenizer}"
+def _text_digest(parts: CheckpointParts) -> str:
+    return " ".join([*map(weights_digest, parts.encoders.values()), *map(_words_digest, parts.tokenizers.values())])
+
+
+def _words_digest(tokenizer: Any) -> str:
+    words = json.loads(tokenizer.backend_tokenizer.to_str())
+    words |= {"truncation": tokenizer.model_max_length, "padding": None}  # set anew by every call
+    return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
 
 
 def precision_name(mixed_precision: str | None) -> str:

@@ -22,8 +22,8 @@ from immiscible.encoding.cache import caption_digest
 from immiscible.encoding.encoders import LatentEncoder
 from immiscible.encoding.texts import TextToImageEncoder
 from immiscible.errors import UserError
+from immiscible.networks.checkpoint_parts import CheckpointParts
 from immiscible.networks.latents import latent_downsampling
-from immiscible.networks.stable_diffusion import StableDiffusion, text_states
 from immiscible.processes import on_every_process
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class ImageShards:
 
 @dataclass(frozen=True)
 class TextShards:
-    """The ``states`` and ``pooled`` states of captions; see `immiscible.encoding.cache`.
+    """The text states of captions, by the names of their family; see `immiscible.encoding.cache`.
 
     Args:
         parts: of the checkpoint.
@@ -132,7 +132,7 @@ class TextShards:
         rows_per_shard: captions of a file.
     """
 
-    parts: StableDiffusion
+    parts: CheckpointParts
     captions: Sequence[str]
     device: torch.device
     batch_size: int
@@ -140,8 +140,8 @@ class TextShards:
 
     @property
     def row_bytes(self) -> int:
-        """Of a caption: its states and their pooled one."""
-        return 2 * self.parts.text_encoder.config.hidden_size * (self.parts.tokenizer.model_max_length + 1)
+        """Of a caption: all its text states."""
+        return 2 * sum(map(math.prod, self.parts.text_shapes.values()))
 
     @torch.no_grad()
     def __call__(self, numbers: Sequence[int], done: Callable[[int], object]) -> Iterator[Shard]:
@@ -149,11 +149,10 @@ class TextShards:
         for number in numbers:
             parts = []
             for rows in _batches(number, len(self.captions), self.rows_per_shard, self.batch_size):
-                encoded = text_states(self.parts, self.captions[rows.start : rows.stop], self.device)
-                parts.append([tensor.to("cpu", torch.float16) for tensor in encoded])
+                encoded = self.parts.texts(self.captions[rows.start : rows.stop], self.device)
+                parts.append({name: states.to("cpu", torch.float16) for name, states in encoded.items()})
                 done(len(rows))
-            states, pooled = (torch.cat(column) for column in zip(*parts, strict=True))
-            yield {"states": states, "pooled": pooled}, Notes(bad={}, transparent=0)
+            yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, Notes(bad={}, transparent=0)
 
 
 def _batches(number: int, rows: int, rows_per_shard: int, batch_size: int) -> list[range]:

@@ -32,7 +32,7 @@ from immiscible.encoding.encoders import LatentEncoder
 from immiscible.encoding.texts import TextToImageEncoder
 from immiscible.errors import UserError
 from immiscible.files import PARTIAL, clean_up, file_facts, replace
-from immiscible.networks.stable_diffusion import StableDiffusion, place_frozen
+from immiscible.networks.checkpoint_parts import CheckpointParts
 from immiscible.networks.weights import PRECISIONS
 from immiscible.processes import from_main_process, on_every_process, on_main_process
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import AutoencoderKL
 
-    Parts: TypeAlias = StableDiffusion | AutoencoderKL
+    Parts: TypeAlias = CheckpointParts | AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def write_cache(
     images = ImageShards(data, vae_of(parts), encoder, source, device, batch_size, rows_per_shard)
     kinds = [_Kind("latents", "images", sizes.tolist(), images)]
     captions: list[str] = []
-    if isinstance(parts, StableDiffusion):
+    if isinstance(parts, CheckpointParts):
         captions = distinct_captions(source, accelerator, skip_bad_images=data.skip_bad_images)
         kinds.append(_Kind("texts", "captions", captions, TextShards(parts, captions, device, batch_size, rows_per_shard)))
     shapes = from_main_process(accelerator, lambda: image_shapes(source, data.cache_dir)).numpy()
@@ -356,7 +356,7 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def _encoder(parts: Parts, accelerator: Accelerator) -> LatentEncoder | TextToImageEncoder:
     """What encodes in training, on the device."""
     precision = PRECISIONS[accelerator.mixed_precision]
-    if isinstance(parts, StableDiffusion):
-        place_frozen(parts, accelerator.device, precision)
+    if isinstance(parts, CheckpointParts):
+        parts.place_frozen(accelerator.device, precision)
         return TextToImageEncoder(parts, accelerator.device)
     return LatentEncoder(parts.to(accelerator.device), accelerator.device, precision=precision)

@@ -116,14 +116,15 @@ class LatentEncoder:
         return posterior.mean, posterior.logvar
 
 
-def latent_draw(mean: Tensor, log_variance: Tensor, scaling_factor: float, draws: Draws) -> Tensor:
-    """A fresh latent of each image from its posterior: ``scaling_factor * (mean + deviation * normal)``, fp32.
+def latent_draw(mean: Tensor, log_variance: Tensor, scaling_factor: float, draws: Draws, shift: float = 0.0) -> Tensor:
+    """A fresh latent of each image from its posterior: ``scaling_factor * (mean + deviation * normal - shift)``, fp32.
 
     Args:
         mean: of the VAE's posterior, any floating dtype [B, C, H, W].
         log_variance: likewise; the deviation is taken from it in fp32.
         scaling_factor: of the VAE's configuration; it gives latents unit variance.
         draws: the micro-batch's random numbers, of which this takes the normal ones called "latent".
+        shift: ``shift_factor`` of the VAE's configuration, if it has one.
     """
     deviation = (0.5 * log_variance.float()).exp()
-    return (mean.float() + deviation * draws.normal("latent", *mean.shape)) * scaling_factor
+    return (mean.float() + deviation * draws.normal("latent", *mean.shape) - shift) * scaling_factor

@@ -21,12 +21,13 @@ NULL_CLASS = "_null_class"
 ROWS = "num_embeds_ada_norm"  # a transformer's number of classes, which no U-Net has; its embedding has a row more, for no class
 
 DECODER = "num_decoder_layers"  # a setting of masked transformers (MDT) alone
+JOINT_WIDTH = "joint_attention_dim"  # a setting of transformers alone that read the states of a prompt's tokens beside the image
 TEXT_WIDTH = "text_width"  # a setting of transformers alone that are told a prompt by one vector
 
 
 def part_of(network: ModelMixin) -> str:
     """Which of `PARTS` a network is."""
-    return "transformer" if ROWS in network.config else "unet"
+    return "transformer" if {ROWS, JOINT_WIDTH} & set(network.config) else "unet"
 
 
 def is_foreign(network: ModelMixin) -> bool:
@@ -40,8 +41,10 @@ def told_pooled(network: ModelMixin) -> bool:
 
 
 def classes_told(network: ModelMixin) -> int | None:
-    """How many classes a network is told, the null class not counted; None of an unconditional network."""
+    """How many classes a network is told, the null class not counted; None of one that is told none."""
     config = network.config
+    if JOINT_WIDTH in config:
+        return None
     count: int | None = (config[ROWS] or None) if ROWS in config else config.get(NULL_CLASS, config.num_class_embeds)
     return count
 

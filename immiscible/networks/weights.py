@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
@@ -117,6 +118,22 @@ def load_network(network: ModelMixin, folder: Path, part: str) -> None:
     else:
         check_keys(network, folder / part)
         network.load_state_dict(type(network).from_pretrained(folder, subfolder=part).state_dict())
+
+
+def add_adapters(network: ModelMixin, rank: int, dtype: torch.dtype, targets: Sequence[str]) -> None:
+    """Freezes the network in ``dtype`` and gives the layers with these names trainable low-rank adapters, always fp32.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise UserError("--use_lora needs peft: `pip install peft`")
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    nn.Module.to(network.requires_grad_(False), dtype=dtype)  # diffusers' own `to` warns of every cast
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets)))
+    cast_training_params(network, dtype=torch.float32)
 
 
 def save_adapters(network: nn.Module, folder: Path) -> None:

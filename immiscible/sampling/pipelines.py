@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 
 from immiscible import networks
 from immiscible.errors import UserError
-from immiscible.networks.kinds import PARTS, classes_told, is_foreign, part_of, told_pooled
-from immiscible.networks.stable_diffusion import StableDiffusion
+from immiscible.networks.checkpoint_parts import CheckpointParts
+from immiscible.networks.kinds import JOINT_WIDTH, PARTS, classes_told, is_foreign, part_of, told_pooled
 from immiscible.randomness import derive_seed, seeded_generator
 
 if TYPE_CHECKING:
@@ -112,7 +111,8 @@ def _sampler(
 def is_plain(pipeline: DiffusionPipeline) -> bool:
     """Whether diffusers' own pipeline samples this network, and so ours is not needed."""
     network = network_of(pipeline)
-    return part_of(network) == "unet" and classes_told(network) is None and type(pipeline).__name__ != "ClassConditionalPipeline"
+    known = part_of(network) == "unet" or JOINT_WIDTH in network.config
+    return known and classes_told(network) is None and type(pipeline).__name__ != "ClassConditionalPipeline"
 
 
 def class_pipeline(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -151,38 +151,23 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, class_names: Sequen
         shutil.copyfile(TEXT_PIPELINE if told_pooled(network) else CLASS_PIPELINE, folder / "pipeline.py")
 
 
-def build_text_pipeline(parts: StableDiffusion) -> DiffusionPipeline:
-    """The checkpoint's own pipeline with the U-Net in training, and its own sampler told the prediction type that is trained; ours of a
-    transformer in the U-Net's place.
-
-    A sampler that cannot sample that type (PNDM and "sample") gives way to DDIM. A safety checker is left out: it would blank samples.
+def build_text_pipeline(parts: CheckpointParts) -> DiffusionPipeline:
+    """The checkpoint's own pipeline with the network in training, and its own sampler told the prediction type that is trained; ours of a
+    transformer in a U-Net's place.
     """
     import diffusers
 
     common = {"revision": parts.options["revision"], "cache_dir": parts.options["cache_dir"]}
     index = diffusers.DiffusionPipeline.load_config(parts.name, **common)
-    prediction_type, kind = parts.scheduler.config.prediction_type, index["scheduler"][1]
-    options = {**common, "prediction_type": prediction_type}
-    if prediction_type == "sample" and kind == "PNDMScheduler":
-        kind, options = "DDIMScheduler", {**options, "clip_sample": False}
-    scheduler = getattr(diffusers, kind).from_pretrained(parts.name, subfolder="scheduler", **options)
-    tokenizer = copy.deepcopy(parts.tokenizer)  # it has state, and the look-ahead thread uses its own
-    frozen = {"vae": parts.vae, "text_encoder": parts.text_encoder, "tokenizer": tokenizer}
+    components = {**parts.components, "scheduler": parts.sampler(index["scheduler"][1])}
     if told_pooled(parts.network):
         from immiscible.sampling.text_pipeline import PooledTextPipeline
 
-        return PooledTextPipeline(**frozen, transformer=parts.network, scheduler=scheduler)
+        return PooledTextPipeline(**components)
     side = parts.network.config.sample_size
-    pipeline = diffusers.StableDiffusionPipeline(
-        **frozen,
-        unet=parts.network,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline: DiffusionPipeline = getattr(diffusers, parts.pipeline_class)(**components, **parts.pipeline_options)
     # Where a checkpoint is as old as Stable Diffusion 1.4, diffusers takes any size below 64 (512 pixels) for a mistake and puts 64 there.
-    pipeline.unet.register_to_config(sample_size=side)
+    parts.network.register_to_config(sample_size=side)
     return pipeline
 
 

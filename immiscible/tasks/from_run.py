@@ -14,6 +14,7 @@ from torch import nn
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
+from immiscible.networks.checkpoint_parts import limit_length
 from immiscible.networks.kinds import PARTS
 from immiscible.networks.latents import load_vae
 from immiscible.networks.weights import LOAD_ERRORS, saved_network, weights_digest
@@ -26,7 +27,7 @@ from immiscible.training.folder import MARKER
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from immiscible.networks.stable_diffusion import StableDiffusion
+    from immiscible.networks.checkpoint_parts import CheckpointParts
 
 
 WEIGHTS = {"ema": "_ema", "raw": ""}  # the choices of --weights -> how the network's folder in a checkpoint is called after its part
@@ -150,14 +151,14 @@ def _adapted(folder: Path, config: TextToImageConfig, weights: str | None, base:
     return Loaded(pipeline, weights, config.resolution)
 
 
-def _started_from(path: Path, config: TextToImageConfig, base: str | None, *, from_scratch: bool) -> StableDiffusion:
+def _started_from(path: Path, config: TextToImageConfig, base: str | None, *, from_scratch: bool) -> CheckpointParts:
     """The checkpoint that a run started from, at ``base`` or where its flags say."""
-    from immiscible.networks.stable_diffusion import load_stable_diffusion
+    from immiscible.networks.families import load_checkpoint
 
     if base:
         config = replace_fields(config, pretrained_model_name_or_path=base, revision=None, variant=None, non_ema_revision=None)
     with _named(path):
-        parts = load_stable_diffusion(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
+        parts = load_checkpoint(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
     states = [path] if NAME.fullmatch(path.resolve().name) else list(filter(is_complete, checkpoints(path)))[-1:]
     for state in states:
         _check_same(path, read_state(state)["identity"]["network"]["frozen"], parts.digest)
@@ -198,10 +199,10 @@ def _from_diffusers(name: str) -> DiffusionPipeline:
         # A safety checker would put black images among the samples.
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
         pipeline = DiffusionPipeline.from_pretrained(name, **unchecked)
-        if pipeline.components.get("tokenizer") and pipeline.components.get("text_encoder"):
-            from immiscible.networks.stable_diffusion import limit_length
-
-            limit_length(pipeline.tokenizer, pipeline.text_encoder)
+        for after in ("", "_2", "_3"):
+            tokenizer, encoder = (pipeline.components.get(f"{part}{after}") for part in ("tokenizer", "text_encoder"))
+            if tokenizer and encoder:
+                limit_length(tokenizer, encoder)
         return pipeline
 
 

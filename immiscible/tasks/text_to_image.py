@@ -1,17 +1,15 @@
-"""Text-to-image: the U-Net of a Stable Diffusion checkpoint trained on captions, from random weights, from its own, or by adapters; or a
-transformer in its place.
+"""Text-to-image: the network of a checkpoint trained on captions, from random weights, from its own, or by adapters; or a transformer in
+the place of its U-Net.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
-import torch
 from torch import Tensor
 
 from immiscible.configs import TextToImageConfig
@@ -24,9 +22,9 @@ from immiscible.encoding.encoders import Encoder
 from immiscible.encoding.texts import TextToImageEncoder, tell_long_captions
 from immiscible.errors import UserError
 from immiscible.method import build_objective
+from immiscible.networks.checkpoint_parts import CheckpointParts, place
+from immiscible.networks.families import initial_weights, load_checkpoint
 from immiscible.networks.kinds import part_of, told_pooled
-from immiscible.networks.latents import latent_downsampling
-from immiscible.networks.stable_diffusion import StableDiffusion, initial_weights, load_frozen, load_stable_diffusion, place
 from immiscible.networks.weights import adapted, evaluation_weights, save_adapters
 from immiscible.objectives import DenoisingObjective
 from immiscible.processes import from_main_process
@@ -59,7 +57,7 @@ class TextToImageTask:
     """
 
     config: TextToImageConfig
-    parts: StableDiffusion
+    parts: CheckpointParts
     objective: DenoisingObjective
     data: TrainingData
     from_scratch: bool
@@ -71,7 +69,7 @@ class TextToImageTask:
     num_classes: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        config, schedule = self.config, str(self.parts.scheduler.config.beta_schedule)
+        config, schedule = self.config, self.parts.schedule
         rank = config.rank if config.use_lora else None
         self.facts = {
             "initial_weights": initial_weights(self.parts.name, from_scratch=self.from_scratch, rank=rank, preset=config.model_preset),
@@ -139,30 +137,29 @@ class TextToImageTask:
         if adapted(parts.network):
             save_adapters(parts.network, folder)
             return
-        if parts.vae.dtype != torch.float32:
-            vae, text_encoder = load_frozen(parts.name, parts.options)
-            parts = dataclasses.replace(parts, vae=vae, text_encoder=text_encoder)
         with evaluation_weights(parts.network, ema):
-            save_pipeline(build_text_pipeline(parts), folder)
+            save_pipeline(build_text_pipeline(parts.in_full_precision()), folder)
 
     def card(self, title: str, facts: Mapping[str, str], grid: Path | None) -> ModelCard:
         """See `Task`."""
         parts = self.parts
-        prediction_type = parts.scheduler.config.prediction_type
+        prediction_type = parts.prediction_type
         return text_to_image_card(
             title=title,
             facts=facts,
             base_model=parts.name,
             adapters=adapted(parts.network),
             own=told_pooled(parts.network),
-            resolution=parts.network.config.sample_size * latent_downsampling(parts.vae),
+            pipeline=parts.pipeline_class,
+            tag=parts.tag,
+            resolution=parts.resolution,
             prediction_type=prediction_type if prediction_type != parts.pretrained_prediction else None,
             grid=grid,
         )
 
 
 def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed: int, *, from_scratch: bool) -> TextToImageTask:
-    """The U-Net of ``--pretrained_model_name_or_path``, or ``--model_preset`` in its place, on the captioned images that the flags name.
+    """The network of ``--pretrained_model_name_or_path``, or ``--model_preset`` in its place, on the captioned images that the flags name.
 
     Args:
         config: the run's flags; its precision becomes accelerate's own where the flag is not given.
@@ -177,7 +174,7 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
     share, folder = config.validation_split, config.eval_data_dir
     source, held_out = with_held_out(captioned_source, config, config.labels_for, share=share, folder=folder)
     reseed_globally(seed, "network")
-    parts = load_stable_diffusion(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
+    parts = load_checkpoint(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
     _check_dream(config, parts)
     _check_steps(config, parts)
     if not config.streaming:
@@ -194,7 +191,6 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
         parts,
         accelerator.device,
         empty_prompts=config.proportion_empty_prompts,
-        pooled=told_pooled(parts.network),
         pooled_labels=config.coupling_condition in ("centered", "penalty"),
     )
     encode_loaded: Any = cache.encoder(encode) if cache else encode
@@ -210,15 +206,10 @@ def _groups(config: TextToImageConfig, source: ImageSource, encode: TextToImageE
         return classes_of(classed)
     told = replace(encode, pooled_labels=True)
 
-    def pooled(captions: Sequence[str]) -> Tensor:
-        states = told.texts(captions)[1]
-        assert states is not None
-        return states
-
-    return caption_clusters(source, pooled)
+    return caption_clusters(source, lambda captions: told.texts(captions)["pooled"])
 
 
-def _check_steps(config: TextToImageConfig, parts: StableDiffusion) -> None:
+def _check_steps(config: TextToImageConfig, parts: CheckpointParts) -> None:
     steps = parts.scheduler.config.num_train_timesteps
     asked = [("validation_inference_steps", config.validation_inference_steps if config.prompts else 1)]
     asked += [("eval_inference_steps", each) for each in config.eval_inference_steps if config.eval_steps]
@@ -227,7 +218,6 @@ def _check_steps(config: TextToImageConfig, parts: StableDiffusion) -> None:
             raise UserError(f"--{name} {value} must be below {steps}, the steps of the noise process of {parts.name}")
 
 
-def _check_dream(config: TextToImageConfig, parts: StableDiffusion) -> None:
-    prediction = parts.scheduler.config.prediction_type
-    if config.dream_training and prediction != "epsilon":
-        raise UserError(f"--dream_training needs epsilon-prediction, and {parts.name} predicts {prediction}")
+def _check_dream(config: TextToImageConfig, parts: CheckpointParts) -> None:
+    if config.dream_training and parts.prediction_type != "epsilon":
+        raise UserError(f"--dream_training needs epsilon-prediction, and {parts.name} predicts {parts.prediction_type}")

@@ -67,18 +67,22 @@ def text_to_image_card(
     base_model: str,
     adapters: bool = False,
     own: bool = False,
+    pipeline: str = "StableDiffusionPipeline",
+    tag: str = "stable-diffusion",
     resolution: int | None = None,
     prediction_type: str | None = None,
     grid: PurePath | None = None,
 ) -> ModelCard:
-    """The card of a Stable Diffusion pipeline, of LoRA weights for one, or of a transformer with the rest of one.
+    """The card of a text-to-image pipeline, of LoRA weights for one, or of a transformer with the rest of one.
 
     Args:
         title: the heading, the name of the run's folder.
         facts: how it was trained, by name.
         base_model: the checkpoint that training began with; a name on the hub goes into the metadata, a folder here does not.
         adapters: whether these are weights for ``base_model`` and no whole pipeline.
-        own: whether our pipeline in the folder samples it, as it does a transformer.
+        own: whether our pipeline in the folder samples it, as it does a transformer in a U-Net's place.
+        pipeline: the class of diffusers that samples it otherwise.
+        tag: of the metadata, which says of which family it is.
         resolution: side in pixels of what the adapters were trained on; the base pipeline would sample at its own.
         prediction_type: of the adapters, where ``base_model`` has another.
         grid: samples of the prompts, relative to the card, if there are any.
@@ -88,13 +92,14 @@ def text_to_image_card(
         {
             "pipeline_tag": "text-to-image",
             "base_model": None if Path(base_model).exists() else base_model,  # the hub refuses a card with a path
-            "tags": ["diffusers", *([] if own else ["stable-diffusion"]), "text-to-image", *(["lora"] if adapters else []), TAG],
+            "tags": ["diffusers", *([] if own else [tag]), "text-to-image", *(["lora"] if adapters else []), TAG],
         },
         title,
         facts,
         base_model=_quoted(base_model),
         adapters=adapters,
         own=own,
+        pipeline=pipeline,
         resolution=resolution,
         prediction_type=prediction_type,
         grid=grid.as_posix() if grid else None,

@@ -92,9 +92,9 @@ def parts_of(sd: dict[str, Path], *extra: str):
 
 
 def load_parts(config):
-    from immiscible.networks.stable_diffusion import load_stable_diffusion
+    from immiscible.networks.families import load_checkpoint
 
-    return load_stable_diffusion(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=True)
+    return load_checkpoint(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=True)
 
 
 def parsed(sd: dict[str, Path], *extra: str):
@@ -123,17 +123,13 @@ def test_moments_are_the_posterior_of_the_image_and_of_its_mirror_image(tiny_sd)
 
 
 def test_every_caption_and_the_empty_one_are_there_once(tiny_sd):
-    from immiscible.networks.stable_diffusion import text_states
-
     _, source, parts, cache = parts_of(tiny_sd)
     wanted = {text for index in range(IMAGES) for text in source.captions(index)} | {""}
     assert cache.manifest["captions"] == len(wanted) == 2 * IMAGES + 2
     captions = sorted(wanted)
     with torch.no_grad():
-        expected = text_states(parts, captions, CPU)
-    assert all(
-        close(found, each) for found, each in zip([cache.texts(captions, name) for name in ("states", "pooled")], expected, strict=True)
-    )
+        expected = parts.texts(captions, CPU)
+    assert expected.keys() == {"states", "pooled"} and all(close(cache.texts(captions, name), each) for name, each in expected.items())
     assert len(set(cache.rows_of(captions))) == len(wanted)
     with pytest.raises(ValueError, match="'unheard of' is not in the latent cache"):
         cache.texts(["picture 1", "unheard of"], "states")
@@ -182,15 +178,17 @@ def test_batches_are_those_of_the_uncached_run(tiny_sd, dropout):
 def test_a_network_that_is_told_pooled_states_is_given_those_alone(tiny_sd):
     from immiscible.data.batches import Images
 
-    _, source, parts, cache = parts_of(tiny_sd)
-    plain, cached = encoders(parts, cache, empty_prompts=0.5, pooled=True)
+    _, source, parts, cache = parts_of(tiny_sd, "--model_preset", "dit-tiny")
+    plain, cached = encoders(parts, cache, empty_prompts=0.5)
     captions, draws = ["picture 1", "number 2", "one of them", "picture 3"], Draws(3, 0, 0, CPU)
     moments = torch.from_numpy(np.stack([cache.moments(index)[0] for index in range(4)]))
     images = ImageTransform(64, center_crop=True, interpolation="lanczos")
     pixels = torch.stack([images(source.load(index), 0, index) for index in range(4)])
     found, wanted = cached(Images(moments, None, captions), draws), plain(Images(pixels, None, captions), draws)
     assert found.condition.keys() == wanted.condition.keys() == {"pooled_projections"}
-    assert close(found.condition["pooled_projections"], wanted.condition["pooled_projections"]) and cached.texts(captions)[0] is None
+    assert close(found.condition["pooled_projections"], wanted.condition["pooled_projections"]) and cached.texts(captions).keys() == {
+        "pooled"
+    }
     assert wanted.condition["pooled_projections"].shape == (4, parts.text_encoder.config.hidden_size)
 
 

@@ -11,7 +11,9 @@ from tiny_text import model_folder
 
 from immiscible.errors import UserError
 from immiscible.networks.arguments import TextModelArguments
-from immiscible.networks.stable_diffusion import initial_weights, load_frozen, load_stable_diffusion, place, text_states
+from immiscible.networks.checkpoint_parts import place
+from immiscible.networks.families import initial_weights, load_checkpoint
+from immiscible.networks.stable_diffusion import StableDiffusion
 from immiscible.networks.weights import adapted, weights_digest
 
 CPU = torch.device("cpu")
@@ -26,7 +28,7 @@ class Accelerator:
 
 def loaded(*, resolution=32, from_scratch=False, **changes):
     arguments = TextModelArguments(pretrained_model_name_or_path=str(model_folder()), **changes)
-    return load_stable_diffusion(arguments, resolution=resolution, cache_dir=None, from_scratch=from_scratch)
+    return load_checkpoint(arguments, resolution=resolution, cache_dir=None, from_scratch=from_scratch)
 
 
 def test_the_unets_side_is_the_runs_and_its_weights_the_checkpoints_or_fresh():
@@ -41,8 +43,8 @@ def test_the_unets_side_is_the_runs_and_its_weights_the_checkpoints_or_fresh():
 
 def test_the_digest_is_of_what_stays_as_it_is():
     """Of the U-Net only where adapters are trained, not its weights."""
-    parts, frozen = loaded(), load_frozen(str(model_folder()), {})
-    assert parts.digest == " ".join(map(weights_digest, frozen)) == loaded(from_scratch=True).digest
+    parts, (vae, encoders) = loaded(), StableDiffusion.load_frozen(str(model_folder()), {})
+    assert parts.digest == " ".join(map(weights_digest, (vae, encoders["text_encoder"]))) == loaded(from_scratch=True).digest
     assert loaded(use_lora=True).digest == f"{parts.digest} {weights_digest(parts.network)}"
 
 
@@ -58,8 +60,9 @@ def test_frozen_parts_have_the_runs_precision_and_trained_weights_have_32_bits(p
     place(parts, Accelerator(precision), rank=None, idle=True)
     assert (parts.vae.dtype, parts.text_encoder.dtype, parts.network.dtype) == (dtype, dtype, torch.float32)
     assert parts.network.training and not adapted(parts.network) and all(weight.requires_grad for weight in parts.network.parameters())
-    states, pooled = text_states(parts, ["a cat", ""], CPU)
+    states, pooled = (parts.texts(["a cat", ""], CPU)[name] for name in ("states", "pooled"))
     assert states.shape == (2, parts.tokenizer.model_max_length, parts.text_encoder.config.hidden_size) and pooled.shape[0] == 2
+    assert {name: (2, *shape) for name, shape in parts.text_shapes.items()} == {"states": states.shape, "pooled": pooled.shape}
 
 
 def test_adapters_of_a_rank_are_all_that_is_trained():

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_text import ADAPTERS, WEIGHTS, model_folder
 
-from immiscible.networks.stable_diffusion import add_adapters
-from immiscible.networks.weights import adapted, add_metadata, load_network, save_network, weights_digest
+from immiscible.networks.stable_diffusion import StableDiffusion
+from immiscible.networks.weights import adapted, add_adapters, add_metadata, load_network, save_network, weights_digest
 
 
 def changed(network):
@@ -36,7 +36,7 @@ def test_a_network_is_saved_as_diffusers_loads_it_and_loaded_to_the_last_bit(tmp
 def with_adapters(seed):
     network = UNet2DConditionModel.from_pretrained(model_folder(), subfolder="unet")
     torch.manual_seed(seed)
-    add_adapters(network, 2, torch.float32)
+    add_adapters(network, 2, torch.float32, StableDiffusion.lora_targets)
     return network
 
 

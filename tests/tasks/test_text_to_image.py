@@ -206,7 +206,7 @@ def test_captions_are_drawn_and_dropped(monkeypatch, tmp_path):
     batch = Images(images, captions=captions)
     steps = [reached.encode(batch, Draws(0, step, 0, torch.device("cpu"))) for step in range(8)]
     states = torch.cat([encoded.condition["encoder_hidden_states"] for encoded in steps])
-    full, empty = (reached.encode.texts([caption])[0] for caption in ("a cat", ""))
+    full, empty = (reached.encode.texts([caption])["states"] for caption in ("a cat", ""))
     is_empty, is_full = ((states - kind).abs().flatten(1).amax(1) < 1e-5 for kind in (empty, full))
     assert bool((is_empty ^ is_full).all())
     assert float(is_empty.float().mean()) == pytest.approx(0.25, abs=0.08)  # 4 standard deviations of 512 draws

@@ -1,0 +1,121 @@
+"""Which family a text-to-image checkpoint is of, by what it says of itself, and its parts as one run wants them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from immiscible.errors import UserError, first_line
+from immiscible.networks.arguments import TextModelArguments
+from immiscible.networks.checkpoint_parts import CheckpointParts, unvaried
+from immiscible.networks.latents import latent_downsampling, refuse_single_file
+from immiscible.networks.stable_diffusion import StableDiffusion
+from immiscible.networks.weights import LOAD_ERRORS
+
+TEXT_PIPELINE = "PooledTextPipeline"  # ours, of a transformer in the U-Net's place: `immiscible.sampling.text_pipeline`
+FAMILIES: dict[str, type[CheckpointParts]] = {  # ``_class_name`` in a checkpoint's model_index.json -> its family
+    "StableDiffusionPipeline": StableDiffusion,
+    TEXT_PIPELINE: StableDiffusion,
+}
+
+
+def load_checkpoint(arguments: TextModelArguments, *, resolution: int, cache_dir: str | None, from_scratch: bool) -> CheckpointParts:
+    """The checkpoint of ``--pretrained_model_name_or_path``, on the CPU.
+
+    Args:
+        arguments: which checkpoint, and what it shall predict; with ``use_lora`` the digest is of the network's own weights too.
+        resolution: of the run's images. The network's ``sample_size`` becomes its, at which pipelines then sample by default.
+        cache_dir: where models of the hub are kept.
+        from_scratch: gives the network fresh weights, drawn from the global generator. A transformer in a U-Net's place has no others.
+
+    Raises:
+        UserError: it cannot be loaded, is of no family that is trained here, or does not go with the flags.
+    """
+    name = str(arguments.pretrained_model_name_or_path)
+    refuse_single_file("--pretrained_model_name_or_path", name, StableDiffusion.pipeline_class)
+    options = {"revision": arguments.revision, "cache_dir": cache_dir, "variant": arguments.variant}
+    family, present = _look_at(name, unvaried(options), with_network=not arguments.model_preset)
+    try:
+        parts = family.load(arguments, options, present, resolution=resolution, from_scratch=from_scratch)
+    except UserError:
+        raise
+    except LOAD_ERRORS as error:
+        raise UserError(f"--pretrained_model_name_or_path {name}: cannot be loaded ({first_line(error)})", exit_code=1) from None
+    if arguments.prediction_type is not None:
+        parts.predict(arguments.prediction_type)
+    parts.check()
+    factor = latent_downsampling(parts.vae)
+    if resolution % factor:
+        raise UserError(f"--resolution {resolution} must be a multiple of {factor}, by which the VAE of {name} divides images")
+    parts.network.register_to_config(sample_size=resolution // factor)
+    parts.digest = parts.digest_of(network=arguments.use_lora)
+    return parts
+
+
+def family_of(kind: str, parts: Any) -> type[CheckpointParts] | None:
+    """The family of a checkpoint.
+
+    Args:
+        kind: what it says it is, its ``_class_name``.
+        parts: the names of what it lists.
+
+    Returns:
+        None if it is none of these. Further pipelines of one U-Net and one text encoder are Stable Diffusion 1.x or 2.x.
+    """
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    return None if {"text_encoder_2", "transformer"} & set(parts) else StableDiffusion
+
+
+def _look_at(name: str, options: dict[str, Any], *, with_network: bool) -> tuple[type[CheckpointParts], list[str]]:
+    """The family of the checkpoint, and which parts it has: at least all that a run needs; loads nothing."""
+    import diffusers
+
+    try:
+        found = diffusers.DiffusionPipeline.load_config(name, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name}: no diffusers checkpoint found there ({first_line(error)}); check the name and, "
+            f"for one on the hub, the network",
+            exit_code=1,
+        ) from None
+    kind = found.get("_class_name", "an unnamed pipeline")
+    family = family_of(kind, found)
+    if family is None:
+        trained = ", ".join(name for name in FAMILIES if name != TEXT_PIPELINE)
+        raise UserError(
+            f"--pretrained_model_name_or_path {name} is a {kind}; trained here are {trained}. Another family needs a class of its own in "
+            f"immiscible/networks, which says what it loads and what its network is told; in another trainer's loop the library's "
+            f"three lines do (README, Use it in your own training loop)"
+        )
+    # A tokenizer that is not there would be made up without words.
+    present = [part for part in found if part[0] != "_" and _is_there(name, part, found[part])]
+    wanted = family.required(with_network=with_network)
+    if missing := [part for part in wanted if part not in present]:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name} is a {kind} without {', '.join(missing)}; {family.family} has {', '.join(wanted)}"
+        )
+    if not hasattr(diffusers, found["scheduler"][1]):
+        raise UserError(f"--pretrained_model_name_or_path {name}: diffusers has no {found['scheduler'][1]}, with which it would be sampled")
+    return family, present
+
+
+def _is_there(name: str, part: str, listed: Any) -> bool:
+    """Whether a part is listed with its class and, in a folder here, has files."""
+    return isinstance(listed, list) and all(listed) and not (Path(name).is_dir() and not any(Path(name, part).glob("*")))
+
+
+def initial_weights(name: str, *, from_scratch: bool, rank: int | None, preset: str | None = None) -> str:
+    """With which weights a network begins, in words, for the start of the run and the model card.
+
+    Args:
+        name: of the checkpoint.
+        from_scratch: whether it has fresh ones.
+        rank: of its adapters; None without.
+        preset: of a transformer in the U-Net's place; None of a U-Net.
+    """
+    if preset:
+        return f"random, of {preset}, which is told the pooled text state in the place of the U-Net of {name}"
+    if from_scratch:
+        return f"random, not those of {name}, with which finetune_sd.py begins"
+    return f"those of {name}" + ("" if rank is None else f", frozen, with adapters of rank {rank}")
