@@ -246,7 +246,7 @@ FREE_ON_RESUME = frozenset(
 ) | {item.name for group in (RunArguments, EvaluationArguments) for item in fields(group)}
 TEXT_FREE_ON_RESUME = (
     FREE_ON_RESUME
-    | {"num_train_epochs", "pretrained_model_name_or_path", "revision", "variant", "non_ema_revision"}
+    | {"num_train_epochs", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "non_ema_revision"}
     | {"offload_ema", "foreach_ema"}
     | {item.name for item in fields(TextRunArguments)}
 )

@@ -109,6 +109,11 @@ def make_model(folder: Path, version: int = 1, vae_steps: int = 0) -> float:
             latents = vae.encode(held_out).latent_dist.mode()  # [128,4,8,8]
             psnr = 10 * torch.log10(4 / (vae.decode(latents).sample.clamp(-1, 1) - held_out).square().mean((1, 2, 3))).mean().item()
         vae.register_to_config(scaling_factor=1 / latents.std().item())
+        if version == "xl":
+            from tiny_sdxl import sdxl_pipeline
+
+            sdxl_pipeline(vae, build_tokenizer).save_pretrained(folder)
+            return psnr
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=text_encoder,

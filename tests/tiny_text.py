@@ -24,8 +24,8 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="tiny-text-")
 
 
 @cache
-def model_folder(version: int = 1) -> Path:
-    """A checkpoint with every part of Stable Diffusion 1, or 2, which predicts v."""
+def model_folder(version: int | str = 1) -> Path:
+    """A checkpoint with every part of Stable Diffusion 1, of 2, which predicts v, or of "xl"."""
     from make_tiny_sd import make_model
 
     folder = Path(_FOLDER.name) / f"model-{version}"

@@ -53,7 +53,7 @@ class TextToImageEncoder:
         labels = None if batch.labels is None else batch.labels.to(self.device)
         if labels is None and self.pooled_labels:
             labels = texts["pooled"].float()
-        return Encoded(x0, labels, self.parts.told(texts, None))
+        return Encoded(x0, labels, self.parts.told(texts, None if batch.geometry is None else batch.geometry.to(self.device)))
 
     @torch.no_grad()
     def expected(self, batch: Images) -> Tensor:

@@ -77,9 +77,16 @@ class TextModelArguments:
 
     _argument_group_name = "model"
 
-    pretrained_model_name_or_path: str | None = flag(None, "a Stable Diffusion 1.x or 2.x checkpoint, on the hub or in a folder; required")
+    pretrained_model_name_or_path: str | None = flag(
+        None, "a checkpoint of Stable Diffusion, on the hub or in a folder; it says itself which one it is; required"
+    )
     revision: str | None = flag(None, "the checkpoint's revision on the hub")
     variant: str | None = flag(None, "the checkpoint's variant, such as fp16")
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None,
+        "another VAE than the checkpoint's, of the same latents, on the hub or in a folder, such as SDXL's that is mended for fp16; SDXL's "
+        "own encodes and decodes in fp32",
+    )
     non_ema_revision: str | None = flag(None, "the revision that holds the non-EMA U-Net")
     prediction_type: str | None = flag(
         None, "what the network predicts; by default what the checkpoint's scheduler says", choices=("epsilon", "sample", "v_prediction")

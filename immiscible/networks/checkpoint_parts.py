@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from immiscible.errors import UserError
 from immiscible.networks.arguments import TextModelArguments
 from immiscible.networks.kinds import part_of
-from immiscible.networks.latents import latent_downsampling
+from immiscible.networks.latents import latent_downsampling, open_vae
 from immiscible.networks.weights import PRECISIONS, add_adapters, weights_digest
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+VAE_FLAG = "--pretrained_vae_model_name_or_path"
 LEAST_SIGNAL = 1e-6  # of alpha_bar at the last step; Stable Diffusion's is 0.0047
 
 
@@ -43,6 +44,9 @@ class CheckpointParts(ABC):
         scheduler: the noise process, with the prediction type that is trained.
         name: where the checkpoint is.
         options: ``revision``, ``variant`` and ``cache_dir`` for loading further parts.
+        vae_name: where the VAE is, if it is not the checkpoint's own.
+        index: what the checkpoint says of itself: the classes of its parts, and settings of its pipeline.
+        from_scratch: whether the network began with random weights.
         digest: tells the weights that stay as they are from others, so that a run is not resumed on another checkpoint.
         pretrained_prediction: the checkpoint's own prediction type.
     """
@@ -54,13 +58,17 @@ class CheckpointParts(ABC):
     scheduler: SchedulerMixin
     name: str
     options: dict[str, Any]
+    vae_name: str | None = None
+    index: Mapping[str, Any] = field(default_factory=dict)
+    from_scratch: bool = False
     digest: str = ""
     pretrained_prediction: str = "epsilon"
 
     family: ClassVar[str]  # in words
     pipeline_class: ClassVar[str]  # of diffusers: samples it, and is what a run leaves
-    pipeline_options: ClassVar[Mapping[str, Any]] = {}  # of the pipeline beside its parts
     tag: ClassVar[str]  # of the model card
+    default_resolution: ClassVar[int] = 512  # of diffusers' scripts for it
+    told_geometry: ClassVar[bool] = False  # whether the network is told where the crops lie
     network_class: ClassVar[str] = "UNet2DConditionModel"
     network_part: ClassVar[str] = "unet"
     scheduler_class: ClassVar[str] = "DDPMScheduler"  # of training
@@ -105,6 +113,11 @@ class CheckpointParts(ABC):
         Raises:
             UserError: they do not, or are not.
         """
+
+    @property
+    def pipeline_settings(self) -> dict[str, Any]:
+        """What the pipeline is built with beside its parts."""
+        return {}
 
     @property
     def schedule(self) -> str:
@@ -203,7 +216,8 @@ class CheckpointParts(ABC):
             for part, kind in cls.tokenizer_classes.items()
             if part in parts
         }
-        vae, encoders = cls.load_frozen(name, options, parts)
+        vae_name = arguments.pretrained_vae_model_name_or_path
+        vae, encoders = cls.load_frozen(name, options, parts, vae_name)
         for tokenizer, encoder in zip(tokenizers.values(), encoders.values(), strict=True):
             limit_length(tokenizer, encoder)
         own = {**options, "revision": arguments.non_ema_revision or arguments.revision}
@@ -216,13 +230,14 @@ class CheckpointParts(ABC):
             scheduler=scheduler,
             name=name,
             options=options,
+            vae_name=vae_name,
         )
         loaded.pretrained_prediction = loaded.prediction_type
         return loaded
 
     @classmethod
     def load_frozen(
-        cls, name: str, options: dict[str, Any], parts: Sequence[str] | None = None
+        cls, name: str, options: dict[str, Any], parts: Sequence[str] | None = None, vae_name: str | None = None
     ) -> tuple[AutoencoderKL, dict[str, PreTrainedModel]]:
         """VAE and text encoders of a checkpoint, fp32, without gradient, on the CPU.
 
@@ -230,11 +245,19 @@ class CheckpointParts(ABC):
             name: of the checkpoint.
             options: as in the class.
             parts: the names of those that it has; None for all of the family.
+            vae_name: where the VAE is, if it is not the checkpoint's own.
+
+        Raises:
+            UserError: another VAE does not fit this checkpoint.
         """
         import transformers
         from diffusers import AutoencoderKL
 
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **options)
+        if vae_name is None:
+            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **options)
+        else:
+            vae = open_vae(VAE_FLAG, vae_name, cache_dir=options.get("cache_dir"))
+            _check_vae(vae, vae_name, AutoencoderKL.load_config(name, subfolder="vae", **unvaried(options)), name)
         encoders = {
             part: getattr(transformers, kind).from_pretrained(name, subfolder=part, **options)
             for part, kind in cls.encoder_classes.items()
@@ -248,7 +271,7 @@ class CheckpointParts(ABC):
         """The same with VAE and text encoders in fp32: those that a run rounded are loaded anew from the checkpoint."""
         if all(part.dtype == torch.float32 for part in self.frozen.values()):
             return self
-        vae, encoders = self.load_frozen(self.name, self.options, tuple(self.encoders))
+        vae, encoders = self.load_frozen(self.name, self.options, tuple(self.encoders), self.vae_name)
         return replace(self, vae=vae, encoders=encoders)
 
     @classmethod
@@ -314,6 +337,20 @@ class CheckpointParts(ABC):
     def named(self) -> str:
         """The flag and its value, with which a line on these parts begins."""
         return f"--pretrained_model_name_or_path {self.name}"
+
+
+def _check_vae(vae: AutoencoderKL, vae_name: str, own: Mapping[str, Any], name: str) -> None:
+    """Whether latents of another VAE are those that a checkpoint's network knows, by the settings of its own VAE.
+
+    Raises:
+        UserError: they are not.
+    """
+    blocks = {"block_out_channels": len} | dict.fromkeys(("latent_channels", "scaling_factor", "shift_factor"), lambda value: value)
+    for setting, of_value in blocks.items():
+        there, wanted = (of_value(value) if value else value for value in (vae.config.get(setting), own.get(setting, vae.config[setting])))
+        if there != wanted:
+            what = "blocks" if of_value is len else setting
+            raise UserError(f"{VAE_FLAG} {vae_name} does not fit {name}: its {what} is {there}, and {wanted} in the VAE of the checkpoint")
 
 
 def unvaried(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from immiscible.networks.arguments import TextModelArguments
 from immiscible.networks.checkpoint_parts import CheckpointParts, unvaried
 from immiscible.networks.latents import latent_downsampling, refuse_single_file
 from immiscible.networks.stable_diffusion import StableDiffusion
+from immiscible.networks.stable_diffusion_xl import StableDiffusionXL
 from immiscible.networks.weights import LOAD_ERRORS
 
 TEXT_PIPELINE = "PooledTextPipeline"  # ours, of a transformer in the U-Net's place: `immiscible.sampling.text_pipeline`
 FAMILIES: dict[str, type[CheckpointParts]] = {  # ``_class_name`` in a checkpoint's model_index.json -> its family
-    "StableDiffusionPipeline": StableDiffusion,
+    StableDiffusion.pipeline_class: StableDiffusion,
+    StableDiffusionXL.pipeline_class: StableDiffusionXL,
     TEXT_PIPELINE: StableDiffusion,
 }
 
@@ -34,7 +36,8 @@ def load_checkpoint(arguments: TextModelArguments, *, resolution: int, cache_dir
     name = str(arguments.pretrained_model_name_or_path)
     refuse_single_file("--pretrained_model_name_or_path", name, StableDiffusion.pipeline_class)
     options = {"revision": arguments.revision, "cache_dir": cache_dir, "variant": arguments.variant}
-    family, present = _look_at(name, unvaried(options), with_network=not arguments.model_preset)
+    family, index = _look_at(name, unvaried(options), with_network=not arguments.model_preset)
+    present = [part for part in index if part[0] != "_" and _is_there(name, part, index[part])]
     try:
         parts = family.load(arguments, options, present, resolution=resolution, from_scratch=from_scratch)
     except UserError:
@@ -43,6 +46,7 @@ def load_checkpoint(arguments: TextModelArguments, *, resolution: int, cache_dir
         raise UserError(f"--pretrained_model_name_or_path {name}: cannot be loaded ({first_line(error)})", exit_code=1) from None
     if arguments.prediction_type is not None:
         parts.predict(arguments.prediction_type)
+    parts.index, parts.from_scratch = index, from_scratch
     parts.check()
     factor = latent_downsampling(parts.vae)
     if resolution % factor:
@@ -67,8 +71,8 @@ def family_of(kind: str, parts: Any) -> type[CheckpointParts] | None:
     return None if {"text_encoder_2", "transformer"} & set(parts) else StableDiffusion
 
 
-def _look_at(name: str, options: dict[str, Any], *, with_network: bool) -> tuple[type[CheckpointParts], list[str]]:
-    """The family of the checkpoint, and which parts it has: at least all that a run needs; loads nothing."""
+def _look_at(name: str, options: dict[str, Any], *, with_network: bool) -> tuple[type[CheckpointParts], dict[str, Any]]:
+    """The family of the checkpoint, and what it says of itself; it has all parts that a run needs. Loads nothing."""
     import diffusers
 
     try:
@@ -89,15 +93,14 @@ def _look_at(name: str, options: dict[str, Any], *, with_network: bool) -> tuple
             f"three lines do (README, Use it in your own training loop)"
         )
     # A tokenizer that is not there would be made up without words.
-    present = [part for part in found if part[0] != "_" and _is_there(name, part, found[part])]
     wanted = family.required(with_network=with_network)
-    if missing := [part for part in wanted if part not in present]:
+    if missing := [part for part in wanted if not _is_there(name, part, found.get(part))]:
         raise UserError(
             f"--pretrained_model_name_or_path {name} is a {kind} without {', '.join(missing)}; {family.family} has {', '.join(wanted)}"
         )
     if not hasattr(diffusers, found["scheduler"][1]):
         raise UserError(f"--pretrained_model_name_or_path {name}: diffusers has no {found['scheduler'][1]}, with which it would be sampled")
-    return family, present
+    return family, found
 
 
 def _is_there(name: str, part: str, listed: Any) -> bool:

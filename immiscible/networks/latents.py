@@ -25,10 +25,33 @@ def load_vae(name_or_path: str, *, resolution: int, cache_dir: str | None = None
     Raises:
         UserError: there is none, it is another kind of model, or it cannot halve images of this resolution as often as it must.
     """
+    flag = f"--vae_model_name_or_path {name_or_path}"
+    vae = open_vae("--vae_model_name_or_path", name_or_path, cache_dir=cache_dir)
+    if vae.config.shift_factor or vae.config.latents_mean:
+        raise UserError(f"{flag} shifts its latents, which diffusers' unconditional pipeline does not undo; take one as Stable Diffusion's")
+    if resolution % latent_downsampling(vae):
+        raise UserError(
+            f"{flag} halves the image {len(vae.config.block_out_channels) - 1} times: --resolution {resolution} must be a multiple of "
+            f"{latent_downsampling(vae)}"
+        )
+    return vae.float().requires_grad_(False).eval()
+
+
+def open_vae(flag: str, name_or_path: str, *, cache_dir: str | None = None) -> AutoencoderKL:
+    """An `AutoencoderKL` as it is in its folder, or in the folder ``vae`` of a checkpoint, on the CPU.
+
+    Args:
+        flag: that names it.
+        name_or_path: a folder or a name on the hub.
+        cache_dir: where models of the hub are kept.
+
+    Raises:
+        UserError: there is none, or it is another kind of model.
+    """
     from diffusers import AutoencoderKL
 
-    flag = f"--vae_model_name_or_path {name_or_path}"
-    refuse_single_file("--vae_model_name_or_path", name_or_path, "AutoencoderKL")
+    refuse_single_file(flag, name_or_path, "AutoencoderKL")
+    flag = f"{flag} {name_or_path}"
     try:
         options: dict[str, Any] = {"cache_dir": cache_dir}
         try:
@@ -39,19 +62,11 @@ def load_vae(name_or_path: str, *, resolution: int, cache_dir: str | None = None
         kind = settings.get("_class_name", "an unnamed model")
         if kind != "AutoencoderKL":
             raise UserError(f"{flag} is a {kind}, not an AutoencoderKL; give a VAE, or a checkpoint that has one in its folder `vae`")
-        vae = AutoencoderKL.from_pretrained(name_or_path, **options)
+        return AutoencoderKL.from_pretrained(name_or_path, **options)
     except UserError:
         raise
     except LOAD_ERRORS as error:
         raise UserError(f"{flag}: no AutoencoderKL found there, nor in a folder `vae` of it ({first_line(error)})") from None
-    if vae.config.shift_factor or vae.config.latents_mean:
-        raise UserError(f"{flag} shifts its latents, which diffusers' unconditional pipeline does not undo; take one as Stable Diffusion's")
-    if resolution % latent_downsampling(vae):
-        raise UserError(
-            f"{flag} halves the image {len(vae.config.block_out_channels) - 1} times: --resolution {resolution} must be a multiple of "
-            f"{latent_downsampling(vae)}"
-        )
-    return vae.float().requires_grad_(False).eval()
 
 
 def refuse_single_file(flag: str, name: str, kind: str) -> None:

@@ -26,8 +26,6 @@ class StableDiffusion(CheckpointParts):
 
     family = "a Stable Diffusion 1.x or 2.x checkpoint"
     pipeline_class = "StableDiffusionPipeline"
-    # A safety checker would blank samples.
-    pipeline_options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     tag = "stable-diffusion"
     encoder_classes = {"text_encoder": "CLIPTextModel"}
     tokenizer_classes = {"tokenizer": "CLIPTokenizer"}
@@ -60,6 +58,11 @@ class StableDiffusion(CheckpointParts):
             check_unet(self, self.text_encoder.config.hidden_size)
         check_words(self)
         check_end(self)
+
+    @property
+    def pipeline_settings(self) -> dict[str, Any]:
+        """See `CheckpointParts.pipeline_settings`; a safety checker would blank samples."""
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     @classmethod
     def build_network(

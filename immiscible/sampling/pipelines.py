@@ -157,15 +157,13 @@ def build_text_pipeline(parts: CheckpointParts) -> DiffusionPipeline:
     """
     import diffusers
 
-    common = {"revision": parts.options["revision"], "cache_dir": parts.options["cache_dir"]}
-    index = diffusers.DiffusionPipeline.load_config(parts.name, **common)
-    components = {**parts.components, "scheduler": parts.sampler(index["scheduler"][1])}
+    components = {**parts.components, "scheduler": parts.sampler(parts.index["scheduler"][1])}
     if told_pooled(parts.network):
         from immiscible.sampling.text_pipeline import PooledTextPipeline
 
         return PooledTextPipeline(**components)
     side = parts.network.config.sample_size
-    pipeline: DiffusionPipeline = getattr(diffusers, parts.pipeline_class)(**components, **parts.pipeline_options)
+    pipeline: DiffusionPipeline = getattr(diffusers, parts.pipeline_class)(**components, **parts.pipeline_settings)
     # Where a checkpoint is as old as Stable Diffusion 1.4, diffusers takes any size below 64 (512 pixels) for a mistake and puts 64 there.
     parts.network.register_to_config(sample_size=side)
     return pipeline
@@ -222,7 +220,7 @@ def sample_images(
         numbers = range(start, min(start + batch_size, first + count))
         generators = [seeded_generator(seed, "sample", number) for number in numbers]
         wanted = _told(pipeline, numbers, prompts, guidance_scale, guidance_interval, side, turn)
-        with told_generators(pipeline, generators), autocast:
+        with told_generators(pipeline, generators), vae_at_its_precision(pipeline), autocast:
             batches.append(pipeline(**wanted, generator=generators, num_inference_steps=steps, output_type="np").images)
     images = numpy.concatenate(batches)
     if not numpy.isfinite(images).all():
@@ -291,6 +289,29 @@ def told_generators(pipeline: DiffusionPipeline, generators: list[torch.Generato
         yield
     finally:
         del scheduler.step
+
+
+@contextmanager
+def vae_at_its_precision(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Inside the block a VAE with fp32 weights decodes in fp32 under autocast too: SDXL's, which keeps them, overflows in fp16."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        yield
+        return
+    decode = vae.decode
+
+    @wraps(decode)
+    def exactly(latents: Tensor, *arguments: Any, **options: Any) -> Any:
+        if vae.dtype != torch.float32:
+            return decode(latents, *arguments, **options)
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.float(), *arguments, **options)
+
+    vae.decode = exactly
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 def image_grid(images: numpy.ndarray, *, least_side: int = 64) -> Image.Image:

@@ -161,7 +161,9 @@ def _started_from(path: Path, config: TextToImageConfig, base: str | None, *, fr
         parts = load_checkpoint(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
     states = [path] if NAME.fullmatch(path.resolve().name) else list(filter(is_complete, checkpoints(path)))[-1:]
     for state in states:
-        _check_same(path, read_state(state)["identity"]["network"]["frozen"], parts.digest)
+        trained = read_state(state)["identity"]["network"]
+        _check_same(path, trained["frozen"], parts.digest)
+        parts.from_scratch = trained["from_scratch"]
     return parts
 
 

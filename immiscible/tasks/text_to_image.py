@@ -4,6 +4,7 @@ the place of its U-Net.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
     from diffusers.training_utils import EMAModel
     from huggingface_hub import ModelCard
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -176,11 +180,12 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
     reseed_globally(seed, "network")
     parts = load_checkpoint(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
     _check_dream(config, parts)
+    _tell_resolution(config, parts)
     _check_steps(config, parts)
     if not config.streaming:
         tell_long_captions(source, parts)
     transform = image_transform(config, 3, seed)
-    data, cache = TrainingData(source, held_out, transform, with_captions=True), None
+    data, cache = TrainingData(source, held_out, transform, with_captions=True, with_geometry=parts.told_geometry), None
     if config.cache_latents:
         cache = open_cache(Path(str(config.latent_cache_dir)), config, parts, source, precision=config.mixed_precision)
         data = replace(data, loaded=cache.images(source), augment=cache.transform(transform))
@@ -207,6 +212,19 @@ def _groups(config: TextToImageConfig, source: ImageSource, encode: TextToImageE
     told = replace(encode, pooled_labels=True)
 
     return caption_clusters(source, lambda captions: told.texts(captions)["pooled"])
+
+
+def _tell_resolution(config: TextToImageConfig, parts: CheckpointParts) -> None:
+    """The flag's default is that of diffusers' script for Stable Diffusion 1.x, also where a family's own is another."""
+    default = TextToImageConfig.resolution
+    if config.resolution == default != parts.default_resolution:
+        logger.warning(
+            "--resolution is %d, its default; diffusers' scripts for %s take %d: give --resolution %d for that",
+            default,
+            parts.family,
+            parts.default_resolution,
+            parts.default_resolution,
+        )
 
 
 def _check_steps(config: TextToImageConfig, parts: CheckpointParts) -> None:

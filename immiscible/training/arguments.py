@@ -35,8 +35,7 @@ OWN_FILES = (
     "vae",
     "vqvae",
     "pipeline.py",
-    "text_encoder",
-    "tokenizer",
+    *(f"{part}{after}" for part in ("text_encoder", "tokenizer") for after in ("", "_2", "_3")),
     "pytorch_lora_weights.safetensors",
     "README.md",
 )
