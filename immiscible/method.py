@@ -123,14 +123,16 @@ class MethodArguments:
         most=1e12,
     )
     asymmetric_tau: int | None = flag(None, "tau of SpeeD, directly: steps 0..tau-1 are boosted; not together with --asymmetric_r", least=1)
-    logit_mean: float = flag(0.0, "m of logit_normal; positive means noisier", least=-10, most=10)
-    logit_std: float = flag(1.0, "s of logit_normal", above=0, most=100)
+    logit_mean: float = flag(
+        0.0, "m of logit_normal, where positive means noisier, and of sd3_logit_normal, where it means less noisy", least=-10, most=10
+    )
+    logit_std: float = flag(1.0, "s of logit_normal and sd3_logit_normal", above=0, most=100)
     edm_mean: float = flag(-1.2, "mean of ln(sigma) of edm_log_normal; EDM's", least=-10, most=10)
     edm_std: float = flag(1.2, "its standard deviation", above=0, most=100)
     edm_sigma_data: float = flag(
         0.5, "the data's standard deviation, of edm_log_normal and edm: 0.5 is EDM's, latents have about 1", above=0, most=1e3
     )
-    mode_scale: float = flag(1.29, "s of mode", least=-1, most=1.75)
+    mode_scale: float = flag(1.29, "s of mode and sd3_mode", least=-1, most=1.75)
     laplace_mean: float = flag(0.0, "mu of laplace, of log-SNR; positive means less noisy", least=-20, most=20)
     laplace_scale: float = flag(0.5, "b of laplace", above=0, most=100)
     beta_a: float = flag(0.8, "a of beta; below 1 means the least noise most", above=0, most=1e3)

@@ -108,8 +108,8 @@ def logit_normal(process: NoiseProcess, *, logit_mean: float = 0.0, logit_std: f
     """SD3's law (Esser et al. 2024): logit(s) is normal, where s is the time of the flow ``(1 - s) x0 + s n``.
 
     Since logit(s) is the logarithm of the noise over the signal, this is EDM's law too: ln(sigma) is normal (Karras et al. 2022, P_mean and
-    P_std). On a shifted flow s is the time after the shift; diffusers' SD3 scripts draw the one before it, for which ``logit_mean`` is
-    ln(shift) larger (and counts their indices, from most to least noise, so that their mean has the opposite sign).
+    P_std). On a shifted flow s is the time after the shift; diffusers' SD3 scripts draw the one before it: `sd3_logit_normal`, whose
+    ``logit_mean`` of 0 is ln(shift) here.
 
     Args:
         process: the noise process.
@@ -160,16 +160,39 @@ def mode(process: NoiseProcess, *, mode_scale: float = 1.29) -> TimestepSampler:
     Raises:
         UserError: c is out of range.
     """
-    most = 2 / (math.pi - 2)
-    if not -1 <= mode_scale <= most:
-        raise UserError(f"`mode_scale` {mode_scale:g} is out of range: it must be from -1 to {most:.4g}")
-    edges = _flow_edges(process.snr)
-    low, high = torch.zeros_like(edges), torch.ones_like(edges)
-    for _ in range(60):  # bisection to the last bit: flow time falls as u grows
-        u = (low + high) / 2
-        above = 1 - u - mode_scale * ((math.pi / 2 * u).cos() ** 2 - 1 + u) > edges
-        low, high = torch.where(above, u, low), torch.where(above, high, u)
-    return _on_levels((1 - (low + high) / 2).diff(), f"`mode_scale` {mode_scale:g}")
+    return _on_levels(_mode_masses(_flow_edges(process.snr), mode_scale), f"`mode_scale` {mode_scale:g}")
+
+
+def sd3_logit_normal(process: NoiseProcess, *, logit_mean: float = 0.0, logit_std: float = 1.0) -> TimestepSampler:
+    """What diffusers' SD3 scripts draw as "logit_normal": logit(u) is normal, u being the place among the T levels, most noise first.
+
+    That is `logit_normal` before the scheduler's shift, with a mean of the other sign.
+
+    Args:
+        process: the noise process.
+        logit_mean: the mean of logit(u); above 0 is less noisy.
+        logit_std: its standard deviation, above 0.
+
+    Raises:
+        UserError: a value is out of range, or the law has no mass on the process's noise levels.
+    """
+    _check(logit_mean=logit_mean)
+    _check_positive(logit_std=logit_std)
+    masses = torch.special.ndtr((_places(process).logit() - logit_mean) / logit_std).diff().flip(0)
+    return _on_levels(masses, f"`logit_mean` {logit_mean:g} with `logit_std` {logit_std:g}")
+
+
+def sd3_mode(process: NoiseProcess, *, mode_scale: float = 1.29) -> TimestepSampler:
+    """What diffusers' SD3 scripts draw as "mode": the number that `mode` takes for flow time is the place among the T levels.
+
+    Args:
+        process: the noise process.
+        mode_scale: c, as of `mode`.
+
+    Raises:
+        UserError: c is out of range.
+    """
+    return _on_levels(_mode_masses(_places(process), mode_scale).flip(0), f"`mode_scale` {mode_scale:g}")
 
 
 def laplace(process: NoiseProcess, *, laplace_mean: float = 0.0, laplace_scale: float = 0.5) -> TimestepSampler:
@@ -264,6 +287,8 @@ TIMESTEP_SAMPLINGS: dict[str, Callable[..., TimestepSampler]] = {
     "logit_normal": logit_normal,
     "edm_log_normal": edm_log_normal,
     "mode": mode,
+    "sd3_logit_normal": sd3_logit_normal,
+    "sd3_mode": sd3_mode,
     "laplace": laplace,
     "beta": beta,
     "log_normal_released": log_normal_released,
@@ -327,6 +352,28 @@ def _flow_edges(snr: Tensor) -> Tensor:
     if not len(midpoints):
         return flow_time.new_tensor([0.0, 1.0])
     return torch.cat([2 * flow_time[:1] - midpoints[:1], midpoints, 2 * flow_time[-1:] - midpoints[-1:]]).clamp(0, 1)
+
+
+def _places(process: NoiseProcess) -> Tensor:
+    """The ends of T even parts of [0, 1], float64 [T + 1]."""
+    return torch.arange(process.num_timesteps + 1, dtype=torch.float64, device=process.alpha_bar.device) / process.num_timesteps
+
+
+def _mode_masses(edges: Tensor, mode_scale: float) -> Tensor:
+    """The share of uniform u whose ``1 - u - c (cos^2(pi u / 2) - 1 + u)`` lies between two ``edges``, float64 [N], of [N + 1] in [0, 1].
+
+    Raises:
+        UserError: c is out of range.
+    """
+    most = 2 / (math.pi - 2)
+    if not -1 <= mode_scale <= most:
+        raise UserError(f"`mode_scale` {mode_scale:g} is out of range: it must be from -1 to {most:.4g}")
+    low, high = torch.zeros_like(edges), torch.ones_like(edges)
+    for _ in range(60):  # bisection to the last bit: it falls as u grows
+        u = (low + high) / 2
+        above = 1 - u - mode_scale * ((math.pi / 2 * u).cos() ** 2 - 1 + u) > edges
+        low, high = torch.where(above, u, low), torch.where(above, high, u)
+    return (1 - (low + high) / 2).diff()
 
 
 def _on_levels(masses: Tensor, options: str) -> TimestepSampler:

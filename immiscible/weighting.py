@@ -205,9 +205,38 @@ def cosmap(process: NoiseProcess, prediction_type: str) -> Tensor:
     Raises:
         UserError: the weight is infinite under epsilon on a process that ends without signal.
     """
-    flow_time = 1 / (1 + process.snr.sqrt())
-    on_velocity = 2 / (math.pi * (1 - 2 * flow_time + 2 * flow_time**2))
-    return _from_unbounded(on_velocity / (1 - flow_time) ** 2, process, prediction_type, "cosmap", 2 / math.pi)
+    return _on_velocity(_cosmap, process, prediction_type, "cosmap")
+
+
+def cosmap_image(process: NoiseProcess, prediction_type: str) -> Tensor:
+    """The numbers of `cosmap` on the image's error, as diffusers' SD3 scripts have them with ``--precondition_outputs``.
+
+    Raises:
+        UserError: the weight is infinite under epsilon on a process that ends without signal.
+    """
+    return _on_velocity(lambda flow_time: flow_time**2 * _cosmap(flow_time), process, prediction_type, "cosmap_image")
+
+
+def sigma_sqrt(process: NoiseProcess, prediction_type: str) -> Tensor:
+    """What diffusers' SD3 scripts call so: ``1 / s^2`` on the error of the flow's velocity, at flow time s.
+
+    With their ``--precondition_outputs`` it is on the image's error, which makes it `none`.
+
+    Raises:
+        UserError: the weight is infinite under epsilon on a process that ends without signal.
+    """
+    return _on_velocity(lambda flow_time: flow_time**-2, process, prediction_type, "sigma_sqrt")
+
+
+def image(process: NoiseProcess, prediction_type: str) -> Tensor:
+    """One on the image's error, whatever is predicted: ``1 / SNR`` on the noise's, ``s^2`` on that of the flow's velocity.
+
+    As diffusers' SD3 scripts have it with ``--precondition_outputs``.
+
+    Raises:
+        UserError: the weight is infinite under epsilon on a process that ends without signal.
+    """
+    return _from_unbounded(1 / process.snr, process, prediction_type, "image", 1.0)
 
 
 def edm(process: NoiseProcess, prediction_type: str, *, edm_sigma_data: float = 0.5) -> Tensor:
@@ -280,6 +309,9 @@ LOSS_WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
     "min_snr_released": min_snr_released,
     "debiased": debiased,
     "cosmap": cosmap,
+    "cosmap_image": cosmap_image,
+    "sigma_sqrt": sigma_sqrt,
+    "image": image,
     "edm": edm,
 }
 
@@ -304,6 +336,18 @@ def loss_weights(name: str, process_or_scheduler: Any, prediction_type: str, **o
     check_prediction_type(process.kind, prediction_type)
     vector = build_choice(LOSS_WEIGHTINGS, "loss_weights", name, process, prediction_type, **options)
     return LossWeights(vector, process.log_snr, process.kind)
+
+
+def _cosmap(flow_time: Tensor) -> Tensor:
+    """SD3's eq. 21."""
+    return 2 / (math.pi * (1 - 2 * flow_time + 2 * flow_time**2))
+
+
+def _on_velocity(weight: Callable[[Tensor], Tensor], process: NoiseProcess, prediction_type: str, name: str) -> Tensor:
+    """Weights on the error of the flow's velocity, which is the noise's over ``1 - s``, as a function of flow time s, finite at 1."""
+    flow_time = 1 / (1 + process.snr.sqrt())
+    at_the_end = float(weight(torch.ones((), dtype=torch.float64, device="cpu")))
+    return _from_unbounded(weight(flow_time) / (1 - flow_time) ** 2, process, prediction_type, name, at_the_end)
 
 
 def _from_unbounded(weights: Tensor, process: NoiseProcess, prediction_type: str, name: str, without_signal: float) -> Tensor:

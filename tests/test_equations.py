@@ -80,6 +80,8 @@ LAWS = {  # of levels and an optimizer step
     "logit_normal": lambda levels, step: levels.cut(lambda time: stats.norm.cdf(log_sigma(time))),
     "edm_log_normal": lambda levels, step: levels.cut(lambda time: stats.norm.cdf(log_sigma(time), -1.2, 1.2)),
     "mode": lambda levels, step: levels.cut(mode_cdf),
+    "sd3_logit_normal": lambda levels, step: levels.cut(lambda place: stats.norm.cdf(log_sigma(place)), numpy.arange(T + 1) / T)[::-1],
+    "sd3_mode": lambda levels, step: levels.cut(mode_cdf, numpy.arange(T + 1) / T)[::-1],
     "laplace": lambda levels, step: levels.cut(lambda time: stats.laplace.sf(-2 * log_sigma(time), 0, 0.5)),
     "beta": lambda levels, step: levels.cut(stats.beta(0.8, 1).cdf, numpy.arange(T + 1) / T),
     "log_normal_released": lambda levels, step: released_log_normal(levels),
@@ -105,6 +107,9 @@ WEIGHTS = {  # on the noise's error, as the papers have them or after SNR x (ima
     "min_snr_released": lambda levels: 5 / (1 + levels.ratio),
     "debiased": lambda levels: 1 / numpy.sqrt(levels.ratio),
     "cosmap": lambda levels: 2 / (math.pi * (1 - 2 * levels.time + 2 * levels.time**2)) / (1 - levels.time) ** 2,
+    "cosmap_image": lambda levels: 2 / (math.pi * (1 - 2 * levels.time + 2 * levels.time**2)) / levels.ratio,
+    "sigma_sqrt": lambda levels: 1 / (levels.time * (1 - levels.time)) ** 2,
+    "image": lambda levels: 1 / levels.ratio,
     "edm": lambda levels: (1 / levels.ratio + 0.5**2) / (1 / levels.ratio * 0.5**2) / levels.ratio,
 }
 ERRORS = {  # what an error of one is as one of the noise
@@ -189,6 +194,24 @@ def test_sd3s_laws_are_diffusers_draws(name, scheme, options):
     assert uniform.pvalue < 1e-6
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("scheme, options", [("logit_normal", {"logit_mean": -0.5, "logit_std": 0.8}), ("mode", {"mode_scale": 0.81})])
+def test_sd3s_places_are_those_of_diffusers_scripts(scheme, options, shift):
+    """An index is the whole part of T times their draw, in the scheduler's own order, from most to least noise."""
+    filled = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, **options}
+    draws = compute_density_for_timestep_sampling(scheme, 50_000, generator=torch.Generator().manual_seed(0), **filled)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    sampler = timestep_sampler(f"sd3_{scheme}", scheduler, **options)
+    counts = torch.bincount((draws * T).long(), minlength=T).flip(0)  # of ours, from least to most
+    expected = 50_000 * sampler.probabilities
+    groups = [part.sum() for part in counts.double().split(20)], [part.sum() for part in expected.split(20)]
+    found, wanted = (torch.stack(group).numpy() for group in groups)
+    kept = wanted > 5
+    assert stats.chisquare(found[kept], wanted[kept] * found[kept].sum() / wanted[kept].sum()).pvalue > 0.01
+    levels = sampler.levels(64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(levels.time, scheduler.timesteps[levels.index]) and torch.equal(levels.sigma, scheduler.sigmas[levels.index])
+
+
 def test_cosmap_is_diffusers_weight():
     sigmas = SCHEDULERS["flow"].sigmas.flip(0)
     expected = compute_loss_weighting_for_sd3("cosmap", sigmas=sigmas)
@@ -212,7 +235,10 @@ def test_soft_min_snr_is_k_diffusions():
     assert found == pytest.approx(sigma**2 / (sigma**2 + 1) ** 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("name, limit", [("debiased", 0.0), ("cosmap", 2 / math.pi), ("edm", 4.0)])
+@pytest.mark.parametrize(
+    "name, limit",
+    [("debiased", 0.0), ("cosmap", 2 / math.pi), ("cosmap_image", 2 / math.pi), ("sigma_sqrt", 1.0), ("image", 1.0), ("edm", 4.0)],
+)
 def test_weights_that_grow_without_end_have_a_limit_where_no_signal_is_left(name, limit):
     ending = DDPMScheduler(rescale_betas_zero_snr=True)
     with pytest.raises(UserError, match=rf"loss_weights\('{name}'\) is infinite under `prediction_type` epsilon"):
