@@ -15,6 +15,7 @@ from immiscible.errors import UserError
 from immiscible.evaluation.arguments import EvaluationArguments
 from immiscible.method import MethodArguments
 from immiscible.networks.arguments import ModelArguments, OptimizationArguments, TextModelArguments, TextOptimizationArguments
+from immiscible.networks.sdxl_flags import XL_FOREIGN
 from immiscible.objective_choice import SAMPLED_LEVELS, ObjectiveArguments, settle_objective
 from immiscible.training.arguments import RunArguments, RunConfig, TextRunArguments
 
@@ -139,6 +140,7 @@ class TextToImageConfig(
     """Every flag of ``train_text_to_image.py`` and ``finetune_sd.py``."""
 
     names_data = ("dataset_name", "train_data_dir")
+    foreign = XL_FOREIGN
 
     @staticmethod
     def settle(values: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -134,6 +134,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse that raises, so that the caller can say which file an error is in, and one line can say it."""
 
+    foreign: Mapping[str, str] = {}  # flags that others' scripts have and these have not -> what takes their place
+
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser.error`.
 
@@ -142,6 +144,8 @@ class Parser(argparse.ArgumentParser):
         """
         unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
         for word in unknown[:1]:
+            if there := self.foreign.get(word.removeprefix("--").replace("-", "_")):
+                raise UserError(f"{word} is not a flag here: {there}")
             near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), self._option_string_actions, n=1, cutoff=0.8)
             message += f"; did you mean {near[0]}?" if near and word not in self._option_string_actions else ""
         message = re.sub(r"(\S{60})\S{200,}", r"\1...", message)
@@ -300,7 +304,8 @@ def parse_config(
 
     Args:
         config_class: a dataclass made of argument groups (its bases). Its ``settle(values)`` may change what was given before it is built,
-            and its ``check()``, which comes after that of each group, finds what contradicts what.
+            and its ``check()``, which comes after that of each group, finds what contradicts what. Its ``foreign`` says of flags that it
+            has not what takes their place.
         argv: the command line without the program.
         program: the script's name, for ``--help``.
         description: what the script does, for ``--help``.
@@ -312,6 +317,7 @@ def parse_config(
     """
     usage = f"{program} [--config FILE ...] [--flag value ...]"
     parser = Parser(prog=program, usage=usage, description=description, allow_abbrev=False, formatter_class=_Help)
+    parser.foreign = getattr(config_class, "foreign", {})
     parser.add_flags(config_class)
     parser.add_argument(
         "--config",
