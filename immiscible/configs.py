@@ -15,6 +15,7 @@ from immiscible.errors import UserError
 from immiscible.evaluation.arguments import EvaluationArguments
 from immiscible.method import MethodArguments
 from immiscible.networks.arguments import ModelArguments, OptimizationArguments, TextModelArguments, TextOptimizationArguments
+from immiscible.networks.sd3_arguments import SD3_FOREIGN, settle_scheme
 from immiscible.networks.sdxl_flags import XL_FOREIGN
 from immiscible.objective_choice import SAMPLED_LEVELS, ObjectiveArguments, settle_objective
 from immiscible.training.arguments import RunArguments, RunConfig, TextRunArguments
@@ -140,13 +141,14 @@ class TextToImageConfig(
     """Every flag of ``train_text_to_image.py`` and ``finetune_sd.py``."""
 
     names_data = ("dataset_name", "train_data_dir")
-    foreign = XL_FOREIGN
+    foreign = {**XL_FOREIGN, **SD3_FOREIGN}
 
     @staticmethod
     def settle(values: dict[str, Any]) -> None:
         """``--snr_gamma`` alone switches min-SNR weighting on, as in diffusers' scripts; defaults that depend on other flags."""
         if values["snr_gamma"] is not None and values["loss_weighting"] == "none":
             values["loss_weighting"] = "min_snr"
+        settle_scheme(values)
         if values["output_dir"] is None:
             values["output_dir"] = "sd-model-finetuned-lora" if values["use_lora"] else "sd-model-finetuned"
         if values["validation_epochs"] is None:

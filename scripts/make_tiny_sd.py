@@ -3,7 +3,8 @@
 
 python scripts/make_tiny_sd.py runs/tiny_sd
 
-``model``     what `diffusers.StableDiffusionPipeline.from_pretrained` loads, five megabytes, for images of 64x64 and latents of 4x8x8.
+``model``     what `diffusers.StableDiffusionPipeline.from_pretrained` loads, five megabytes, for images of 64x64 and latents of 4x8x8;
+              by ``--version 3`` or ``3.5`` what `StableDiffusion3Pipeline` loads, of 16x8x8, with all three text encoders.
               The VAE is trained here, briefly, on crops of photographs and images of the classes, so that its latents say what is in an
               image, if not how it looks in detail. The U-Net is untrained. So is the text model: frozen random features tell captions
               apart, but know no meaning.
@@ -50,9 +51,8 @@ from immiscible.errors import UserError, run_script
 from immiscible.randomness import derive_seed, seeded_generator
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.schedulers import SchedulerMixin
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import AutoencoderKL, DiffusionPipeline
+    from transformers import CLIPTokenizer
 
 RESOLUTION = 64
 VAE_STEPS = 800  # 19 dB in half a minute
@@ -84,48 +84,47 @@ TWINS = {134: "crane", 517: "crane, machine", 638: "maillot", 639: "maillot, tan
 IMAGES_PER_CLASS = 2
 
 
-def make_model(folder: Path, version: int = 1, vae_steps: int = 0) -> float:
+def make_model(folder: Path, version: int | str = 1, vae_steps: int = 0, *, with_t5: bool = True) -> float:
     """Writes the checkpoint and returns the VAE's PSNR in dB, the mean over crops that it was not trained on.
 
     Args:
         folder: for the pipeline.
         version: the layout of Stable Diffusion 1 (predicts epsilon) or 2 (predicts v; linear projections, heads per block, the text
-            model's own size and activation, padding with ``!``).
+            model's own size and activation, padding with ``!``), or "xl", "3" or "3.5".
         vae_steps: optimizer steps of the VAE's training; with 0 its latents are noise.
+        with_t5: of "3" and "3.5".
     """
-    from diffusers import StableDiffusionPipeline
+    from tiny_sd1 import sd1_pipeline, sd1_vae
+    from tiny_sd3 import VERSIONS, sd3_pipeline
+    from tiny_sdxl import sdxl_pipeline
 
     with _seeded("make_tiny_sd", version), _one_thread():
-        tokenizer = build_tokenizer(pad_token="<|endoftext|>" if version == 1 else "!")
-        text_encoder = _build_text_encoder(tokenizer, version)
-        unet = _build_unet(text_encoder.config.hidden_size, version)
-        vae = _build_vae()
-        transform, crops = ImageTransform(RESOLUTION), PhotoCrops(RESOLUTION)
-        held_out = torch.stack([transform(crops.load(i), 0, i) for i in range(HELD_OUT_CROPS)])  # [128,3,64,64]
-        if vae_steps:
-            images = [crops.load(HELD_OUT_CROPS + i) for i in range(TRAIN_CROPS)] + [class_image(label, 0) for label in range(0, 1000, 2)]
-            train_vae(vae, torch.stack([transform(image, 0, i) for i, image in enumerate(images)]), vae_steps)
-        with torch.no_grad():
-            latents = vae.encode(held_out).latent_dist.mode()  # [128,4,8,8]
-            psnr = 10 * torch.log10(4 / (vae.decode(latents).sample.clamp(-1, 1) - held_out).square().mean((1, 2, 3))).mean().item()
-        vae.register_to_config(scaling_factor=1 / latents.std().item())
-        if version == "xl":
-            from tiny_sdxl import sdxl_pipeline
-
-            sdxl_pipeline(vae, build_tokenizer).save_pretrained(folder)
-            return psnr
-        pipeline = StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=_build_scheduler(version),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        pipeline: DiffusionPipeline
+        if version in VERSIONS:
+            pipeline = sd3_pipeline(build_tokenizer, _captions(), str(version), sample_size=RESOLUTION, with_t5=with_t5)
+        elif version == "xl":
+            pipeline = sdxl_pipeline(sd1_vae(RESOLUTION), build_tokenizer)
+        else:
+            pipeline = sd1_pipeline(build_tokenizer, int(version), sample_size=RESOLUTION)
+        psnr = _settle_vae(pipeline.vae, vae_steps)
         pipeline.save_pretrained(folder)
     return psnr
+
+
+def _settle_vae(vae: AutoencoderKL, steps: int) -> float:
+    """Trains a VAE and gives its latents unit variance by its scaling factor; returns its PSNR in dB on other crops."""
+    transform, crops = ImageTransform(RESOLUTION), PhotoCrops(RESOLUTION)
+    held_out = torch.stack([transform(crops.load(i), 0, i) for i in range(HELD_OUT_CROPS)])  # [128,3,64,64]
+    if steps:
+        images = [crops.load(HELD_OUT_CROPS + i) for i in range(TRAIN_CROPS)] + [class_image(label, 0) for label in range(0, 1000, 2)]
+        train_vae(vae, torch.stack([transform(image, 0, i) for i, image in enumerate(images)]), steps)
+    with torch.no_grad():
+        latents = vae.encode(held_out).latent_dist.mode()  # [128,4,8,8], or sixteen channels of Stable Diffusion 3
+        psnr = 10 * torch.log10(4 / (vae.decode(latents).sample.clamp(-1, 1) - held_out).square().mean((1, 2, 3))).mean().item()
+    if vae.config.shift_factor is not None:
+        vae.register_to_config(shift_factor=latents.mean().item())
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    return float(psnr)
 
 
 def build_tokenizer(pad_token: str) -> CLIPTokenizer:
@@ -136,11 +135,19 @@ def build_tokenizer(pad_token: str) -> CLIPTokenizer:
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    texts = [caption for image in range(CAPTIONED_IMAGES) for caption in captioned_image(image)[1]] + class_names()
-    merges = _learn_merges(Counter(word for text in texts for word in re.findall(r"[a-z]+|[^\sa-z]+", text)))
+    merges = _merges()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # one for each byte
     words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer({word: i for i, word in enumerate(words)}, merges, pad_token=pad_token, model_max_length=77)
+
+
+@cache
+def _merges() -> list[tuple[str, str]]:
+    return _learn_merges(Counter(word for text in [*_captions(), *class_names()] for word in re.findall(r"[a-z]+|[^\sa-z]+", text)))
+
+
+def _captions() -> list[str]:
+    return [caption for image in range(CAPTIONED_IMAGES) for caption in captioned_image(image)[1]]
 
 
 def _learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -161,66 +168,6 @@ def _learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
                 if tuple(pieces[i : i + 2]) == best:
                     pieces[i : i + 2] = ["".join(best)]
     return merges
-
-
-def _build_text_encoder(tokenizer: CLIPTokenizer, version: int) -> CLIPTextModel:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    size = 64 if version == 1 else 96
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size,
-        intermediate_size=2 * size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        projection_dim=size,
-        hidden_act="quick_gelu" if version == 1 else "gelu",
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config).eval()
-
-
-def _build_unet(text_size: int, version: int) -> UNet2DConditionModel:
-    from diffusers import UNet2DConditionModel
-
-    # diffusers takes attention_head_dim for the number of heads; version 2 has it per block, for heads of one size.
-    heads = {"attention_head_dim": 8} if version == 1 else {"attention_head_dim": [2, 4], "use_linear_projection": True}
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=text_size,
-        **heads,
-    ).eval()
-
-
-def _build_vae() -> AutoencoderKL:
-    from diffusers import AutoencoderKL
-
-    channels = (16, 16, 32, 32)  # three halvings: 64 -> 8
-    return AutoencoderKL(
-        sample_size=RESOLUTION,
-        block_out_channels=channels,
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-    ).eval()
-
-
-def _build_scheduler(version: int) -> SchedulerMixin:
-    from diffusers import DDIMScheduler, PNDMScheduler
-
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False}
-    if version == 1:
-        return PNDMScheduler(**schedule, skip_prk_steps=True, prediction_type="epsilon")
-    return DDIMScheduler(**schedule, clip_sample=False, prediction_type="v_prediction")
 
 
 def train_vae(vae: AutoencoderKL, images: Tensor, steps: int) -> None:
@@ -400,7 +347,8 @@ def _is_own(folder: Path) -> bool:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_folder", type=Path, help="gets the folders model, captions and classes")
-    parser.add_argument("--version", type=int, choices=(1, 2), default=1, help="the layout of Stable Diffusion 1 or 2")
+    parser.add_argument("--version", choices=("1", "2", "xl", "3", "3.5"), default="1", help="the layout of which Stable Diffusion")
+    parser.add_argument("--without_t5", action="store_true", help="of version 3 and 3.5: leave the third text encoder out")
     parser.add_argument("--vae_steps", type=int, default=VAE_STEPS, help="optimizer steps of the VAE's training")
     parser.add_argument("--what", nargs="+", choices=("model", "captions", "classes"), default=["model", "captions", "classes"])
     arguments = parser.parse_args(argv)
@@ -419,7 +367,8 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity_error()  # it warns of image processors that this pipeline does not use
 
     def model(folder: Path) -> str:
-        psnr = make_model(folder, arguments.version, arguments.vae_steps)
+        version = int(arguments.version) if arguments.version in ("1", "2") else arguments.version
+        psnr = make_model(folder, version, arguments.vae_steps, **({"with_t5": False} if arguments.without_t5 else {}))
         return f"Stable Diffusion {arguments.version}, VAE of {psnr:.1f} dB after {arguments.vae_steps} steps"
 
     def captions(folder: Path) -> str:

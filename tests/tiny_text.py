@@ -25,11 +25,12 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="tiny-text-")
 
 @cache
 def model_folder(version: int | str = 1) -> Path:
-    """A checkpoint with every part of Stable Diffusion 1, of 2, which predicts v, or of "xl"."""
+    """A checkpoint with every part of Stable Diffusion 1, of 2, which predicts v, or of "xl", "3", "3.5" or "3.5-without-t5"."""
     from make_tiny_sd import make_model
 
     folder = Path(_FOLDER.name) / f"model-{version}"
-    make_model(folder, version)
+    name, _, without = str(version).partition("-")
+    make_model(folder, int(name) if name in ("1", "2") else name, **({"with_t5": False} if without else {}))
     return folder
 
 

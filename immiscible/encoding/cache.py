@@ -347,7 +347,8 @@ def vae_of(parts: Parts) -> AutoencoderKL:
 
 
 def _text_digest(parts: CheckpointParts) -> str:
-    return " ".join([*map(weights_digest, parts.encoders.values()), *map(_words_digest, parts.tokenizers.values())])
+    digests = [*map(weights_digest, parts.encoders.values()), *map(_words_digest, parts.tokenizers.values())]
+    return " ".join([*digests, *parts.text_notes])
 
 
 def _words_digest(tokenizer: Any) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError
 from immiscible.flags import Names, flag
+from immiscible.networks.sd3_arguments import SD3Arguments
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -72,7 +73,7 @@ class ModelArguments:
 
 
 @dataclass
-class TextModelArguments:
+class TextModelArguments(SD3Arguments):
     """The checkpoint that gives VAE, text encoder, tokenizer, scheduler and, without a preset, the U-Net or its configuration."""
 
     _argument_group_name = "model"
@@ -104,8 +105,9 @@ class TextModelArguments:
         """What these flags can get wrong.
 
         Raises:
-            UserError: the checkpoint is not named.
+            UserError: the checkpoint is not named, or flags contradict each other.
         """
+        SD3Arguments.check(self)
         if self.pretrained_model_name_or_path is None:
             raise UserError("--pretrained_model_name_or_path is required: a Stable Diffusion checkpoint, on the hub or in a folder")
         preset = f"--model_preset {self.model_preset}"

@@ -318,6 +318,11 @@ class CheckpointParts(ABC):
         return int(self.network.config.sample_size * latent_downsampling(self.vae))
 
     @property
+    def text_notes(self) -> tuple[str, ...]:
+        """What text states depend on beside encoders and tokenizers, in words, by which caches are told apart."""
+        return ()
+
+    @property
     def latent_shift(self) -> float:
         """What is taken from a latent before it is scaled."""
         return float(self.vae.config.shift_factor or 0)

@@ -10,6 +10,7 @@ from immiscible.networks.arguments import TextModelArguments
 from immiscible.networks.checkpoint_parts import CheckpointParts, unvaried
 from immiscible.networks.latents import latent_downsampling, refuse_single_file
 from immiscible.networks.stable_diffusion import StableDiffusion
+from immiscible.networks.stable_diffusion_3 import StableDiffusion3
 from immiscible.networks.stable_diffusion_xl import StableDiffusionXL
 from immiscible.networks.weights import LOAD_ERRORS
 
@@ -17,6 +18,7 @@ TEXT_PIPELINE = "PooledTextPipeline"  # ours, of a transformer in the U-Net's pl
 FAMILIES: dict[str, type[CheckpointParts]] = {  # ``_class_name`` in a checkpoint's model_index.json -> its family
     StableDiffusion.pipeline_class: StableDiffusion,
     StableDiffusionXL.pipeline_class: StableDiffusionXL,
+    StableDiffusion3.pipeline_class: StableDiffusion3,
     TEXT_PIPELINE: StableDiffusion,
 }
 
@@ -38,6 +40,8 @@ def load_checkpoint(arguments: TextModelArguments, *, resolution: int, cache_dir
     options = {"revision": arguments.revision, "cache_dir": cache_dir, "variant": arguments.variant}
     family, index = _look_at(name, unvaried(options), with_network=not arguments.model_preset)
     present = [part for part in index if part[0] != "_" and _is_there(name, part, index[part])]
+    if family is not StableDiffusion3:
+        arguments.refuse_sd3(f"{name} is {family.family}")
     try:
         parts = family.load(arguments, options, present, resolution=resolution, from_scratch=from_scratch)
     except UserError:

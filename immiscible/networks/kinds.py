@@ -22,6 +22,8 @@ ROWS = "num_embeds_ada_norm"  # a transformer's number of classes, which no U-Ne
 
 DECODER = "num_decoder_layers"  # a setting of masked transformers (MDT) alone
 JOINT_WIDTH = "joint_attention_dim"  # a setting of transformers alone that read the states of a prompt's tokens beside the image
+# In its configuration, as `NULL_CLASS` is: how many tokens of a prompt T5 read in training, so that its samples are told as many.
+TOKENS_READ = "_max_sequence_length"
 TEXT_WIDTH = "text_width"  # a setting of transformers alone that are told a prompt by one vector
 
 

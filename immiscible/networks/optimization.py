@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -115,9 +116,25 @@ def build_ema(
     kind: Any = _offloaded_ema() if arguments.offload_ema else EMAModel
     if arguments.optimizer == "schedule_free":
         kind = partial(_schedule_free_average(), optimizer)
-    ema: EMAModel = kind(network.parameters(), model_cls=type(network), model_config=network.config, **arguments.ema_settings)
+    ema: EMAModel = kind(network.parameters(), model_cls=_Alike(network), model_config=network.config, **arguments.ema_settings)
     ema.to("cpu" if arguments.offload_ema else device)
     return ema
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """In the place of a network's class, where an average is saved: builds one with the network's buffers too, which are not averaged.
+
+    Their first values need not be those of its configuration: Stable Diffusion 3's positions are those of the checkpoint's own size.
+    """
+
+    network: ModelMixin
+
+    def from_config(self, config: Mapping[str, Any]) -> ModelMixin:
+        built: ModelMixin = type(self.network).from_config(config)
+        for name, buffer in self.network.named_buffers():
+            built.get_buffer(name).copy_(buffer)
+        return built
 
 
 @cache

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from immiscible.errors import UserError
+from immiscible.networks.kinds import part_of
 
 # What diffusers, transformers and torch raise on folders that hold no such network, a broken one, or a pickle that is more than tensors.
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, UnpicklingError)
@@ -136,29 +137,34 @@ def add_adapters(network: ModelMixin, rank: int, dtype: torch.dtype, targets: Se
     cast_training_params(network, dtype=torch.float32)
 
 
-def save_adapters(network: nn.Module, folder: Path) -> None:
+def save_adapters(network: ModelMixin, folder: Path) -> None:
     """Writes the adapters as diffusers' ``load_lora_weights`` reads them: ``pytorch_lora_weights.safetensors``, fp32."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+    layers = get_peft_model_state_dict(network)
+    if part_of(network) == "transformer":
+        StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+    else:
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=convert_state_dict_to_diffusers(layers))
 
 
-def load_adapters(network: nn.Module, folder: Path) -> None:
+def load_adapters(network: ModelMixin, folder: Path) -> None:
     """Puts saved adapters into a network that has some of the same shapes.
 
     Raises:
         UserError: (exit code 1) they are not those of this network.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-    state, _ = StableDiffusionPipeline.lora_state_dict(folder)
-    layers = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
-    layers = convert_unet_state_dict_to_peft(layers)
+    part = part_of(network)
+    state: Any = (StableDiffusion3Pipeline if part == "transformer" else StableDiffusionPipeline).lora_state_dict(folder)
+    state = state[0] if isinstance(state, tuple) else state  # with scales, for those that have any
+    layers = {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
+    layers = layers if part == "transformer" else convert_unet_state_dict_to_peft(layers)
     wanted = {name: value.shape for name, value in get_peft_model_state_dict(network).items()}
     found = {name: value.shape for name, value in layers.items()}
     if different := [name for name in sorted({**found, **wanted}) if found.get(name) != wanted.get(name)]:

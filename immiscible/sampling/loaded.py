@@ -108,8 +108,9 @@ def image_size(loaded: Loaded, side: int | None) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     if loaded.prompted:
         factor = pipeline.vae_scale_factor
-        if side is not None and side % factor:
-            raise UserError(f"--resolution {side} must be a multiple of {factor}, by which the VAE divides it")
+        step = factor * getattr(pipeline, "patch_size", 1)
+        if side is not None and side % step:
+            raise UserError(f"--resolution {side} must be a multiple of {step}, by which the VAE divides it")
         own = (width * factor, height * factor)
         if told_pooled(network_of(pipeline)) and side not in (None, own[0]):
             raise UserError(f"--resolution {side}: this network has one size, {own[0]}; leave it out")

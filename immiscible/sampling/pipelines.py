@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from immiscible import networks
 from immiscible.errors import UserError
 from immiscible.networks.checkpoint_parts import CheckpointParts
-from immiscible.networks.kinds import JOINT_WIDTH, PARTS, classes_told, is_foreign, part_of, told_pooled
+from immiscible.networks.kinds import JOINT_WIDTH, PARTS, TOKENS_READ, classes_told, is_foreign, part_of, told_pooled
 from immiscible.randomness import derive_seed, seeded_generator
 
 if TYPE_CHECKING:
@@ -242,13 +242,19 @@ def _told(
 ) -> dict[str, Any]:
     """What the pipeline is told of the images with these numbers."""
     if prompts:
-        sizes = {} if told_pooled(network_of(pipeline)) else {"height": side, "width": side}  # a transformer has one
+        network = network_of(pipeline)
+        sizes = {} if told_pooled(network) else {"height": side, "width": side}  # a transformer of one vector has one
         told = [prompts[turn(number, len(prompts))] for number in numbers]
-        return {"prompt": told, "guidance_scale": scale, **sizes}
+        return {"prompt": told, "guidance_scale": scale, **sizes, **prompt_options(network)}
     labels = sample_labels(network_of(pipeline), len(numbers), first=numbers[0], turn=turn)
     if labels is None:
         return {"batch_size": len(numbers)}
     return {"class_labels": labels, "guidance_scale": scale, "guidance_interval": interval}
+
+
+def prompt_options(network: ModelMixin) -> dict[str, Any]:
+    """What a pipeline is told beside the prompt, so that it tells the network what training did."""
+    return {"max_sequence_length": network.config[TOKENS_READ]} if TOKENS_READ in network.config else {}
 
 
 def sample_labels(network: ModelMixin, count: int, *, first: int = 0, turn: Callable[[int, int], int] = in_turn) -> Tensor | None:

@@ -17,9 +17,9 @@ from immiscible.flags import parse_config
 from immiscible.networks.checkpoint_parts import limit_length
 from immiscible.networks.kinds import PARTS
 from immiscible.networks.latents import load_vae
-from immiscible.networks.weights import LOAD_ERRORS, saved_network, weights_digest
+from immiscible.networks.weights import LOAD_ERRORS, adapted, saved_network, weights_digest
 from immiscible.sampling.loaded import Loaded, freeze
-from immiscible.sampling.pipelines import TRANSFORMERS
+from immiscible.sampling.pipelines import TRANSFORMERS, network_of
 from immiscible.tasks.pixels import pipeline_of
 from immiscible.training.checkpoints import NAME, checkpoints, damage, is_complete, read_state
 from immiscible.training.folder import MARKER
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 WEIGHTS = {"ema": "_ema", "raw": ""}  # the choices of --weights -> how the network's folder in a checkpoint is called after its part
 
 
+WITHOUT_UNET = ("DiTPipeline", "StableDiffusion3Pipeline")  # pipelines of diffusers around a transformer that are sampled
 ADAPTERS = "pytorch_lora_weights.safetensors"
 
 
@@ -196,11 +197,12 @@ def _from_diffusers(name: str) -> DiffusionPipeline:
             from immiscible.sampling.class_pipeline import ClassConditionalPipeline
 
             return ClassConditionalPipeline.from_pretrained(name)
-        if "unet" not in parts and kind != "DiTPipeline":
-            raise UserError(f"--model {name} is a {kind}; only pipelines around a U-Net and DiTPipeline are sampled")
-        # A safety checker would put black images among the samples.
+        if "unet" not in parts and kind not in WITHOUT_UNET:
+            raise UserError(f"--model {name} is a {kind}; only pipelines around a U-Net, {' and '.join(WITHOUT_UNET)} are sampled")
+        # A safety checker would put black images among the samples; a text encoder that is absent, diffusers wants to hear.
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
-        pipeline = DiffusionPipeline.from_pretrained(name, **unchecked)
+        absent = dict.fromkeys(part for part, listed in parts.items() if listed in ([None, None], (None, None)))
+        pipeline = DiffusionPipeline.from_pretrained(name, **absent, **unchecked)
         for after in ("", "_2", "_3"):
             tokenizer, encoder = (pipeline.components.get(f"{part}{after}") for part in ("tokenizer", "text_encoder"))
             if tokenizer and encoder:
@@ -223,14 +225,15 @@ def _readable(name: str) -> Iterator[None]:
 def _add_adapters(pipeline: DiffusionPipeline, name: str) -> None:
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"--lora is for text-to-image pipelines; this one is a {type(pipeline).__name__}")
-    if getattr(pipeline.unet, "peft_config", None):
+    network = network_of(pipeline)
+    if adapted(network):
         raise UserError("--lora: the model is a run of adapters, which are loaded already; leave it out")
     try:
         pipeline.load_lora_weights(name)
     except LOAD_ERRORS as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--lora {name}: no adapters for this network found there ({line})", exit_code=1) from None
-    if not getattr(pipeline.unet, "peft_config", None):  # diffusers only warns
+    if not adapted(network):  # diffusers only warns
         raise UserError(f"--lora {name} has no adapters for this network", exit_code=1)
 
 

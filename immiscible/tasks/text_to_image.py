@@ -30,7 +30,7 @@ from immiscible.networks.weights import adapted, evaluation_weights, save_adapte
 from immiscible.objectives import DenoisingObjective
 from immiscible.processes import from_main_process
 from immiscible.randomness import reseed_globally
-from immiscible.sampling.pipelines import build_text_pipeline, sample_images, save_pipeline
+from immiscible.sampling.pipelines import build_text_pipeline, prompt_options, sample_images, save_pipeline
 from immiscible.training.cards import text_to_image_card
 from immiscible.training.planning import classes_of
 from immiscible.training.summary import method_facts
@@ -156,6 +156,8 @@ class TextToImageTask:
             own=told_pooled(parts.network),
             pipeline=parts.pipeline_class,
             tag=parts.tag,
+            absent=[part for part in parts.optional if part not in parts.encoders | parts.tokenizers],
+            told=prompt_options(parts.network),
             resolution=parts.resolution,
             prediction_type=prediction_type if prediction_type != parts.pretrained_prediction else None,
             grid=grid,

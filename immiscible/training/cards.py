@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError, first_line
@@ -69,6 +70,8 @@ def text_to_image_card(
     own: bool = False,
     pipeline: str = "StableDiffusionPipeline",
     tag: str = "stable-diffusion",
+    absent: Sequence[str] = (),
+    told: Mapping[str, Any] = MappingProxyType({}),
     resolution: int | None = None,
     prediction_type: str | None = None,
     grid: PurePath | None = None,
@@ -83,6 +86,8 @@ def text_to_image_card(
         own: whether our pipeline in the folder samples it, as it does a transformer in a U-Net's place.
         pipeline: the class of diffusers that samples it otherwise.
         tag: of the metadata, which says of which family it is.
+        absent: parts that the pipeline must be told are not there.
+        told: what it is told beside the prompt.
         resolution: side in pixels of what the adapters were trained on; the base pipeline would sample at its own.
         prediction_type: of the adapters, where ``base_model`` has another.
         grid: samples of the prompts, relative to the card, if there are any.
@@ -100,6 +105,8 @@ def text_to_image_card(
         adapters=adapters,
         own=own,
         pipeline=pipeline,
+        absent="".join(f", {part}=None" for part in absent),
+        told="".join(f", {name}={value!r}" for name, value in told.items()),
         resolution=resolution,
         prediction_type=prediction_type,
         grid=grid.as_posix() if grid else None,

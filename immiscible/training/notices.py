@@ -11,6 +11,7 @@ import torch
 from immiscible.coupling import bias_notice, pairs_batch
 from immiscible.evaluation.leakage import leak_notice
 from immiscible.flags import defaults_of
+from immiscible.networks.sd3_arguments import SD3Arguments
 from immiscible.objective_choice import ObjectiveArguments
 from immiscible.training.arguments import calls_in_a_step
 from immiscible.training.task import Task
@@ -49,6 +50,7 @@ def notices(config: RunConfig, task: Task, order: GlobalBatchOrder | StreamOrder
         _warm_up(config, max_steps),
         _unreached(config, max_steps),
         _epsilon(task),
+        _scheme(config, task),
         *_unread(config),
         _sampling(config, max_steps, epochs, max_steps * images),
         bias_notice(coupling, prod(task.shape)),
@@ -82,6 +84,17 @@ def _epsilon(task: Task) -> str:
         "assignment under plain epsilon-prediction: on pixels in docs/RESULTS.md it helps at 5 inference steps and does harm at 20; "
         "--prediction_type v_prediction or sample gains at both; for a checkpoint that predicts epsilon, --loss_weighting velocity keeps "
         "the gain without the harm"
+    )
+
+
+def _scheme(config: RunConfig, task: Task) -> str:
+    """Of a checkpoint that learned a flow: its own authors' and diffusers' law is another than this suite's default."""
+    named = isinstance(config, SD3Arguments) and config.weighting_scheme is None and task.objective.prediction_type == "flow_prediction"
+    if not named or (config.timestep_sampling, config.loss_weighting) != ("uniform", "none") or config.second_timestep_sampling:
+        return ""
+    return (
+        "each level of the checkpoint's flow is trained equally often, and its error as it is; --weighting_scheme logit_normal has the law "
+        "and the weighting that diffusers' SD3 script has by default, --weighting_scheme none only its weighting"
     )
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from immiscible.errors import UserError, run_script
 
 SCRIPT = ROOT / "scripts" / "make_tiny_sd.py"
+sys.path[:0] = [str(SCRIPT.parent)]  # as where it is run
 _spec = importlib.util.spec_from_file_location("make_tiny_sd", SCRIPT)
 assert _spec and _spec.loader
 script = importlib.util.module_from_spec(_spec)
@@ -64,6 +65,24 @@ def test_the_versions_differ_as_those_of_stable_diffusion(models):
     sizes = [pipeline.text_encoder.config.hidden_size for pipeline in (one, two)]
     assert sizes[0] != sizes[1] and sizes == [pipeline.unet.config.cross_attention_dim for pipeline in (one, two)]
     assert (one.tokenizer.pad_token, two.tokenizer.pad_token, two.tokenizer.pad_token_id) == ("<|endoftext|>", "!", 0)
+
+
+@pytest.mark.parametrize("version, with_t5", [("3", True), ("3.5", False)])
+def test_diffusers_loads_and_samples_stable_diffusion_3(tmp_path, version, with_t5):
+    from diffusers import StableDiffusion3Pipeline
+
+    script.make_model(tmp_path, version, with_t5=with_t5)
+    absent = {} if with_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(["a cat", "a rocket"], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert images.shape == (2, 64, 64, 3) and np.isfinite(images).all() and images.std() > 0
+    newer = pipeline.transformer.config
+    assert (newer.qk_norm, tuple(newer.dual_attention_layers)) == ((None, ()) if version == "3" else ("rms_norm", (0,)))
+    assert pipeline.scheduler.config.shift == 3 and pipeline.vae.config.latent_channels == 16 and pipeline.vae.config.shift_factor
+    if with_t5:
+        words = pipeline.tokenizer_3("a cat, Zebra").input_ids
+        assert words[-1] == pipeline.tokenizer_3.eos_token_id and pipeline.tokenizer_3.unk_token_id not in words
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The papers' Stable Diffusion experiments as task files, the files for `accelerate launch`, and what docs/DATA.md says to run."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -12,6 +11,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from launch import ROOT, accelerate_launch, flags, free_port, run_command
 from PIL import Image
+from tiny_text import model_folder
 
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.data.loading import load_images
@@ -147,10 +147,6 @@ def test_one_gpu_takes_the_same_step_in_more_pieces():
 def small(tmp_path_factory) -> dict[str, Path]:
     """A tiny checkpoint, a folder of two classes, and one of captioned images."""
     folder = tmp_path_factory.mktemp("recipes")
-    spec = importlib.util.spec_from_file_location("make_tiny_sd", ROOT / "scripts/make_tiny_sd.py")
-    make_tiny_sd = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_tiny_sd)
-    make_tiny_sd.make_model(folder / "model")
     random = np.random.default_rng(0)
     lines = []
     for number in range(40):
@@ -160,7 +156,7 @@ def small(tmp_path_factory) -> dict[str, Path]:
             picture.save(path)
         lines.append({"file_name": f"{number}.png", "text": [f"picture {number}", f"number {number}"]})
     (folder / "captions/metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {"model": folder / "model", "classes": folder / "classes", "captions": folder / "captions"}
+    return {"model": model_folder(), "classes": folder / "classes", "captions": folder / "captions"}
 
 
 def shrunk(config: UnconditionalConfig | TextToImageConfig, small: dict[str, Path], output: Path) -> list[str]:
