@@ -42,31 +42,32 @@ class StableDiffusion3(CheckpointParts):
     encoder_classes = {**dict.fromkeys(CLIP, "CLIPTextModelWithProjection"), T5: "T5EncoderModel"}
     tokenizer_classes = {**dict.fromkeys(CLIP.values(), "CLIPTokenizer"), T5_TOKENIZER: "T5TokenizerFast"}
     optional = (T5, T5_TOKENIZER)
+    adapted_texts = tuple(CLIP)
     lora_targets = (
         *(f"attn.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
     )
 
     def texts(self, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """See `CheckpointParts.texts`."""
-        found = [self._clip(part, captions, device) for part in CLIP]
-        joint = torch.cat([states for states, _ in found], -1)
+        return self.encode({name: ids.to(device) for name, ids in self.tokens(captions).items()})
+
+    def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """The tokens of captions by the tokenizers' names, int64 [B, L] of CLIP and [B, M] of T5, filled up and cut off."""
+        lengths = {**dict.fromkeys(CLIP.values(), self.tokenizer.model_max_length), T5_TOKENIZER: self.max_sequence_length}
+        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        words = list(captions)
+        return {name: tokenizer(words, max_length=lengths[name], **options).input_ids for name, tokenizer in self.tokenizers.items()}
+
+    def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `texts` gives, of `tokens` on the encoders' device."""
+        outputs = [self.encoders[part](tokens[name], output_hidden_states=True) for part, name in CLIP.items()]
+        joint = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         joint = nn.functional.pad(joint, (0, self._width - joint.shape[-1]))
-        return {
-            "states": torch.cat([joint, self._t5(captions, device)], -2),
-            "pooled": torch.cat([pooled for _, pooled in found], -1),
-        }
-
-    def _clip(self, part: str, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """States of the last layer but one, and the projected pooled one."""
-        ids = _token_ids(self.tokenizers[CLIP[part]], captions, self.tokenizer.model_max_length)
-        output = self.encoders[part](ids.to(device), output_hidden_states=True)
-        return output.hidden_states[-2], output.text_embeds
-
-    def _t5(self, captions: Sequence[str], device: torch.device) -> Tensor:
-        if T5 not in self.encoders:
-            return torch.zeros(len(captions), self.max_sequence_length, self._width, device=device, dtype=self.text_encoder.dtype)
-        states: Tensor = self.encoders[T5](_token_ids(self.tokenizers[T5_TOKENIZER], captions, self.max_sequence_length).to(device))[0]
-        return states
+        if T5 in self.encoders:
+            third = self.encoders[T5](tokens[T5_TOKENIZER])[0]
+        else:
+            third = joint.new_zeros(len(joint), self.max_sequence_length, self._width)
+        return {"states": torch.cat([joint, third], -2), "pooled": torch.cat([output.text_embeds for output in outputs], -1)}
 
     @property
     def _width(self) -> int:
@@ -201,9 +202,3 @@ class StableDiffusion3(CheckpointParts):
 def _time_by_name(network: nn.Module, words: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A second argument without a name is the time."""
     return (words[:1], {**named, "timestep": words[1]}) if len(words) == 2 else (words, named)
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> Tensor:
-    """The tokens of captions, int64 [B, length], filled up and cut off."""
-    ids: Tensor = tokenizer(list(captions), max_length=length, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return ids
