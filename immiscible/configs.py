@@ -10,11 +10,18 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from immiscible.data.arguments import DataArguments, TextDataArguments
-from immiscible.encoding.arguments import LatentCacheArguments
+from immiscible.encoding.arguments import CaptionArguments, LatentCacheArguments
 from immiscible.errors import UserError
 from immiscible.evaluation.arguments import EvaluationArguments
 from immiscible.method import MethodArguments
-from immiscible.networks.arguments import ModelArguments, OptimizationArguments, TextModelArguments, TextOptimizationArguments
+from immiscible.networks.arguments import (
+    RANK,
+    AdapterArguments,
+    ModelArguments,
+    OptimizationArguments,
+    TextModelArguments,
+    TextOptimizationArguments,
+)
 from immiscible.networks.sd3_arguments import SD3_FOREIGN, settle_scheme
 from immiscible.networks.sdxl_flags import XL_FOREIGN
 from immiscible.objective_choice import SAMPLED_LEVELS, ObjectiveArguments, settle_objective
@@ -134,8 +141,10 @@ class TextToImageConfig(
     TextRunArguments,
     TextOptimizationArguments,
     MethodArguments,
+    AdapterArguments,
     TextModelArguments,
     LatentCacheArguments,
+    CaptionArguments,
     TextDataArguments,
 ):
     """Every flag of ``train_text_to_image.py`` and ``finetune_sd.py``."""
@@ -151,6 +160,8 @@ class TextToImageConfig(
         settle_scheme(values)
         if values["output_dir"] is None:
             values["output_dir"] = "sd-model-finetuned-lora" if values["use_lora"] else "sd-model-finetuned"
+        if values["rank"] is None and not values["network_weights"]:
+            values["rank"] = RANK
         if values["validation_epochs"] is None:
             values["validation_epochs"] = 1 if values["use_lora"] else 5
 
@@ -179,11 +190,37 @@ class TextToImageConfig(
         _check_epsilon(self, "--use_lora, whose first gradients are 0" if self.use_lora else None)
         if self.use_lora and self.dream_training:
             raise UserError("--dream_training is for the whole U-Net; leave out --use_lora")
+        self._check_captions()
+        self._check_text_encoder()
         unguided = [scale for scale in self.eval_guidance_scales if scale < 1]
         if unguided and not self.model_preset:  # diffusers' pipeline would take it for 1, and ours of a transformer does not
             raise UserError(f"--eval_guidance_scales must be at least 1 for prompts, not {unguided[0]:g}")
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             raise UserError(f"--dream_training needs epsilon-prediction, not {self.prediction_type}")
+
+    def _check_captions(self) -> None:
+        """Text states on disk are of captions as they were when the cache was made."""
+        if self.cache_latents and self.shuffle_captions:
+            raise UserError(
+                "--shuffle_captions tells other captions at each step, and --cache_latents holds text states of one; leave one out"
+            )
+
+    def _check_text_encoder(self) -> None:
+        """Text states that change while a run trains are taken for nothing else."""
+        for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
+            if (value := getattr(self, name)) is not None and not self.train_text_encoder:
+                raise UserError(f"--{name} {value:g} is of --train_text_encoder: give it too, or leave this out")
+        if not self.train_text_encoder:
+            return
+        if self.cache_latents:
+            raise UserError(
+                "--train_text_encoder changes the text states, and --cache_latents holds those of before; leave one of them out"
+            )
+        if self.coupling_condition in ("centered", "penalty"):
+            raise UserError(
+                f"--coupling_condition {self.coupling_condition} takes the text states for labels, which --train_text_encoder changes; "
+                f"leave one of them out"
+            )
 
 
 def _check_epsilon(config: RunConfig, zeros: str | None) -> None:
@@ -251,6 +288,6 @@ FREE_ON_RESUME = frozenset(
 TEXT_FREE_ON_RESUME = (
     FREE_ON_RESUME
     | {"num_train_epochs", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "non_ema_revision"}
-    | {"offload_ema", "foreach_ema"}
+    | {"offload_ema", "foreach_ema", "network_weights", "text_encoder_lr"}
     | {item.name for item in fields(TextRunArguments)}
 )

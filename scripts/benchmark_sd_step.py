@@ -36,9 +36,9 @@ def parts(arguments: argparse.Namespace) -> tuple:
     from diffusers import UNet2DConditionModel
 
     from immiscible.configs import TextToImageConfig
-    from immiscible.networks.checkpoint_parts import place
     from immiscible.networks.families import load_checkpoint
     from immiscible.networks.optimization import build_ema, build_optimizer
+    from immiscible.networks.placing import place
 
     torch.manual_seed(0)
     accelerator = accelerator_on(torch.device(arguments.device), mixed_precision=arguments.mixed_precision)
@@ -54,7 +54,7 @@ def parts(arguments: argparse.Namespace) -> tuple:
     if arguments.channels:
         settings = {**found.network.config, "block_out_channels": arguments.channels}
         found.network = UNet2DConditionModel.from_config(settings)
-    place(found, accelerator, rank=config.rank if config.use_lora else None, idle=False)
+    place(found, accelerator, adapters=config if config.use_lora else None, idle=False)
     ema = build_ema(found.network, config, accelerator.device)
     model, optimizer = accelerator.prepare(found.network, build_optimizer(found.network, config))
     return accelerator, found, model, optimizer, ema

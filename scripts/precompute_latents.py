@@ -103,6 +103,7 @@ def fill(config: TextCacheConfig | ImageCacheConfig, accelerator: Accelerator) -
     """Loads the images and what encodes them, and fills the folder."""
     from immiscible.data.loading import captioned_source, training_source
     from immiscible.encoding.cache_writing import write_cache
+    from immiscible.encoding.captions import AS_THEY_ARE, CaptionRules
     from immiscible.networks.families import load_checkpoint
     from immiscible.networks.latents import load_vae
 
@@ -123,6 +124,7 @@ def fill(config: TextCacheConfig | ImageCacheConfig, accelerator: Accelerator) -
         model={name: getattr(config, name) for name in NAMES_THE_MODEL if hasattr(config, name)},
         batch_size=config.encode_batch_size,
         rows_per_shard=config.rows_per_shard,
+        rules=AS_THEY_ARE if isinstance(config, ImageCacheConfig) else CaptionRules.of(config),
     )
 
 

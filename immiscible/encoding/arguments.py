@@ -1,11 +1,42 @@
-"""The flags of the latent cache."""
+"""The flags of captions and of the latent cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from immiscible.errors import UserError
 from immiscible.flags import flag
+
+
+@dataclass
+class CaptionArguments:
+    """What becomes of captions before a text encoder reads them; ``--proportion_empty_prompts`` stands with the data."""
+
+    _argument_group_name = "captions"
+
+    shuffle_captions: bool = flag(
+        False, "put the tags of each caption into another order at each step, all but the first --keep_tokens", alias="shuffle_caption"
+    )
+    caption_separator: str = flag(",", "what stands between tags")
+    keep_tokens: int = flag(0, "tags that stay where they are, the first ones, with --shuffle_captions", least=0)
+    trigger_word: str | None = flag(
+        None, "a word that is put first, as a tag, into each caption that does not have it; validation prompts are told as they are"
+    )
+
+    if TYPE_CHECKING:  # of the data's arguments
+        proportion_empty_prompts: float = 0.0
+
+    def check(self) -> None:
+        """What these flags can get wrong.
+
+        Raises:
+            UserError: one is of another that is not given.
+        """
+        if self.keep_tokens and not self.shuffle_captions:
+            raise UserError(f"--keep_tokens {self.keep_tokens} is of --shuffle_captions: give it too, or leave this out")
+        if self.trigger_word is not None and self.trigger_word != " ".join(self.trigger_word.split()):
+            raise UserError(f"--trigger_word {self.trigger_word!r} must not begin or end with blanks, or have several in a row")
 
 
 @dataclass

@@ -280,7 +280,9 @@ class CachedTextEncoder(_FromMoments, TextToImageEncoder):
         return {name: self.cache.texts(captions, name).to(self.device, dtype, non_blocking=True) for name in needed}
 
 
-def open_cache(folder: Path, data: ImageArguments, parts: Parts, source: ImageSource, *, precision: str | None) -> LatentCache:
+def open_cache(
+    folder: Path, data: ImageArguments, parts: Parts, source: ImageSource, *, precision: str | None, trigger: str | None = None
+) -> LatentCache:
     """The cache in a folder, for a run that is to take its latents from there.
 
     A cache of all images serves a run on some of them, one with flips a run without, one in fp32 a run in any precision.
@@ -291,6 +293,7 @@ def open_cache(folder: Path, data: ImageArguments, parts: Parts, source: ImageSo
         parts: as loaded: their weights are hashed.
         source: the run's images, or a `Subset` of those that the cache was made of.
         precision: what ``--mixed_precision`` of the run says, or None.
+        trigger: the word that its captions are told with.
 
     Raises:
         UserError: there is no cache, it is not whole, or it is not what this run would encode; the line says what differs.
@@ -300,7 +303,7 @@ def open_cache(folder: Path, data: ImageArguments, parts: Parts, source: ImageSo
     again = f"{make} --latent_cache_dir {folder}"
     if manifest is None:
         raise UserError(f"--latent_cache_dir {folder} holds no latent cache; {again}")
-    wanted = cache_settings(data, parts, source)
+    wanted = cache_settings(data, parts, source, trigger)
     inner: ImageSource = source
     while inner.fingerprint != manifest["settings"]["data"] and isinstance(inner, Subset):
         inner = inner.source
@@ -322,7 +325,7 @@ def open_cache(folder: Path, data: ImageArguments, parts: Parts, source: ImageSo
     return cache
 
 
-def cache_settings(data: ImageArguments, parts: Parts, source: ImageSource) -> dict[str, Any]:
+def cache_settings(data: ImageArguments, parts: Parts, source: ImageSource, trigger: str | None) -> dict[str, Any]:
     """What the bits of a cache depend on, under the keys of `MUST_AGREE` and ``flips``. Of the VAE that is its encoder alone."""
     vae, adm = vae_of(parts), data.crop == "adm"
     interpolation = data.image_interpolation_mode + (" at the images' precision" if data.preserve_input_precision else "")
@@ -337,6 +340,7 @@ def cache_settings(data: ImageArguments, parts: Parts, source: ImageSource) -> d
         "flips": data.random_flip,
         "image_column": data.image_column,
         "caption_column": data.caption_column,
+        "trigger_word": trigger,
         "data": source.fingerprint,
     }
 

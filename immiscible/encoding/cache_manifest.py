@@ -32,6 +32,7 @@ MUST_AGREE = {
     "interpolation": "--preserve_input_precision or --image_interpolation_mode",
     "image_column": "--image_column",
     "caption_column": "--caption_column",
+    "trigger_word": "--trigger_word",
     "data": "the data",
 }
 

@@ -19,6 +19,7 @@ from immiscible.data.sources import ImageSource, Subset
 from immiscible.data.tables import TableImages
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.cache import caption_digest
+from immiscible.encoding.captions import AS_THEY_ARE, CaptionRules
 from immiscible.encoding.encoders import LatentEncoder
 from immiscible.encoding.texts import TextToImageEncoder
 from immiscible.errors import UserError
@@ -130,6 +131,7 @@ class TextShards:
         device: where the text encoder is.
         batch_size: captions encoded together.
         rows_per_shard: captions of a file.
+        rules: with the trigger word that the text encoder reads in captions.
     """
 
     parts: CheckpointParts
@@ -137,6 +139,7 @@ class TextShards:
     device: torch.device
     batch_size: int
     rows_per_shard: int
+    rules: CaptionRules = AS_THEY_ARE
 
     @property
     def row_bytes(self) -> int:
@@ -149,7 +152,7 @@ class TextShards:
         for number in numbers:
             parts = []
             for rows in _batches(number, len(self.captions), self.rows_per_shard, self.batch_size):
-                encoded = self.parts.texts(self.captions[rows.start : rows.stop], self.device)
+                encoded = self.parts.texts(self.rules.told(self.captions[rows.start : rows.stop]), self.device)
                 parts.append({name: states.to("cpu", torch.float16) for name, states in encoded.items()})
                 done(len(rows))
             yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, Notes(bad={}, transparent=0)

@@ -28,6 +28,7 @@ from immiscible.data.sources import ImageSource
 from immiscible.encoding.cache import cache_settings, caption_digest, precision_name, vae_of
 from immiscible.encoding.cache_manifest import INDEX, MANIFEST, fingerprint, read_manifest, settings_that_differ, shard_name
 from immiscible.encoding.cache_shards import ImageShards, Shard, TextShards, distinct_captions
+from immiscible.encoding.captions import AS_THEY_ARE, CaptionRules
 from immiscible.encoding.encoders import LatentEncoder
 from immiscible.encoding.texts import TextToImageEncoder
 from immiscible.errors import UserError
@@ -122,6 +123,7 @@ def write_cache(
     model: Mapping[str, str | None],
     batch_size: int,
     rows_per_shard: int,
+    rules: CaptionRules = AS_THEY_ARE,
 ) -> CacheSummary:
     """Fills a folder; every rank calls it and makes each W-th shard. What is there already is checked by its hash and kept.
 
@@ -134,13 +136,14 @@ def write_cache(
         model: the flags that name the parts and their values, for who reads the manifest.
         batch_size: images or captions encoded together.
         rows_per_shard: images or captions of a file.
+        rules: with the trigger word of captions.
 
     Raises:
         UserError: the folder holds something else or a cache of other settings, the disk is too small, or an image or a caption cannot
             be read and ``skip_bad_images`` is off; on every rank.
     """
     manifest = {
-        "settings": cache_settings(data, parts, source),
+        "settings": cache_settings(data, parts, source, rules.trigger),
         "rows_per_shard": rows_per_shard,
         "model": dict(model),
         "precision": precision_name(accelerator.mixed_precision),
@@ -153,7 +156,7 @@ def write_cache(
     captions: list[str] = []
     if isinstance(parts, CheckpointParts):
         captions = distinct_captions(source, accelerator, skip_bad_images=data.skip_bad_images)
-        kinds.append(_Kind("texts", "captions", captions, TextShards(parts, captions, device, batch_size, rows_per_shard)))
+        kinds.append(_Kind("texts", "captions", captions, TextShards(parts, captions, device, batch_size, rows_per_shard, rules)))
     shapes = from_main_process(accelerator, lambda: image_shapes(source, data.cache_dir)).numpy()
     digests = np.array([caption_digest(caption) for caption in captions], dtype=np.uint64)
     index = {"digests": digests, "sizes": sizes, "shapes": shapes}

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from immiscible.data.sources import ImageSource
+from immiscible.encoding.captions import AS_THEY_ARE, CaptionRules
 from immiscible.encoding.encoders import Encoded, latent_draw
 from immiscible.networks.checkpoint_parts import CheckpointParts
+from immiscible.networks.placing import told_tokens
 from immiscible.randomness import Draws
 
 if TYPE_CHECKING:
@@ -32,28 +34,30 @@ class TextToImageEncoder:
     Args:
         parts: of the checkpoint; VAE and text encoders already on the device.
         device: where training happens.
-        empty_prompts: share of the images whose caption is left empty, drawn for each image.
+        rules: what becomes of captions first.
         pooled_labels: give couplings the captions' pooled text states for labels, where the batch has no classes.
+        tokens: give the network token ids in the place of text states: its text encoders are trained inside it.
     """
 
     parts: CheckpointParts
     device: torch.device
-    empty_prompts: float = 0.0
+    rules: CaptionRules = AS_THEY_ARE
     pooled_labels: bool = False
+    tokens: bool = False
 
     @torch.no_grad()
     def __call__(self, batch: Images, draws: Draws) -> Encoded:
         """See `Encoded`: ``x0`` are latents [B, C, H/8, W/8], the condition is what the network of this family is told."""
-        captions = list(batch.captions or ())
+        captions = self.rules.drawn(batch.captions or (), draws)
         x0 = latent_draw(*self.posterior(batch.x0), self.parts.vae.config.scaling_factor, draws, self.parts.latent_shift)
-        if self.empty_prompts:
-            dropped = draws.uniform("empty_prompt", len(captions)) < self.empty_prompts
-            captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-        texts = self.texts(captions)
         labels = None if batch.labels is None else batch.labels.to(self.device)
+        geometry = None if batch.geometry is None else batch.geometry.to(self.device)
+        if self.tokens:
+            return Encoded(x0, labels, told_tokens(self.parts, self.rules.told(captions), geometry, self.device))
+        texts = self.texts(captions)
         if labels is None and self.pooled_labels:
             labels = texts["pooled"].float()
-        return Encoded(x0, labels, self.parts.told(texts, None if batch.geometry is None else batch.geometry.to(self.device)))
+        return Encoded(x0, labels, self.parts.told(texts, geometry))
 
     @torch.no_grad()
     def expected(self, batch: Images) -> Tensor:
@@ -67,8 +71,8 @@ class TextToImageEncoder:
         return posterior.mean, posterior.logvar
 
     def texts(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
-        """The text states of captions, see `CheckpointParts.texts`; a cache gives those alone that are needed."""
-        return self.parts.texts(captions, self.device)
+        """The text states of captions with their trigger word, see `CheckpointParts.texts`; a cache gives those alone that are needed."""
+        return self.parts.texts(self.rules.told(captions), self.device)
 
 
 def tell_long_captions(source: ImageSource, parts: CheckpointParts) -> None:

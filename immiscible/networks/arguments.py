@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from immiscible.errors import UserError
+from immiscible.errors import UserError, short
 from immiscible.flags import Names, flag
 from immiscible.networks.sd3_arguments import SD3Arguments
 
+RANK = 4  # of adapters, if nothing says another
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -99,7 +100,6 @@ class TextModelArguments(SD3Arguments):
         choices=Names("immiscible.networks.dit", "TEXT_PRESETS"),
     )
     use_lora: bool = flag(False, "train low-rank adapters of the attention and leave the rest of the U-Net as it is (finetune_sd.py)")
-    rank: int = flag(4, "rank of the adapters", least=1, most=2**12)
 
     def check(self) -> None:
         """What these flags can get wrong.
@@ -118,6 +118,47 @@ class TextModelArguments(SD3Arguments):
 
 
 @dataclass
+class AdapterArguments:
+    """Low-rank adapters (LoRA), with --use_lora."""
+
+    _argument_group_name = "adapters"
+
+    rank: int | None = flag(None, "rank of the adapters; by default 4, or that of --network_weights", least=1, most=2**12)
+    lora_alpha: float | None = flag(
+        None, "adapters are multiplied by alpha / rank; by default the rank, or that of --network_weights", above=0, most=2**16
+    )
+    lora_target_modules: list[str] | None = flag(  # noqa: RUF009 (a field)
+        None,
+        "what is adapted of the network, by the ends of its modules' names (to_q ff.net.2, or with commas between), all-linear, or one "
+        "regular expression of whole names, as peft takes them; by default to_q, to_k, to_v and to_out.0 of the attention",
+        alias="lora_layers",
+    )
+    lora_dropout: float = flag(0.0, "share of the adapters' inputs that is dropped in training", least=0, below=1)
+    use_dora: bool = flag(False, "DoRA: train the lengths of a weight's columns apart from their directions")
+    train_text_encoder: bool = flag(False, "adapt the text encoder's attention too; of several, all of CLIP")
+    network_weights: str | None = flag(
+        None, "go on from the adapters in this file or folder, in diffusers' format or kohya's, with their rank, alpha and modules"
+    )
+
+    if TYPE_CHECKING:  # of `TextModelArguments`
+        use_lora: bool = False
+
+    def check(self) -> None:
+        """What these flags can get wrong.
+
+        Raises:
+            UserError: they contradict each other, or there are no adapters.
+        """
+        blank = AdapterArguments()
+        given = [item.name for item in fields(AdapterArguments) if getattr(self, item.name) != getattr(blank, item.name)]
+        if given and not self.use_lora and given != ["rank"]:
+            name = next(each for each in given if each != "rank")
+            raise UserError(f"--{name} is of adapters: give --use_lora too, or leave it out")
+        if self.network_weights and self.lora_target_modules:
+            raise UserError("--network_weights says which modules are adapted; leave --lora_target_modules out")
+
+
+@dataclass
 class TrainingArguments:
     """Batches, optimizer, EMA and precision: what all scripts share.
 
@@ -132,6 +173,11 @@ class TrainingArguments:
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", least=1, most=2**16)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     learning_rate: float = flag(1e-4, "peak learning rate", least=0, most=1000)
+    learning_rate_groups: list[str] | None = flag(  # noqa: RUF009 (a field)
+        None,
+        "weights with a rate of their own, as PATTERN=FACTOR of --learning_rate: a pattern is a part of a weight's name between dots, or "
+        "several (attn2, mid_block.*.to_q, lora_B); of several that fit the first counts; 0 leaves them as they are",
+    )
     scale_lr: bool = flag(False, "multiply the learning rate by accumulation, batch size and processes")
     lr_scheduler: str = flag("cosine", "the learning rate's course over the optimizer steps", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = flag(500, "optimizer steps over which the learning rate rises", least=0)
@@ -165,6 +211,13 @@ class TrainingArguments:
 
     if TYPE_CHECKING:  # flags of one of the subclasses, constants of the other
         offload_ema: bool = False
+        text_encoder_lr: float | None = None
+        adam_weight_decay_text_encoder: float | None = None
+
+    @property
+    def rate_patterns(self) -> dict[str, float]:
+        """The factors of ``learning_rate_groups``, by pattern."""
+        return dict(_rate_pattern(each) for each in self.learning_rate_groups or ())
 
     @property
     @abstractmethod
@@ -184,6 +237,14 @@ class TrainingArguments:
         """
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw_8bit"):
             raise UserError(f"--use_8bit_adam is AdamW with 8-bit states; leave it or --optimizer {self.optimizer} out")
+        if len(self.rate_patterns) < len(self.learning_rate_groups or ()):
+            raise UserError(
+                f"--learning_rate_groups {' '.join(self.learning_rate_groups or ())}: one pattern is given twice; leave one out"
+            )
+        if self.text_encoder_lr and not self.learning_rate:
+            raise UserError(
+                f"--text_encoder_lr {self.text_encoder_lr:g} with --learning_rate 0: give a rate, and --learning_rate_groups for 0"
+            )
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
             raise UserError(f"--optimizer prodigy finds its rate, and --learning_rate multiplies it: give 1, not {self.learning_rate:g}")
         if self.torch_compile_backend != "inductor" and not self.torch_compile:
@@ -203,12 +264,24 @@ class TrainingArguments:
             raise UserError("--optimizer schedule_free: --adam_beta1 must be above 0")
 
 
+def _rate_pattern(text: str) -> tuple[str, float]:
+    pattern, _, factor = text.rpartition("=")
+    try:
+        value = float(factor)
+    except ValueError:
+        value = -1.0
+    if not pattern.strip() or not 0 <= value < float("inf"):
+        raise UserError(f"--learning_rate_groups {short(text)!r} must be PATTERN=FACTOR with a factor of at least 0, such as attn2=0.5")
+    return pattern, value
+
+
 @dataclass
 class OptimizationArguments(TrainingArguments):
     """Batches, optimizer, EMA and precision of ``train_unconditional.py``."""
 
     _argument_group_name = "optimization"
     offload_ema = False
+    text_encoder_lr = adam_weight_decay_text_encoder = None
 
     num_epochs: int = flag(100, "passes over the data", least=1, alias="num_train_epochs")
     use_ema_warmup: bool = flag(
@@ -253,7 +326,13 @@ class TextOptimizationArguments(TrainingArguments):
     num_train_epochs: int = flag(100, "passes over the data", least=1)
     lr_scheduler: str = flag("constant", "the learning rate's course over the optimizer steps", choices=LR_SCHEDULERS)
     adam_beta1: float = flag(0.9, "the optimizer's beta1", least=0, below=1)
+    text_encoder_lr: float | None = flag(
+        None, "peak learning rate of text encoders, with --train_text_encoder; by default --learning_rate", least=0, most=1000
+    )
     adam_weight_decay: float = flag(1e-2, "the optimizer's weight decay", least=0, most=1000)
+    adam_weight_decay_text_encoder: float | None = flag(
+        None, "weight decay of text encoders, with --train_text_encoder; by default --adam_weight_decay", least=0, most=1000
+    )
     offload_ema: bool = flag(False, "keep the average in host memory between steps")
     foreach_ema: bool = flag(False, "update the average with one call for all weights")
     dream_training: bool = flag(False, "DREAM: correct noise and target by what the network itself would get wrong, for another forward")

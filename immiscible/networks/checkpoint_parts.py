@@ -20,10 +20,9 @@ from immiscible.errors import UserError
 from immiscible.networks.arguments import TextModelArguments
 from immiscible.networks.kinds import part_of
 from immiscible.networks.latents import latent_downsampling, open_vae
-from immiscible.networks.weights import PRECISIONS, add_adapters, weights_digest
+from immiscible.networks.weights import weights_digest
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -76,12 +75,17 @@ class CheckpointParts(ABC):
     tokenizer_classes: ClassVar[Mapping[str, str]]
     optional: ClassVar[tuple[str, ...]] = ()  # text encoders and tokenizers that a checkpoint may lack
     lora_targets: ClassVar[Sequence[str]] = ("to_k", "to_q", "to_v", "to_out.0")  # what diffusers' LoRA examples adapt
+    adapted_texts: ClassVar[Sequence[str]] = ("text_encoder",)  # what of the text encoders --train_text_encoder adapts
 
     # What a family says
 
+    def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """The token ids of captions, by their tokenizers' names, each int64 [B, L] on the CPU, cut off where the text encoders end."""
+        return {name: token_ids(tokenizer, captions) for name, tokenizer in self.tokenizers.items()}
+
     @abstractmethod
-    def texts(self, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-        """The text states of captions, by name, each [B, ...], cut off where the text encoders end; the cache keeps them as they are.
+    def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The text states of `tokens`, which are on the encoders' device, by name, each [B, ...]; the cache keeps them as they are.
 
         ``pooled`` [B, E] is always there: one vector of a caption, by which couplings tell captions apart.
         """
@@ -192,6 +196,10 @@ class CheckpointParts(ABC):
             nn.Module.to(part, device=device, dtype=dtype)  # diffusers' own `to` warns of every cast, naming an empty list of modules
 
     # What all have
+
+    def texts(self, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """The text states of captions, as `encode` gives them; the text encoders are on ``device``."""
+        return self.encode({name: ids.to(device) for name, ids in self.tokens(captions).items()})
 
     @classmethod
     def load(
@@ -417,24 +425,3 @@ def check_end(parts: CheckpointParts) -> None:
             f"{parts.named}: its scheduler ends in pure noise (rescale_betas_zero_snr), where epsilon tells nothing of the image; give "
             f"--prediction_type v_prediction, or set rescale_betas_zero_snr to false in its scheduler/scheduler_config.json"
         )
-
-
-def place(parts: CheckpointParts, accelerator: Accelerator, *, rank: int | None, idle: bool) -> None:
-    """Moves the parts to the device: frozen ones in the run's precision, trained weights in fp32.
-
-    Args:
-        parts: as loaded.
-        accelerator: gives device and precision.
-        rank: of the adapters that the network gets; None leaves it to be trained whole.
-        idle: leave VAE and text encoders in host memory, where nothing is encoded; sampling moves them.
-
-    Raises:
-        UserError: accelerate is configured for a precision that these networks are not trained in; or peft is not installed.
-    """
-    if accelerator.mixed_precision not in PRECISIONS:
-        raise UserError(f"--mixed_precision {accelerator.mixed_precision} is not supported here; give no, fp16 or bf16")
-    dtype = PRECISIONS[accelerator.mixed_precision]
-    parts.place_frozen(torch.device("cpu") if idle else accelerator.device, dtype)
-    if rank is not None:
-        add_adapters(parts.network, rank, dtype, parts.lora_targets)
-    parts.network.to(accelerator.device).train()

@@ -112,17 +112,17 @@ def _is_there(name: str, part: str, listed: Any) -> bool:
     return isinstance(listed, list) and all(listed) and not (Path(name).is_dir() and not any(Path(name, part).glob("*")))
 
 
-def initial_weights(name: str, *, from_scratch: bool, rank: int | None, preset: str | None = None) -> str:
+def initial_weights(name: str, *, from_scratch: bool, adapters: str | None, preset: str | None = None) -> str:
     """With which weights a network begins, in words, for the start of the run and the model card.
 
     Args:
         name: of the checkpoint.
         from_scratch: whether it has fresh ones.
-        rank: of its adapters; None without.
+        adapters: of which only these are trained, in words; None without.
         preset: of a transformer in the U-Net's place; None of a U-Net.
     """
     if preset:
         return f"random, of {preset}, which is told the pooled text state in the place of the U-Net of {name}"
     if from_scratch:
         return f"random, not those of {name}, with which finetune_sd.py begins"
-    return f"those of {name}" + ("" if rank is None else f", frozen, with adapters of rank {rank}")
+    return f"those of {name}" + ("" if adapters is None else f", frozen, with {adapters}")

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
 Groups = list[dict[str, Any]]  # an optimizer's groups of weights
+GROUP = "rate_group"  # under which one with a rate of its own has its name
+TEXT_ENCODER = "text_encoder"  # how the weights of those begin that are trained inside a network
 
 
 def _as_it_is(kind: Any, groups: Groups, **settings: Any) -> torch.optim.Optimizer:
@@ -187,7 +190,9 @@ def build_optimizer(network: nn.Module, arguments: TrainingArguments) -> torch.o
     kind: Any = OPTIMIZERS[name]
     if name in CLASSES:
         kind = partial(kind, _imported(flag, *CLASSES[name]))
-    groups = _groups(network, arguments.decay_norms_and_biases, hidden_matrices(network) if name == "muon" else None)
+    groups = _groups(network, arguments, hidden_matrices(network) if name == "muon" else None)
+    if name == "prodigy" and (odd := [each for each in rate_factors(groups, arguments).items() if each[1] not in (0, 1)]):
+        raise UserError(f"--optimizer prodigy has one rate for all, and 0: {odd[0][0]} cannot have {odd[0][1]:g} times of it")
     if name == "muon" and not any(group["use_muon"] for group in groups):
         raise UserError("--optimizer muon is for matrices, and the network has none but in its first and last layer; choose another")
     settings = {"betas": (arguments.adam_beta1, arguments.adam_beta2), "weight_decay": arguments.adam_weight_decay}
@@ -214,23 +219,78 @@ def hidden_matrices(network: nn.Module) -> list[Tensor]:
     return [layer.weight for layer in layers[1:-1] if isinstance(layer, nn.Linear)]
 
 
-def _groups(network: nn.Module, decay_all: bool, hidden: Sequence[Tensor] | None) -> Groups:
+def _groups(network: nn.Module, arguments: TrainingArguments, hidden: Sequence[Tensor] | None) -> Groups:
     """The trained weights by what is done with them; vectors, which norms and biases are, decay only if all do.
 
     Args:
         network: whose weights they are.
-        decay_all: whether vectors decay too.
+        arguments: which have a rate of their own, and which decay.
         hidden: those that get ``use_muon``; None, and no group says anything of it.
+
+    Raises:
+        UserError: a pattern of ``--learning_rate_groups`` is that of no weight that is trained.
     """
-    muon = {id(weight) for weight in hidden or ()}
-    found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for weight in (weight for weight in network.parameters() if weight.requires_grad):
-        key = (id(weight) in muon, decay_all or weight.dim() > 1)
+    muon, patterns = {id(weight) for weight in hidden or ()}, arguments.rate_patterns
+    found: dict[tuple[str, bool, bool, bool], list[nn.Parameter]] = {}
+    unmet = dict.fromkeys(patterns)
+    for name, weight in network.named_parameters():
+        if not weight.requires_grad:
+            continue
+        told = name.startswith(TEXT_ENCODER)
+        pattern = next((each for each in patterns if fnmatchcase(f".{name}.", f"*.{each}.*")), None)
+        unmet.pop(pattern or "", None)
+        group = " ".join([*([TEXT_ENCODER] if told else []), *([pattern] if pattern else [])])
+        key = (group, id(weight) in muon, arguments.decay_norms_and_biases or weight.dim() > 1, told)
         found.setdefault(key, []).append(weight)
+    for pattern in unmet:
+        parts = sorted({part for name, weight in network.named_parameters() if weight.requires_grad for part in name.split(".")})
+        raise UserError(
+            f"--learning_rate_groups {pattern}: no weight that is trained has that in its name and is of no pattern before; the parts of "
+            f"their names are {', '.join(part for part in parts if not part.isdigit())}"
+        )
+    text_decay = arguments.adam_weight_decay_text_encoder
     return [
-        {"params": weights, **({} if decays else {"weight_decay": 0.0}), **({} if hidden is None else {"use_muon": use_muon})}
-        for (use_muon, decays), weights in found.items()
+        {
+            "params": weights,
+            **({GROUP: group} if group else {}),
+            **({"weight_decay": 0.0} if not decays else {"weight_decay": text_decay} if told and text_decay is not None else {}),
+            **({} if hidden is None else {"use_muon": use_muon}),
+        }
+        for (group, use_muon, decays, told), weights in found.items()
     ]
+
+
+def rate_factors(groups: Groups, arguments: TrainingArguments) -> dict[str, float]:
+    """By what the learning rate is multiplied, for each name of an optimizer's groups that have one; the others have the rate itself."""
+    text = 1.0 if arguments.text_encoder_lr is None else arguments.text_encoder_lr / (arguments.learning_rate or 1.0)
+    factors = {"": 1.0, **arguments.rate_patterns}
+    found = {}
+    for name in (str(group.get(GROUP, "")) for group in groups):
+        pattern = name.removeprefix(TEXT_ENCODER).strip() if name.startswith(TEXT_ENCODER) else name
+        found[name] = factors[pattern] * (text if name.startswith(TEXT_ENCODER) else 1.0)
+    return {name: factor for name, factor in found.items() if name}
+
+
+def set_rates(groups: Groups, rate: float, factors: Mapping[str, float]) -> dict[str, float]:
+    """Sets each group's rate; returns those that differ from ``rate``, by the groups' names."""
+    for group in groups:
+        group["lr"] = rate * factors.get(group.get(GROUP, ""), 1.0)
+    return {name: rate * factor for name, factor in factors.items() if factor != 1}
+
+
+def rates_in_words(groups: Groups, arguments: TrainingArguments) -> str:
+    """Each group's name, how many weights it has, in millions, and its peak rate; empty where all have one."""
+    factors = rate_factors(groups, arguments)
+    if all(factor == 1 for factor in factors.values()):
+        return ""
+    counts: dict[str, int] = {}
+    for group in groups:
+        name = group.get(GROUP, "")
+        counts[name] = counts.get(name, 0) + sum(weight.numel() for weight in group["params"])
+    return ", ".join(
+        f"{name or 'others'} {arguments.learning_rate * factors.get(name, 1.0):g} ({count / 1e6:.2f} million)"
+        for name, count in counts.items()
+    )
 
 
 def learning_rate(

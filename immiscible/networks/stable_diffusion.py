@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from immiscible.networks.arguments import TextModelArguments
-from immiscible.networks.checkpoint_parts import CheckpointParts, check_end, check_unet, check_words, token_ids
+from immiscible.networks.checkpoint_parts import CheckpointParts, check_end, check_unet, check_words
 from immiscible.networks.dit import build_dit, text_dit_config
 from immiscible.networks.kinds import told_pooled
 from immiscible.networks.latents import latent_downsampling
@@ -30,9 +29,9 @@ class StableDiffusion(CheckpointParts):
     encoder_classes = {"text_encoder": "CLIPTextModel"}
     tokenizer_classes = {"tokenizer": "CLIPTokenizer"}
 
-    def texts(self, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-        """See `CheckpointParts.texts`."""
-        output = self.text_encoder(token_ids(self.tokenizer, captions).to(device))
+    def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `CheckpointParts.encode`."""
+        output = self.text_encoder(tokens["tokenizer"])
         return {"states": output.last_hidden_state, "pooled": output.pooler_output}
 
     @property

@@ -47,19 +47,15 @@ class StableDiffusion3(CheckpointParts):
         *(f"attn.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
     )
 
-    def texts(self, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-        """See `CheckpointParts.texts`."""
-        return self.encode({name: ids.to(device) for name, ids in self.tokens(captions).items()})
-
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """The tokens of captions by the tokenizers' names, int64 [B, L] of CLIP and [B, M] of T5, filled up and cut off."""
+        """See `CheckpointParts.tokens`: [B, L] of CLIP and [B, M] of T5."""
         lengths = {**dict.fromkeys(CLIP.values(), self.tokenizer.model_max_length), T5_TOKENIZER: self.max_sequence_length}
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         words = list(captions)
         return {name: tokenizer(words, max_length=lengths[name], **options).input_ids for name, tokenizer in self.tokenizers.items()}
 
     def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `texts` gives, of `tokens` on the encoders' device."""
+        """See `CheckpointParts.encode`."""
         outputs = [self.encoders[part](tokens[name], output_hidden_states=True) for part, name in CLIP.items()]
         joint = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         joint = nn.functional.pad(joint, (0, self._width - joint.shape[-1]))

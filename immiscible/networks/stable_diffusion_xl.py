@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from immiscible.errors import UserError
 from immiscible.networks.arguments import TextModelArguments
-from immiscible.networks.checkpoint_parts import CheckpointParts, check_end, check_unet, check_words, token_ids
+from immiscible.networks.checkpoint_parts import CheckpointParts, check_end, check_unet, check_words
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ModelMixin
@@ -35,13 +35,12 @@ class StableDiffusionXL(CheckpointParts):
     told_geometry = True
     encoder_classes = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
     tokenizer_classes = {"tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer"}
+    adapted_texts = ("text_encoder", "text_encoder_2")
 
-    def texts(self, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-        """See `CheckpointParts.texts`."""
-        outputs = [
-            encoder(token_ids(tokenizer, captions).to(device), output_hidden_states=True)
-            for tokenizer, encoder in zip(self.tokenizers.values(), self.encoders.values(), strict=True)
-        ]
+    def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `CheckpointParts.encode`."""
+        pairs = zip(self.tokenizers, self.encoders.values(), strict=True)
+        outputs = [encoder(tokens[tokenizer], output_hidden_states=True) for tokenizer, encoder in pairs]
         return {"states": torch.cat([output.hidden_states[-2] for output in outputs], -1), "pooled": outputs[-1].text_embeds}
 
     @property

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from immiscible.errors import UserError
-from immiscible.networks.kinds import part_of
+from immiscible.networks.adapters import adapted, load_adapters, save_adapters
 
 # What diffusers, transformers and torch raise on folders that hold no such network, a broken one, or a pickle that is more than tensors.
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, UnpicklingError)
@@ -32,11 +31,6 @@ PRECISIONS: dict[str, torch.dtype] = {"no": torch.float32, "fp16": torch.float16
 def unwrapped(accelerator: Accelerator, model: nn.Module) -> ModelMixin:
     """The diffusers model below the wrappers of DDP and torch.compile. Without ``keep_fp32_wrapper`` it would lose its autocast."""
     return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
-
-
-def adapted(network: nn.Module) -> bool:
-    """Whether the network has low-rank adapters, which alone are trained then."""
-    return bool(getattr(network, "peft_config", None))
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -119,59 +113,6 @@ def load_network(network: ModelMixin, folder: Path, part: str) -> None:
     else:
         check_keys(network, folder / part)
         network.load_state_dict(type(network).from_pretrained(folder, subfolder=part).state_dict())
-
-
-def add_adapters(network: ModelMixin, rank: int, dtype: torch.dtype, targets: Sequence[str]) -> None:
-    """Freezes the network in ``dtype`` and gives the layers with these names trainable low-rank adapters, always fp32.
-
-    Raises:
-        UserError: peft is not installed.
-    """
-    if find_spec("peft") is None:
-        raise UserError("--use_lora needs peft: `pip install peft`")
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-
-    nn.Module.to(network.requires_grad_(False), dtype=dtype)  # diffusers' own `to` warns of every cast
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets)))
-    cast_training_params(network, dtype=torch.float32)
-
-
-def save_adapters(network: ModelMixin, folder: Path) -> None:
-    """Writes the adapters as diffusers' ``load_lora_weights`` reads them: ``pytorch_lora_weights.safetensors``, fp32."""
-    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
-
-    layers = get_peft_model_state_dict(network)
-    if part_of(network) == "transformer":
-        StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
-    else:
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=convert_state_dict_to_diffusers(layers))
-
-
-def load_adapters(network: ModelMixin, folder: Path) -> None:
-    """Puts saved adapters into a network that has some of the same shapes.
-
-    Raises:
-        UserError: (exit code 1) they are not those of this network.
-    """
-    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
-    from diffusers.utils import convert_unet_state_dict_to_peft
-    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-
-    part = part_of(network)
-    state: Any = (StableDiffusion3Pipeline if part == "transformer" else StableDiffusionPipeline).lora_state_dict(folder)
-    state = state[0] if isinstance(state, tuple) else state  # with scales, for those that have any
-    layers = {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
-    layers = layers if part == "transformer" else convert_unet_state_dict_to_peft(layers)
-    wanted = {name: value.shape for name, value in get_peft_model_state_dict(network).items()}
-    found = {name: value.shape for name, value in layers.items()}
-    if different := [name for name in sorted({**found, **wanted}) if found.get(name) != wanted.get(name)]:
-        raise UserError(
-            f"{folder} holds other adapters than this network's: {different[0]} is missing, surplus or of another shape", exit_code=1
-        )
-    set_peft_model_state_dict(network, layers, adapter_name="default")
 
 
 def add_metadata(path: Path, facts: dict[str, str]) -> None:

@@ -18,15 +18,18 @@ from immiscible.data.loading import captioned_source, prompt_classes, with_held_
 from immiscible.data.sources import ImageSource
 from immiscible.data.transforms import image_transform
 from immiscible.encoding.cache import open_cache
+from immiscible.encoding.captions import CaptionRules
 from immiscible.encoding.clusters import caption_clusters
 from immiscible.encoding.encoders import Encoder
 from immiscible.encoding.texts import TextToImageEncoder, tell_long_captions
 from immiscible.errors import UserError
 from immiscible.method import build_objective
-from immiscible.networks.checkpoint_parts import CheckpointParts, place
+from immiscible.networks.adapters import adapted, adapter_settings, adapters_in_words, save_adapters
+from immiscible.networks.checkpoint_parts import CheckpointParts
 from immiscible.networks.families import initial_weights, load_checkpoint
 from immiscible.networks.kinds import part_of, told_pooled
-from immiscible.networks.weights import adapted, evaluation_weights, save_adapters
+from immiscible.networks.placing import place
+from immiscible.networks.weights import evaluation_weights
 from immiscible.objectives import DenoisingObjective
 from immiscible.processes import from_main_process
 from immiscible.randomness import reseed_globally
@@ -74,9 +77,10 @@ class TextToImageTask:
 
     def __post_init__(self) -> None:
         config, schedule = self.config, self.parts.schedule
-        rank = config.rank if config.use_lora else None
+        adapters = adapters_in_words(self.network) if config.use_lora else None
+        begins = initial_weights(self.parts.name, from_scratch=self.from_scratch, adapters=adapters, preset=config.model_preset)
         self.facts = {
-            "initial_weights": initial_weights(self.parts.name, from_scratch=self.from_scratch, rank=rank, preset=config.model_preset),
+            "initial_weights": begins + (f", those of {config.network_weights}" if config.network_weights else ""),
             **method_facts(config, self.objective, schedule=schedule, inference_steps=config.validation_inference_steps),
         }
 
@@ -93,7 +97,8 @@ class TextToImageTask:
     @property
     def identity(self) -> Mapping[str, Any]:
         """See `Task`."""
-        return {"from_scratch": self.from_scratch, **self.parts.identity}
+        adapters = {"adapters": adapter_settings(self.network)} if self.config.network_weights else {}
+        return {"from_scratch": self.from_scratch, **self.parts.identity, **adapters}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -107,9 +112,9 @@ class TextToImageTask:
         return (len(classes), False) if classes else (int(images), True)
 
     def prompts(self, count: int) -> Sequence[str]:
-        """The data's captions, from the first image on."""
+        """The data's captions, from the first image on, with their trigger word."""
         source: Any = self.data.source
-        return [source.captions(index)[0] for index in range(min(count, len(source)))]
+        return CaptionRules.of(self.config).told([source.captions(index)[0] for index in range(min(count, len(source)))])
 
     def pipeline(self) -> DiffusionPipeline:
         """See `Task`."""
@@ -189,21 +194,24 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
     transform = image_transform(config, 3, seed)
     data, cache = TrainingData(source, held_out, transform, with_captions=True, with_geometry=parts.told_geometry), None
     if config.cache_latents:
-        cache = open_cache(Path(str(config.latent_cache_dir)), config, parts, source, precision=config.mixed_precision)
+        cache = open_cache(
+            Path(str(config.latent_cache_dir)), config, parts, source, precision=config.mixed_precision, trigger=config.trigger_word
+        )
         data = replace(data, loaded=cache.images(source), augment=cache.transform(transform))
     idle = config.cache_latents and held_out is None
-    place(parts, accelerator, rank=config.rank if config.use_lora else None, idle=idle)
+    place(parts, accelerator, adapters=config if config.use_lora else None, idle=idle)
     objective = build_objective(config, parts.scheduler, accelerator, dream_detail_preservation=config.dream_power)
     encode = TextToImageEncoder(
         parts,
         accelerator.device,
-        empty_prompts=config.proportion_empty_prompts,
+        CaptionRules.of(config),
         pooled_labels=config.coupling_condition in ("centered", "penalty"),
+        tokens=config.train_text_encoder,
     )
     encode_loaded: Any = cache.encoder(encode) if cache else encode
     if config.by_epoch and config.coupling_condition == "within":
         data = replace(data, groups=from_main_process(accelerator, lambda: _groups(config, source, encode_loaded)))
-    return TextToImageTask(config, parts, objective, data, from_scratch, encode_loaded, replace(encode, empty_prompts=0.0))
+    return TextToImageTask(config, parts, objective, data, from_scratch, encode_loaded, replace(encode, rules=encode.rules.still))
 
 
 def _groups(config: TextToImageConfig, source: ImageSource, encode: TextToImageEncoder) -> Tensor:

@@ -21,6 +21,7 @@ from immiscible.encoding.encoders import Encoder
 from immiscible.epoch import EpochCoupling
 from immiscible.errors import UserError
 from immiscible.method import naming_flags
+from immiscible.networks.optimization import set_rates
 from immiscible.objectives import Objective, Pairs
 from immiscible.pools import GlobalCoupling
 from immiscible.randomness import Draws, PoolDraws, reseed_globally
@@ -37,9 +38,9 @@ class StepStats:
 
     Args:
         step: optimizer steps taken so far; a checkpoint written now bears this number.
-        metrics: ``loss``, ``learning_rate``, ``grad_norm`` (before clipping), ``step_seconds`` (this rank's,
-            loading included), ``wait_seconds`` (of it, for batches and pairs), on a CPU ``step_cpu_seconds`` (of this process with all its
-            threads, without loader processes) and the pairs' statistics.
+        metrics: ``loss``, ``learning_rate`` and those of groups that have another, ``grad_norm`` (before clipping), ``step_seconds``
+            (this rank's, loading included), ``wait_seconds`` (of it, for batches and pairs), on a CPU ``step_cpu_seconds`` (of this
+            process with all its threads, without loader processes) and the pairs' statistics.
         coupling_state: what the coupling must remember for a run that continues here, for a checkpoint; empty for most.
     """
 
@@ -72,6 +73,7 @@ def train(
     max_grad_norm: float,
     ema: EMAModel | None,
     stop: StopRequest,
+    factors: Mapping[str, float] | None = None,
     ahead: bool = False,
     window: int = 1,
     watch: Callable[[Pairs], None] | None = None,
@@ -93,6 +95,7 @@ def train(
         max_grad_norm: gradients are clipped to it; 0 does not clip.
         ema: updated after each step, on ``model``'s parameters.
         stop: ends the loop at a step boundary, when all ranks have learned of it.
+        factors: of the rate, for those of the optimizer's groups that have a name.
         ahead: load and pair the next step's batches on another thread while this step runs; the numbers are the same.
         window: micro-batches that are paired at once, whether or not they belong to one step.
         watch: called with each of this rank's micro-batches before the network sees it.
@@ -108,7 +111,9 @@ def train(
     if ahead:
         depth = accumulation if window == 1 else accumulation + window  # a window is begun when the one before it is under way
         micro_batches = _look_ahead(micro_batches, depth, accelerator.device)
-    update = partial(_update, accelerator, model, optimizer, objective, max_grad_norm=max_grad_norm, ema=ema, watch=watch)
+    update = partial(
+        _update, accelerator, model, optimizer, objective, max_grad_norm=max_grad_norm, ema=ema, watch=watch, factors=factors or {}
+    )
     return _steps(accelerator, micro_batches, update, range(start_step, max_steps), seed, learning_rate, stop)
 
 
@@ -148,6 +153,7 @@ def _update(
     max_grad_norm: float,
     ema: EMAModel | None,
     watch: Callable[[Pairs], None] | None,
+    factors: Mapping[str, float],
 ) -> dict[str, float]:
     """One optimizer step, from micro-batches to the EMA; returns its metrics."""
     collected = []
@@ -161,8 +167,8 @@ def _update(
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     metrics = _average(accelerator, collected) | {"learning_rate": rate, "grad_norm": float(grad_norm)}
     _check_finite(metrics, step, loss_scaled=accelerator.scaler is not None)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    own_rates = set_rates(optimizer.param_groups, rate, factors)
+    metrics |= {f"learning_rate_{name.replace(' ', '_')}": own for name, own in own_rates.items()}
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if ema is not None:

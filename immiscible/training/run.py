@@ -21,7 +21,7 @@ from immiscible.errors import UserError
 from immiscible.evaluation.leakage import ClassLeak
 from immiscible.files import PARTIAL, full_disk, replace
 from immiscible.flags import defaults_of
-from immiscible.networks.optimization import build_ema, build_optimizer, learning_rate, tuned
+from immiscible.networks.optimization import build_ema, build_optimizer, learning_rate, rate_factors, rates_in_words, tuned
 from immiscible.networks.weights import add_metadata
 from immiscible.objectives import Pairs
 from immiscible.processes import from_main_process, on_main_process
@@ -77,7 +77,8 @@ def run(config: RunConfig, accelerator: Accelerator, build_task: BuildTask) -> N
         state.resume(resumed, {f"--{name}": value for name, value in defaults_of(type(config)).items()})
     stop, leak = StopRequest(), ClassLeak() if config.log_class_leak else None
     steps = _steps(config, accelerator, task, state, stop, leak)
-    report_start(config, task, state.order, state.start_step, state.max_steps)
+    rates = rates_in_words(state.optimizer.param_groups, config)
+    report_start(config, task, state.order, state.start_step, state.max_steps, rates)
     with epoch_plans(config, accelerator, task, state.order, state.max_steps, state.identity, stop) as plans:
         if config.plan:
             remaining = state.max_steps - state.start_step
@@ -184,6 +185,7 @@ def _steps(
         max_grad_norm=config.max_grad_norm,
         ema=state.ema,
         stop=stop,
+        factors=rate_factors(state.optimizer.param_groups, config),
         ahead=config.look_ahead,
         window=config.window,
         watch=None if leak is None else partial(_watch, leak),

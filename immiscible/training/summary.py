@@ -190,8 +190,12 @@ def _leak(line: dict[str, float]) -> dict[str, str]:
     return {"class_leak": f"a linear probe reads the class in {accuracy:.1%} of cases (chance {chance:.1%})"}
 
 
-def report_start(config: RunConfig, task: Task, order: GlobalBatchOrder | StreamOrder, start_step: int, max_steps: int) -> None:
-    """Logs what is about to run, and what a user would want to know of it before (`immiscible.training.notices`)."""
+def report_start(
+    config: RunConfig, task: Task, order: GlobalBatchOrder | StreamOrder, start_step: int, max_steps: int, rates: str = ""
+) -> None:
+    """Logs what is about to run, and what a user would want to know of it before (`immiscible.training.notices`); ``rates`` are the
+    learning rates, where weights have several.
+    """
     network, accumulation = task.network, config.gradient_accumulation_steps
     parameters, stored = parameters_of(network)
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
@@ -206,6 +210,7 @@ def report_start(config: RunConfig, task: Task, order: GlobalBatchOrder | Stream
         "network": f"{type(network).__name__}, {parameters / 1e6:.2f} million parameters{adapters}, {shape}{classes}",
         "batch": f"{order.batch_size} images x {ranks} processes x {accumulation} micro-batches = {images} a step",
         "steps": f"{start_step} to {max_steps}{epoch}",
+        **({"learning_rates": rates} if rates else {}),
         **{name: fact for name, fact in task.facts.items() if name != "seed"},  # which was told when it was settled
     }.items():
         logger.info("%-18s %s", name.replace("_", " "), value)

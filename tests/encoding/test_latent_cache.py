@@ -24,6 +24,7 @@ from immiscible.data.transforms import ImageTransform
 from immiscible.encoding import cache_manifest, cache_shards, cache_writing
 from immiscible.encoding.cache import open_cache
 from immiscible.encoding.cache_manifest import read_manifest
+from immiscible.encoding.captions import CaptionRules
 from immiscible.errors import UserError
 from immiscible.files import file_facts
 from immiscible.flags import parse_config
@@ -157,7 +158,7 @@ def test_batches_are_those_of_the_uncached_run(tiny_sd, dropout):
     _, source, parts, cache = parts_of(tiny_sd)
     transform = ImageTransform(64, center_crop=True, random_flip=True, seed=3, interpolation="lanczos")
     order = GlobalBatchOrder(IMAGES, 4, seed=3, stop=6)  # two epochs
-    plain, cached = encoders(parts, cache, empty_prompts=dropout, pooled_labels=True)
+    plain, cached = encoders(parts, cache, rules=CaptionRules(dropout), pooled_labels=True)
     runs, geometries = [], []
     for images, augment, encode in ((source, transform, plain), (cache.images(source), cache.transform(transform), cached)):
         dataset = ImageDataset(images, augment, with_captions=True, with_geometry=True)
@@ -179,7 +180,7 @@ def test_a_network_that_is_told_pooled_states_is_given_those_alone(tiny_sd):
     from immiscible.data.batches import Images
 
     _, source, parts, cache = parts_of(tiny_sd, "--model_preset", "dit-tiny")
-    plain, cached = encoders(parts, cache, empty_prompts=0.5)
+    plain, cached = encoders(parts, cache, rules=CaptionRules(0.5))
     captions, draws = ["picture 1", "number 2", "one of them", "picture 3"], Draws(3, 0, 0, CPU)
     moments = torch.from_numpy(np.stack([cache.moments(index)[0] for index in range(4)]))
     images = ImageTransform(64, center_crop=True, interpolation="lanczos")

@@ -12,8 +12,18 @@ from class_networks import tiny_unet
 from torch import nn
 
 from immiscible.errors import UserError
-from immiscible.networks.arguments import OptimizationArguments
-from immiscible.networks.optimization import CLASSES, OPTIMIZERS, build_ema, build_optimizer, hidden_matrices, learning_rate
+from immiscible.networks.arguments import OptimizationArguments, TextOptimizationArguments
+from immiscible.networks.optimization import (
+    CLASSES,
+    OPTIMIZERS,
+    build_ema,
+    build_optimizer,
+    hidden_matrices,
+    learning_rate,
+    rate_factors,
+    rates_in_words,
+    set_rates,
+)
 
 CPU = torch.device("cpu")
 BETAS = (0.5, 0.75)
@@ -219,3 +229,113 @@ def test_settings_that_an_optimizer_refuses_are_one_line():
     needed("prodigy")
     with pytest.raises(UserError, match="--optimizer prodigy: Invalid epsilon value"):
         build_optimizer(Net(), arguments("prodigy", adam_epsilon=0.0))
+
+
+# Groups with a rate of their own
+
+
+def rates_of(network, optimizer, flags, rate=0.5):
+    """The rate of each weight, by name, in a step at ``rate``; and those that are logged apart."""
+    apart = set_rates(optimizer.param_groups, rate, rate_factors(optimizer.param_groups, flags))
+    of = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    return {name: of[id(weight)] for name, weight in network.named_parameters() if id(weight) in of}, apart
+
+
+def test_a_pattern_is_of_whole_parts_of_names_and_the_first_that_fits_counts():
+    network, flags = Net(), arguments("adamw", learning_rate_groups=["norm=0", "h*.weight=4", "bias=2"])
+    optimizer = build_optimizer(network, flags)
+    rates, apart = rates_of(network, optimizer, flags)
+    assert {name: rate / 0.5 for name, rate in rates.items()} == {
+        "first.weight": 1,
+        "first.bias": 2,
+        "told.weight": 1,
+        "norm.weight": 0,
+        "norm.bias": 0,
+        "hidden.weight": 4,
+        "hidden.bias": 2,
+        "last.weight": 1,
+        "last.bias": 2,
+    }
+    assert apart == {"norm": 0, "h*.weight": 2, "bias": 1} and sum(len(group["params"]) for group in optimizer.param_groups) == 9
+    assert rates_in_words(optimizer.param_groups, flags) == (
+        "others 0.01 (0.00 million), bias 0.02 (0.00 million), norm 0 (0.00 million), h*.weight 0.04 (0.00 million)"
+    )
+    assert rates_in_words(build_optimizer(network, arguments("adamw")).param_groups, arguments("adamw")) == ""
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_takes_groups_saved_and_loaded_too(name):
+    """A group of rate 0 stays as it is, the others learn; what goes on from a saved state equals what was not interrupted."""
+    needed(name)
+    groups = ["norm=0", "told=0"] if name == "prodigy" else ["norm=0", "hidden.weight=3"]
+    flags = arguments(name, learning_rate_groups=groups, adam_weight_decay=0.0)
+
+    def go_on(network, optimizer, steps):
+        for step in steps:
+            set_rates(optimizer.param_groups, flags.learning_rate, rate_factors(optimizer.param_groups, flags))
+            take_step(network, optimizer, step)
+
+    whole, cut, again = Net(), Net(), Net()
+    optimizers = [build_optimizer(network, flags) for network in (whole, cut, again)]
+    go_on(whole, optimizers[0], range(4))
+    go_on(cut, optimizers[1], range(2))
+    file = io.BytesIO()
+    torch.save(optimizers[1].state_dict(), file)
+    file.seek(0)
+    again.load_state_dict(cut.state_dict())
+    optimizers[2].load_state_dict(torch.load(file, weights_only=True))
+    go_on(again, optimizers[2], range(2, 4))
+    assert equal(again, whole)
+    assert torch.equal(whole.norm.weight, Net().norm.weight) and not torch.equal(whole.hidden.weight, Net().hidden.weight)
+
+
+def test_a_group_of_thrice_the_rate_moves_by_its_own_optimizers_steps():
+    ours, theirs = Net(), Net()
+    flags = arguments("adamw", learning_rate_groups=["hidden.weight=3"])
+    optimizer = build_optimizer(ours, flags)
+    own = [weight for weight in theirs.parameters() if weight is not theirs.hidden.weight]
+    settings = {"betas": BETAS, "eps": 1e-8, "weight_decay": 0.1}
+    both = torch.optim.AdamW([{"params": own, "lr": 0.01}, {"params": [theirs.hidden.weight], "lr": 0.03}], **settings)
+    for step in range(3):
+        set_rates(optimizer.param_groups, 0.01, rate_factors(optimizer.param_groups, flags))
+        take_step(ours, optimizer, step)
+        take_step(theirs, both, step)
+    assert equal(ours, theirs)
+
+
+def test_text_encoders_have_a_rate_and_a_decay_of_their_own():
+    network = nn.ModuleDict({"text_encoder": nn.Linear(2, 3), "text_encoder_2": nn.Linear(2, 3), "attention": nn.Linear(2, 3)})
+    changes = {"text_encoder_lr": 5e-6, "adam_weight_decay_text_encoder": 0.5, "adam_weight_decay": 0.1, "learning_rate": 1e-4}
+    flags = TextOptimizationArguments(**changes, learning_rate_groups=["weight=16"])
+    optimizer = build_optimizer(network, flags)
+    rates, apart = rates_of(network, optimizer, flags, rate=1e-4)
+    assert rates["attention.bias"] == 1e-4 and rates["attention.weight"] == pytest.approx(16e-4)
+    assert rates["text_encoder.bias"] == pytest.approx(5e-6) and rates["text_encoder_2.weight"] == pytest.approx(80e-6)
+    assert apart.keys() == {"weight", "text_encoder", "text_encoder weight"}
+    decays = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
+    assert decays[id(network["text_encoder"].weight)] == 0.5 and decays[id(network["attention"].weight)] == 0.1
+    alone = build_optimizer(network, TextOptimizationArguments())
+    assert set_rates(alone.param_groups, 1e-4, rate_factors(alone.param_groups, TextOptimizationArguments())) == {}
+
+
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        (["attn2=2"], "--learning_rate_groups attn2: no weight that is trained .* are bias, first, hidden, last, norm, told, weight$"),
+        (["hidden=2", "hidden.bias=3"], r"--learning_rate_groups hidden\.bias: no weight that is trained"),
+        (["bias"], "--learning_rate_groups 'bias' must be PATTERN=FACTOR"),
+        (["bias=-1"], "--learning_rate_groups 'bias=-1' must be PATTERN=FACTOR with a factor of at least 0"),
+        (["bias=nan"], "'bias=nan' must be PATTERN=FACTOR"),
+        (["=2"], "'=2' must be PATTERN=FACTOR"),
+        (["bias=2", "bias=3"], "--learning_rate_groups bias=2 bias=3: one pattern is given twice"),
+    ],
+)
+def test_groups_that_cannot_be_are_one_line(groups, says):
+    with pytest.raises(UserError, match=says):
+        build_optimizer(Net(), arguments("adamw", learning_rate_groups=groups))
+
+
+def test_prodigy_has_one_rate_and_0():
+    needed("prodigy")
+    with pytest.raises(UserError, match="--optimizer prodigy has one rate for all, and 0: bias cannot have 2 times of it"):
+        build_optimizer(Net(), arguments("prodigy", learning_rate_groups=["bias=2"]))

@@ -10,11 +10,12 @@ from launch import ROOT, run_command
 from tiny_text import model_folder
 
 from immiscible.errors import UserError
-from immiscible.networks.arguments import TextModelArguments
-from immiscible.networks.checkpoint_parts import place
+from immiscible.networks.adapters import adapted
+from immiscible.networks.arguments import AdapterArguments, TextModelArguments
 from immiscible.networks.families import initial_weights, load_checkpoint
+from immiscible.networks.placing import place
 from immiscible.networks.stable_diffusion import StableDiffusion
-from immiscible.networks.weights import adapted, weights_digest
+from immiscible.networks.weights import weights_digest
 
 CPU = torch.device("cpu")
 
@@ -57,7 +58,7 @@ def test_another_prediction_is_told_to_the_scheduler_and_the_checkpoints_own_is_
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
 def test_frozen_parts_have_the_runs_precision_and_trained_weights_have_32_bits(precision, dtype):
     parts = loaded()
-    place(parts, Accelerator(precision), rank=None, idle=True)
+    place(parts, Accelerator(precision), adapters=None, idle=True)
     assert (parts.vae.dtype, parts.text_encoder.dtype, parts.network.dtype) == (dtype, dtype, torch.float32)
     assert parts.network.training and not adapted(parts.network) and all(weight.requires_grad for weight in parts.network.parameters())
     states, pooled = (parts.texts(["a cat", ""], CPU)[name] for name in ("states", "pooled"))
@@ -67,8 +68,8 @@ def test_frozen_parts_have_the_runs_precision_and_trained_weights_have_32_bits(p
 
 def test_adapters_of_a_rank_are_all_that_is_trained():
     pytest.importorskip("peft")
-    parts = loaded(use_lora=True, rank=3)
-    place(parts, Accelerator("bf16"), rank=3, idle=False)
+    parts = loaded(use_lora=True)
+    place(parts, Accelerator("bf16"), adapters=AdapterArguments(rank=3), idle=False)
     trained = {name: weight for name, weight in parts.network.named_parameters() if weight.requires_grad}
     assert trained and all("lora" in name and weight.dtype == torch.float32 and 3 in weight.shape for name, weight in trained.items())
     assert {weight.dtype for weight in parts.network.parameters() if not weight.requires_grad} == {torch.bfloat16}
@@ -76,13 +77,13 @@ def test_adapters_of_a_rank_are_all_that_is_trained():
 
 def test_a_precision_of_other_networks_is_one_line():
     with pytest.raises(UserError, match="--mixed_precision fp8 is not supported here"):
-        place(loaded(), Accelerator("fp8"), rank=None, idle=False)
+        place(loaded(), Accelerator("fp8"), adapters=None, idle=False)
 
 
 def test_with_which_weights_a_run_begins_in_words():
-    assert initial_weights("sd", from_scratch=True, rank=None) == "random, not those of sd, with which finetune_sd.py begins"
-    assert initial_weights("sd", from_scratch=False, rank=None) == "those of sd"
-    assert initial_weights("sd", from_scratch=False, rank=4) == "those of sd, frozen, with adapters of rank 4"
+    assert initial_weights("sd", from_scratch=True, adapters=None) == "random, not those of sd, with which finetune_sd.py begins"
+    assert initial_weights("sd", from_scratch=False, adapters=None) == "those of sd"
+    assert initial_weights("sd", from_scratch=False, adapters="adapters of rank 4") == "those of sd, frozen, with adapters of rank 4"
 
 
 def test_networks_are_imported_without_the_libraries_that_they_are_loaded_with():

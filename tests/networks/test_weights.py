@@ -10,8 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_text import ADAPTERS, WEIGHTS, model_folder
 
+from immiscible.networks.adapters import adapted, add_adapters
+from immiscible.networks.arguments import AdapterArguments
 from immiscible.networks.stable_diffusion import StableDiffusion
-from immiscible.networks.weights import adapted, add_adapters, add_metadata, load_network, save_network, weights_digest
+from immiscible.networks.weights import add_metadata, load_network, save_network, weights_digest
 
 
 def changed(network):
@@ -36,7 +38,7 @@ def test_a_network_is_saved_as_diffusers_loads_it_and_loaded_to_the_last_bit(tmp
 def with_adapters(seed):
     network = UNet2DConditionModel.from_pretrained(model_folder(), subfolder="unet")
     torch.manual_seed(seed)
-    add_adapters(network, 2, torch.float32, StableDiffusion.lora_targets)
+    add_adapters(network, AdapterArguments(rank=2), targets=StableDiffusion.lora_targets, dtype=torch.float32)
     return network
 
 
