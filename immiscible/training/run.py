@@ -221,7 +221,7 @@ class _Life:
     ) -> None:
         self._config, self._accelerator, self._task, self._state = config, accelerator, task, state
         self._stop, self._leak, self._folder = stop, leak, config.folder
-        self._log = RunLog(self._folder, accelerator, config, state.start_step)
+        self._log = RunLog(self._folder, accelerator, config, state.start_step, state.max_steps)
         self._evaluation = RunEvaluation(config, task) if config.eval_steps else None
         self._coupling_state = coupling_state(task.objective.coupling)
         self._saved = False
@@ -258,7 +258,7 @@ class _Life:
                 due = step % config.checkpointing_steps == 0
                 means = self._log.add(step, stats.metrics, write=step % config.logging_steps == 0 or due or step == last, leak=self._leak)
                 bar.update()
-                bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
+                bar.set_postfix(self._log.shown(means), refresh=False)
                 self._measure(step)  # before saving, so that a run that goes on from there has its measurements
                 if due:
                     self._save(step)

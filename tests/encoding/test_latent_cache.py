@@ -344,6 +344,24 @@ def test_killed_and_resumed_is_never_killed(script, tiny_sd, tmp_path, lora):
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 
+def test_texts_of_a_cache_are_told_with_its_trigger_word_and_of_that_alone(tiny_sd, tmp_path):
+    """The rows are those of the captions as they stand in the data; the empty one, for dropped captions, stays empty."""
+    write_images(tmp_path / "images", 4)
+    sd = {**tiny_sd, "images": tmp_path / "images", "cache": tmp_path / "cache"}
+    words = argv(sd, trigger_word="sks", random_flip=False)
+    precompute(words)
+    config = parse_config(TextToImageConfig, [*words, "--cache_latents"], program="x", description="")
+    source, parts = captioned_source(config, None), load_parts(config)
+    cache = open_cache(sd["cache"], config, parts, source, precision=None, trigger="sks")
+    plain, cached = encoders(parts, cache, rules=CaptionRules(trigger="sks"))
+    with torch.no_grad():
+        wanted = parts.texts(["sks, picture 1", "sks, number 2", ""], CPU)["states"]
+        for encoder in (plain, cached):
+            assert close(encoder.texts(["picture 1", "number 2", ""])["states"], wanted)
+    line = refused(sd, random_flip=False)
+    assert "--trigger_word was sks in the cache and is None here" in line
+
+
 def refused(sd: dict[str, Path], **changes) -> str:
     words = argv(sd, **{"cache_latents": True, **changes})
     with pytest.raises(UserError) as caught:

@@ -15,9 +15,27 @@ from immiscible.training.log import RunLog
 STEP = {"loss": 0.5, "pair_distance": 1.0, "pair_distance_drawn": 1.0}
 
 
+def test_a_line_says_how_fast_it_goes_and_what_is_left(tmp_path):
+    (line, later), _ = logged(tmp_path, 0, (1, 2.0, 1.5), (2, 4.0, 1.5))
+    assert (line["images_per_second"], line["remaining_seconds"]) == (8.0, 18.0)  # 16 images in 2 seconds, 9 steps of 10 to go
+    assert (later["images_per_second"], later["remaining_seconds"]) == (4.0, 32.0) and "gpu_memory_mib" not in line
+    assert RunLog.shown(line) == {"loss": "0.5000", "images/s": "8"}
+
+
+def test_on_a_gpu_memory_is_logged_and_shown(tmp_path, monkeypatch):
+    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=2, is_main_process=True, log=lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    monkeypatch.setattr("immiscible.training.log.on_main_process", lambda accelerator, work, folder=None: work())
+    config = UnconditionalConfig(output_dir=str(tmp_path), logger="none", gradient_accumulation_steps=4)
+    means = RunLog(tmp_path, accelerator, config, 0, 10).add(1, {**STEP, "step_seconds": 2.0}, write=True)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["gpu_memory_mib"] == 1536 and line["images_per_second"] == 16 * 4 * 2 / 2
+    assert RunLog.shown(means) == {"loss": "0.5000", "images/s": "64", "GPU": "1.5 GiB"}
+
+
 def logged(folder, start, *steps):
     """Adds steps (number, wall, CPU seconds or None) to a run's log, a line each; returns the lines and the times that it then has."""
-    log = RunLog(folder, Accelerator(cpu=True), UnconditionalConfig(output_dir=str(folder), logger="none"), start)
+    log = RunLog(folder, Accelerator(cpu=True), UnconditionalConfig(output_dir=str(folder), logger="none"), start, 10)
     for step, wall, cpu in steps:
         log.add(step, {**STEP, "step_seconds": wall, **({} if cpu is None else {"step_cpu_seconds": cpu})}, write=True)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], log.times
