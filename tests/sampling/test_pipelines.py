@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import diffusers
 import numpy
 import pytest
@@ -14,7 +16,7 @@ from immiscible.errors import UserError
 from immiscible.networks.latents import load_vae
 from immiscible.randomness import seeded_generator
 from immiscible.sampling.loaded import SCHEDULERS, take_scheduler
-from immiscible.sampling.pipelines import build_pipeline, class_pipeline, sample_images, sample_labels
+from immiscible.sampling.pipelines import build_pipeline, class_pipeline, sample_images, sample_labels, vae_at_its_precision
 from immiscible.schedulers import build_scheduler
 
 CPU = torch.device("cpu")
@@ -101,3 +103,16 @@ def test_an_axis_of_sigma_is_sampled_by_its_own_sampler(kind):
     for name in SCHEDULERS:
         with pytest.raises(UserError, match=f"--scheduler {name}: EDM and consistency networks are sampled by their own"):
             take_scheduler(pipeline, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vae_decodes_at_the_precision_of_its_weights_under_autocast(vae, dtype):
+    """A stand-in for SDXL's, which overflows in fp16."""
+    own = vae.__class__.from_config(vae.config).to(dtype)
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        exact = own.decode(latents.to(dtype)).sample
+        with vae_at_its_precision(SimpleNamespace(vae=own)), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(own.decode(latents).sample, exact) and exact.dtype == dtype
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # it is as it was
+            assert own.decode(latents).sample.dtype == torch.bfloat16

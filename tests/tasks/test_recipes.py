@@ -21,6 +21,7 @@ from immiscible.flags import parse_config
 DEMO = sorted((ROOT / "configs/tasks").glob("sd_tiny*.yaml"))
 RECIPES = sorted(set((ROOT / "configs/tasks").glob("sd_*.yaml")) - set(DEMO))
 SPEED = ROOT / "configs/tasks/mscoco_dit.yaml"  # of another paper, with a network of its own
+XL = sorted((ROOT / "configs/tasks").glob("sdxl*.yaml"))  # of no paper
 METHODS = sorted((ROOT / "configs/methods").glob("*.yaml"))
 ACCELERATE = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 CONFIGS = {
@@ -56,7 +57,7 @@ def recipe(stem: str) -> tuple[UnconditionalConfig | TextToImageConfig, int]:
 # The files
 
 
-@pytest.mark.parametrize("path", [*RECIPES, SPEED], **IDS)
+@pytest.mark.parametrize("path", [*RECIPES, SPEED, *XL], **IDS)
 def test_a_header_says_what_design_asks_for(path):
     text = path.read_text()
     header = text[: text.index("\n", text.rindex("\n#") + 1)]
@@ -156,7 +157,7 @@ def small(tmp_path_factory) -> dict[str, Path]:
             picture.save(path)
         lines.append({"file_name": f"{number}.png", "text": [f"picture {number}", f"number {number}"]})
     (folder / "captions/metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {"model": model_folder(), "classes": folder / "classes", "captions": folder / "captions"}
+    return {"model": model_folder(), "xl": model_folder("xl"), "classes": folder / "classes", "captions": folder / "captions"}
 
 
 def shrunk(config: UnconditionalConfig | TextToImageConfig, small: dict[str, Path], output: Path) -> list[str]:
@@ -176,12 +177,16 @@ def shrunk(config: UnconditionalConfig | TextToImageConfig, small: dict[str, Pat
     if isinstance(config, TextToImageConfig):
         words |= {"pretrained_model_name_or_path": small["model"], "report_to": "none", "validation_prompts": ["a cat", "a rocket"]}
         words |= {"model_preset": "dit-tiny"} if config.model_preset else {}
+        if config.pretrained_vae_model_name_or_path:
+            words |= {"pretrained_model_name_or_path": small["xl"], "pretrained_vae_model_name_or_path": small["xl"]}
         return flags({**words, "validation_inference_steps": 2})
     words |= {"vae_model_name_or_path": small["model"], "model_preset": "unet-tiny", "logger": "none"}
     return flags({**words, "ddpm_num_inference_steps": 2, "eval_batch_size": 2})
 
 
-@pytest.mark.parametrize("path", [*RECIPES[:2], *(pytest.param(path, marks=pytest.mark.slow) for path in [*RECIPES[2:], SPEED])], **IDS)
+@pytest.mark.parametrize(
+    "path", [*RECIPES[:2], *(pytest.param(path, marks=pytest.mark.slow) for path in [*RECIPES[2:], SPEED, *XL])], **IDS
+)
 def test_a_recipe_trains_when_shrunk(script, small, tmp_path, path):
     _, program, words = launch_line(path)
     config = recipe(path.stem)[0]
@@ -194,7 +199,8 @@ def test_a_recipe_trains_when_shrunk(script, small, tmp_path, path):
         assert line["paired_images"] == 1
     else:
         assert line["pair_distance"] < line["pair_distance_drawn"] and line["paired_images"] == 4 * window
-    assert (tmp_path / "run/model_index.json").is_file() and len(list((tmp_path / "run/samples").iterdir())) == 1
+    left = "pytorch_lora_weights.safetensors" if getattr(config, "use_lora", False) else "model_index.json"
+    assert (tmp_path / "run" / left).is_file() and len(list((tmp_path / "run/samples").iterdir())) == 1
 
 
 # accelerate
@@ -265,7 +271,7 @@ def test_the_page_on_stable_diffusion_names_what_exists():
 def test_the_commands_of_the_page_on_stable_diffusion_parse():
     page = re.sub(r"\\\n *", "", (ROOT / "docs/STABLE_DIFFUSION.md").read_text())
     commands = re.findall(r"^accelerate launch (\w+\.py) (.+)$", page, flags=re.MULTILINE)
-    assert [script for script, _ in commands] == ["finetune_sd.py"]
+    assert [script for script, _ in commands] == ["finetune_sd.py"] * 2
     for script, words in commands:
         assert parse(script, shlex.split(words)).max_train_steps
 
