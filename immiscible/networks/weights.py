@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from immiscible.errors import UserError
 from immiscible.networks.adapters import adapted, load_adapters, save_adapters
@@ -63,10 +64,16 @@ def non_finite(network: nn.Module, ema: EMAModel | None, state: Mapping[str, Ten
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = {"the weights": trained, "their average": [] if ema is None else ema.shadow_params, "the coupling's state": state.values()}
     for name, tensors in groups.items():
-        tests = [torch.isfinite(tensor.detach()).all() for tensor in tensors if tensor.is_floating_point()]
+        tests = [torch.isfinite(_held(tensor.detach())).all() for tensor in tensors if tensor.is_floating_point()]
         if tests and not torch.stack([test.to(tests[0].device) for test in tests]).all():
             return name
     return ""
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, which may be split over several."""
+    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part
 
 
 def check_keys(network: nn.Module, folder: Path) -> None:

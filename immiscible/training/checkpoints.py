@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from immiscible.errors import UserError, first_line
 from immiscible.files import PARTIAL, discard, file_facts, full_disk, replace
 from immiscible.networks.weights import check_keys, load_network, non_finite, save_network, unwrapped
 from immiscible.processes import on_every_process
+from immiscible.training.sharding import is_sharded
+from immiscible.training.shards import SHARDS, load_shards, save_shards
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
+SPLIT = ("processes", "--train_batch_size", "--gradient_accumulation_steps")  # whose product is a step's images
 COUPLING = "coupling"  # what its files are called, and which of them a checkpoint holds in its `STATE_FILE`
 
 
@@ -48,7 +52,8 @@ def save_checkpoint(
     """Writes ``folder/checkpoint-{step}``; every rank calls it.
 
     The checkpoint holds the network in ``{part}/`` and, with EMA, its average in ``{part}_ema/`` (both load with plain diffusers),
-    accelerate's optimizer and scaler state, and `STATE_FILE` with the step, the run's identity and the size of every file.
+    accelerate's optimizer and scaler state, and `STATE_FILE` with the step, the run's identity and the size of every file. Under FSDP2
+    it holds every process's part of all these in ``shards/`` instead.
 
     Args:
         accelerator: its one prepared model and its optimizer are saved.
@@ -73,8 +78,12 @@ def save_checkpoint(
             partial.mkdir(parents=True)
 
     def write() -> None:
-        with full_disk(partial), _network_saved(accelerator, ema, part):
-            accelerator.save_state(str(partial))
+        with full_disk(partial):
+            if is_sharded(accelerator):
+                save_shards(accelerator, partial / SHARDS, ema)
+            else:
+                with _network_saved(accelerator, ema, part):
+                    accelerator.save_state(str(partial))
             if coupling_state:
                 save_file(dict(coupling_state), _coupling_file(partial, accelerator))
 
@@ -151,7 +160,28 @@ def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None, 
     Raises:
         UserError: (exit code 1) a file cannot be read, or holds something else than this run's.
     """
-    step, kind = int(read_state(path)["step"]), None
+    step = int(read_state(path)["step"])
+    if holds_shards(path):
+        with _named(path / SHARDS):
+            load_shards(accelerator, path / SHARDS, ema)
+    elif is_sharded(accelerator):
+        raise UserError(
+            f"{path} holds the whole network, as DDP and one process save it: resume it without FSDP2, or begin anew under it (what FSDP2 "
+            f"saves is resumed by any launch)"
+        )
+    else:
+        _load_whole(accelerator, path, ema, step, part)
+    file = _coupling_file(path, accelerator)
+    with _named(file):
+        state = load_file(file) if file.exists() else {}
+    if file.exists() and not state:  # such a file is written where there is a state alone
+        raise UserError(f"{file} holds no state of a coupling", exit_code=1)
+    return step, state
+
+
+def _load_whole(accelerator: Accelerator, path: Path, ema: EMAModel | None, step: int, part: str) -> None:
+    """What DDP and one process save: the network as diffusers does, the optimizer as accelerate does."""
+    kind = None
 
     def load(models: list[torch.nn.Module], input_dir: str) -> None:
         nonlocal kind
@@ -174,12 +204,6 @@ def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None, 
     if ema is not None:
         with _named(path / f"{part}_ema"):
             _load_average(ema, path / f"{part}_ema", kind)
-    file = _coupling_file(path, accelerator)
-    with _named(file):
-        state = load_file(file) if file.exists() else {}
-    if file.exists() and not state:  # such a file is written where there is a state alone
-        raise UserError(f"{file} holds no state of a coupling", exit_code=1)
-    return step, state
 
 
 def _load_average(ema: EMAModel, folder: Path, kind: Any) -> None:
@@ -250,10 +274,25 @@ def check_identity(path: Path, identity: Mapping[str, Any], defaults: Mapping[st
         UserError: naming everything that differs, with both values.
     """
     known = {key: value for key, value in defaults.items() if key in identity}
-    saved, now = _differing({**known, **read_state(path)["identity"]}, identity)
+    before = {**known, **read_state(path)["identity"]}
+    if holds_shards(path):
+        _check_split(path, before, identity)
+        before |= {key: identity[key] for key in SPLIT}
+    saved, now = _differing(before, identity)
     if saved:
         differences = "; ".join(f"{key} was {value}, is now {now[key]}" for key, value in saved.items())
         raise UserError(f"{path} belongs to another run: {differences}. Give its settings again, or another --output_dir")
+
+
+def _check_split(path: Path, before: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Whether a step has as many images as before, split over processes and micro-batches as it may be, and no rank has a state of its own."""
+    if all(before[key] == identity[key] for key in SPLIT):
+        return
+    (images, now), how = (prod(int(of[key]) for key in SPLIT) for of in (before, identity)), " x ".join(SPLIT)
+    if images != now:
+        raise UserError(f"{path} was saved by steps of {images} images ({how}), and these are of {now}: choose numbers of this product")
+    if read_state(path).get(COUPLING):
+        raise UserError(f"{path} holds what the coupling remembers of each process: resume it with the same {how}")
 
 
 def _differing(one: Any, other: Any) -> tuple[Any, Any]:
@@ -274,6 +313,11 @@ def checkpoints(folder: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The number in ``checkpoint-{number}``."""
     return int(path.name.removeprefix("checkpoint-"))
+
+
+def holds_shards(path: Path) -> bool:
+    """Whether a checkpoint was saved under FSDP2, by as many processes as there were; it is resumed by any number."""
+    return (path / SHARDS).is_dir()
 
 
 def is_ours(path: Path) -> bool:

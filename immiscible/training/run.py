@@ -21,7 +21,7 @@ from immiscible.errors import UserError
 from immiscible.evaluation.leakage import ClassLeak
 from immiscible.files import PARTIAL, full_disk, replace
 from immiscible.flags import defaults_of
-from immiscible.networks.optimization import build_ema, build_optimizer, learning_rate, rate_factors, rates_in_words, tuned
+from immiscible.networks.optimization import learning_rate, rate_factors, rates_in_words
 from immiscible.networks.weights import add_metadata
 from immiscible.objectives import Pairs
 from immiscible.processes import from_main_process, on_main_process
@@ -34,6 +34,7 @@ from immiscible.training.loop import StepStats, train, whole_windows
 from immiscible.training.measuring import RunEvaluation
 from immiscible.training.planning import epoch_plans
 from immiscible.training.session import settle_seed
+from immiscible.training.sharding import Whole, prepared
 from immiscible.training.stop import StopRequest
 from immiscible.training.summary import (
     check_batch_size,
@@ -110,6 +111,7 @@ class _State:
         model: the network, wrapped for training.
         optimizer: of its weights.
         ema: the average of its weights, or None.
+        whole: the network and its average as rank 0 sees them.
         order: which images a rank takes for which micro-batch.
         max_steps: optimizer steps in all.
         identity: what must be equal for a checkpoint to be continued.
@@ -121,6 +123,7 @@ class _State:
     model: nn.Module
     optimizer: Any
     ema: EMAModel | None
+    whole: Whole
     order: GlobalBatchOrder | StreamOrder
     max_steps: int
     identity: dict[str, Any]
@@ -130,15 +133,13 @@ class _State:
     def prepare(cls, config: RunConfig, accelerator: Accelerator, task: Task, seed: int) -> _State:
         """Of a run that begins."""
         processes, accumulation = accelerator.num_processes, config.gradient_accumulation_steps
-        bare = build_optimizer(task.network, config)
-        ema = build_ema(task.network, config, accelerator.device, bare)
-        model, optimizer = accelerator.prepare(tuned(task.network, config, accelerator.device), bare)
+        model, optimizer, ema, whole = prepared(task.network, config, accelerator)
         source, rank = task.data.source, accelerator.process_index
         order = batch_order(source, config, batch_size=config.train_batch_size, seed=seed, rank=rank, num_processes=processes)
         check_batch_size(config, task.objective, order.num_images, order.global_batch_size)
         max_steps = config.max_train_steps or max(1, config.epochs * int(order.batches_per_epoch) // accumulation)
         identity = run_identity(config, data=task.data.images.fingerprint, network=dict(task.identity), processes=processes)
-        return cls(accelerator, task, model, optimizer, ema, order, max_steps, identity)
+        return cls(accelerator, task, model, optimizer, ema, whole, order, max_steps, identity)
 
     def resume(self, checkpoint: Path, defaults: Mapping[str, Any]) -> None:
         """Puts back what a checkpoint holds; ``defaults`` are those of the flags.
@@ -279,7 +280,7 @@ class _Life:
     def finish(self) -> None:
         """The pipeline, the last samples, which the card then shows, the summary, the upload."""
         step = self._state.max_steps
-        self._save_pipeline()
+        self._save_pipeline(step)
         self._sample(step)
         self._alone(lambda: self._write_card(self._folder))
         self._alone(lambda: report_end(self._config, step, self._task.facts))
@@ -292,13 +293,14 @@ class _Life:
     def _measure(self, step: int) -> None:
         evaluation, config = self._evaluation, self._config
         if evaluation and config.eval_steps and (step % config.eval_steps == 0 or step == self._state.max_steps):
-            self._alone(lambda: self._measured(evaluation, step))
+            with self._state.whole.at(step) as ema:
+                self._alone(lambda: self._measured(evaluation, step, ema))
 
-    def _measured(self, evaluation: RunEvaluation, step: int) -> None:
+    def _measured(self, evaluation: RunEvaluation, step: int, ema: EMAModel | None) -> None:
         if evaluation.has_measured(step):
             return
         with self._stop.interrupts(self._task.network, f"the evaluation of step {step}"):
-            evaluation(self._state.ema, step, self._log.times)
+            evaluation(ema, step, self._log.times)
 
     def _save(self, step: int) -> None:
         state, limit = self._state, self._config.checkpoints_total_limit
@@ -316,12 +318,12 @@ class _Life:
         if self._config.grid_is_due(step, passed) and not grid_path(self._folder, step).exists():
             self._sample(step)
         if self._config.pipeline_is_due(passed):
-            self._save_pipeline()
+            self._save_pipeline(step)
 
     def _sample(self, step: int) -> None:
-        def sample() -> None:
+        def sample(ema: EMAModel | None) -> None:
             with self._stop.interrupts(self._task.network, f"the samples of step {step}"):
-                images = self._task.samples(self._state.ema)
+                images = self._task.samples(ema)
                 if images is None:
                     return
                 path = grid_path(self._folder, step)
@@ -331,7 +333,8 @@ class _Life:
                 replace(partial, path)
                 self._log.add_images(self._task.grid_name, images, step)
 
-        self._alone(sample)
+        with self._state.whole.at(step) as ema:
+            self._alone(lambda: sample(ema))
 
     def _write_card(self, folder: Path) -> None:
         """Into ``folder``, of what the run's folder holds."""
@@ -342,10 +345,10 @@ class _Life:
         card.save(partial)
         replace(partial, folder / "README.md")
 
-    def _save_pipeline(self) -> None:
+    def _save_pipeline(self, step: int) -> None:
         """Leaves in the folder a pipeline that plain diffusers samples, with the card and the method in the weights' metadata."""
 
-        def save() -> None:
+        def save(ema: EMAModel | None) -> None:
             task, folder = self._task, self._folder
             facts = {**task.facts, **measured_facts(self._config)}
             partial = folder / f"{PARTIAL}pipeline"
@@ -353,7 +356,7 @@ class _Life:
             partial.mkdir(parents=True)
             try:
                 with full_disk(partial):
-                    task.save(partial, self._state.ema)
+                    task.save(partial, ema)
                     for weights in [*partial.glob("*.safetensors"), *partial.glob(f"{task.part}*/*.safetensors")]:
                         add_metadata(weights, facts)
                 self._write_card(partial)
@@ -362,4 +365,5 @@ class _Life:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)  # after a failure it may be what fills the disk
 
-        self._alone(save)
+        with self._state.whole.at(step) as ema:
+            self._alone(lambda: save(ema))

@@ -109,6 +109,7 @@ def joined(mixed_precision: str | None, patience: timedelta = PATIENCE, **settin
     except RuntimeError as error:
         raise _lost(error) from None
     _check_processes(accelerator, patience)
+    _shard_on_cpus(accelerator)
     try:
         _check_precision(accelerator)
         yield accelerator
@@ -181,16 +182,40 @@ def _check_processes(accelerator: Accelerator, patience: timedelta) -> None:
         torch.distributed.distributed_c10d._set_pg_timeout(patience)  # no public call changes what the rendezvous began with
 
 
+# What accelerate's settings may not ask of FSDP2, as it puts them into the environment, and what is right.
+FSDP2_ONLY = {
+    "FSDP_VERSION": ("2", "fsdp_version: 2 (FSDP1 is not served)"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "fsdp_offload_params: false"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "fsdp_cpu_ram_efficient_loading: false"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "fsdp_activation_checkpointing: false, and --gradient_checkpointing"),
+}
+
+
 def _check_launcher() -> None:
-    """Refuses what splits the network over the processes: rank 0 alone samples it and saves it, as it holds it."""
+    """Refuses what splits the network over the processes in another way than FSDP2, with what `immiscible.training.sharding` does not know."""
     from accelerate.utils import parse_flag_from_env
 
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise UserError(
                 f"accelerate is configured for {name}, under which this script neither trains nor saves what it should; launch it with "
-                f"--multi_gpu, as configs/accelerate/4xa6000.yaml does: every process then holds the whole network (DDP)"
+                f"--multi_gpu or, to split the network over the processes, by FSDP2 (configs/accelerate/fsdp2.yaml)"
             )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        for name, (right, words) in FSDP2_ONLY.items():
+            given = os.environ.get(name, "1" if name == "FSDP_VERSION" else "false")
+            if given.lower() != right:
+                raise UserError(f"accelerate is configured for FSDP with {name}={given}: set {words}, as configs/accelerate/fsdp2.yaml does")
+
+
+def _shard_on_cpus(accelerator: Accelerator) -> None:
+    """accelerate shards on accelerators alone and falls back to DDP without a word; torch's FSDP2 works on CPUs, too."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
 def _check_tracker(name: str, flag: str) -> None:

@@ -1,0 +1,110 @@
+"""What each process holds of a network that is split over several, written and read by torch's distributed checkpointing.
+
+A tensor's parts go into one safetensors file per process, each with its place in the whole, so that any number of processes reads them
+again, also a single one. (torch's own format has a pickle beside them, which runs what it says when it is read.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from immiscible.errors import UserError, first_line
+from immiscible.networks.weights import unwrapped
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+
+SHARDS = "shards"  # the folder in a checkpoint
+AVERAGED = "average.updates"
+
+
+def save_shards(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> None:
+    """Writes what is trained, its average and the optimizer's state of the accelerator's one model; every rank calls it.
+
+    Raises:
+        OSError: a rank cannot write; on every rank.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    with _of_any_rank(folder):
+        save(_weights(accelerator, ema) | _optimizer_state(accelerator), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def load_shards(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> None:
+    """Puts what `save_shards` wrote into a model that is split over any number of processes or over none; every rank calls it.
+
+    Raises:
+        OSError: a rank cannot read it, or it is of another network; on every rank.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    reader = HuggingFaceStorageReader(str(folder))
+    with _of_any_rank(folder):
+        _make_room(accelerator, reader.read_metadata().state_dict_metadata)
+        entries = _weights(accelerator, ema) | _optimizer_state(accelerator)
+        load(entries, storage_reader=reader, no_dist=accelerator.num_processes == 1)
+    if ema is not None:
+        ema.optimization_step = int(entries[AVERAGED])
+
+
+@contextmanager
+def _of_any_rank(folder: Path) -> Iterator[None]:
+    """What fails on one rank is raised by torch on all of them, as something that is no `Exception`."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as met:
+        error, _ = next(iter(met.failures.values()))
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise OSError(getattr(error, "errno", None), reason or first_line(error), str(folder)) from met
+
+
+def _trained(accelerator: Accelerator) -> Mapping[str, nn.Parameter]:
+    (model,) = accelerator._models
+    return {name: weight for name, weight in unwrapped(accelerator, model).named_parameters() if weight.requires_grad}
+
+
+def _weights(accelerator: Accelerator, ema: EMAModel | None) -> dict[str, Tensor]:
+    """By the names that they have in the files; they are read in place."""
+    (model,) = accelerator._models
+    trained = _trained(accelerator)
+    found = {f"weights.{name}": weight.data for name, weight in trained.items()}
+    if ema is not None:
+        names = [name for name, _ in unwrapped(accelerator, model).named_parameters()]
+        found |= {f"average.weights.{name}": tensor for name, tensor in zip(names, ema.shadow_params, strict=True)}
+        found[AVERAGED] = torch.tensor([ema.optimization_step], device="cpu")
+    return found
+
+
+def _optimizer_state(accelerator: Accelerator) -> dict[str, Tensor]:
+    state = _state(accelerator)
+    return {
+        f"optimizer.{kind}.{name}": value
+        for name, weight in _trained(accelerator).items()
+        for kind, value in state.get(weight, {}).items()
+    }
+
+
+def _state(accelerator: Accelerator) -> Any:
+    (optimizer,) = accelerator._optimizers
+    return optimizer.optimizer.state
+
+
+def _make_room(accelerator: Accelerator, saved: Mapping[str, Any]) -> None:
+    """Gives an optimizer that has taken no step the state that the files hold, of any values: what is like its weight, and counts."""
+    state = _state(accelerator)
+    for key, facts in saved.items():
+        part, _, rest = key.partition(".")
+        kind, _, name = rest.partition(".")
+        weight = _trained(accelerator).get(name) if part == "optimizer" else None
+        if weight is not None:
+            like = weight.shape == facts.size and facts.size
+            state[weight][kind] = torch.zeros_like(weight) if like else torch.zeros(facts.size, dtype=facts.properties.dtype, device="cpu")
