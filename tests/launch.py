@@ -186,10 +186,13 @@ class Scripts:
         request = {"program": program, "argv": words, "cwd": str(cwd or folder), "env": dict(env or {}), "folder": str(folder)}
         return Running(self.ask(request), self, folder, program)
 
-    def start_ranks(self, argv: Sequence[Any], count: int = 2, *, program: str = SCRIPT.name) -> list[Running]:
-        """What a launcher does: one process per rank, joined by the environment."""
+    def start_ranks(
+        self, argv: Sequence[Any], count: int = 2, *, program: str = SCRIPT.name, env: Mapping[str, str] | None = None
+    ) -> list[Running]:
+        """What a launcher does: one process per rank, joined by the environment; ``env`` is what its settings add to it."""
         port = free_port()
         common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common |= env or {}
         envs = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
         return [self.start(argv, program=program, env=env) for env in envs]
 

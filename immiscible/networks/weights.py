@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from immiscible.errors import UserError
 from immiscible.networks.adapters import adapted, load_adapters, save_adapters
@@ -72,7 +71,7 @@ def non_finite(network: nn.Module, ema: EMAModel | None, state: Mapping[str, Ten
 
 def _held(tensor: Tensor) -> Tensor:
     """What this process has of a tensor, which may be split over several."""
-    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
 
 

@@ -21,7 +21,7 @@ from immiscible.networks.weights import LOAD_ERRORS, adapted, saved_network, wei
 from immiscible.sampling.loaded import Loaded, freeze
 from immiscible.sampling.pipelines import TRANSFORMERS, network_of
 from immiscible.tasks.pixels import pipeline_of
-from immiscible.training.checkpoints import NAME, checkpoints, damage, is_complete, read_state
+from immiscible.training.checkpoints import NAME, checkpoints, damage, holds_shards, is_complete, read_state, step_of
 from immiscible.training.folder import MARKER
 
 if TYPE_CHECKING:
@@ -111,6 +111,11 @@ def _part(folder: Path) -> str:
 def _from_checkpoint(path: Path, weights: str | None, base: str | None) -> Loaded:
     if problem := damage(path):
         raise UserError(f"--model {path} is not a complete checkpoint of this suite ({problem})")
+    if holds_shards(path):
+        raise UserError(
+            f"--model {path} holds the parts of a network that FSDP2 has split; resumed with --max_train_steps {step_of(path)}, by any "
+            f"number of processes, its run writes the pipeline to sample"
+        )
     folder = path.resolve().parent
     config = _run_config(folder)
     if isinstance(config, TextToImageConfig) and config.use_lora:

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 SPLIT = ("processes", "--train_batch_size", "--gradient_accumulation_steps")  # whose product is a step's images
+BY_PROCESS = {"--streaming": True, "--coupling_window": "epoch"}  # with these, which images a run has left depends on the processes
 COUPLING = "coupling"  # what its files are called, and which of them a checkpoint holds in its `STATE_FILE`
 
 
@@ -285,14 +286,21 @@ def check_identity(path: Path, identity: Mapping[str, Any], defaults: Mapping[st
 
 
 def _check_split(path: Path, before: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Whether a step has as many images as before, split over processes and micro-batches as it may be, and no rank has a state of its own."""
+    """Whether a run may go on with another split of a step's images over processes and micro-batches: it draws what it would have drawn.
+
+    Raises:
+        UserError: a step would have another number of images, or the processes have done what others cannot go on with.
+    """
     if all(before[key] == identity[key] for key in SPLIT):
         return
-    (images, now), how = (prod(int(of[key]) for key in SPLIT) for of in (before, identity)), " x ".join(SPLIT)
+    how = " x ".join(SPLIT)
+    images, now = (prod(int(of[key]) for key in SPLIT) for of in (before, identity))
     if images != now:
         raise UserError(f"{path} was saved by steps of {images} images ({how}), and these are of {now}: choose numbers of this product")
-    if read_state(path).get(COUPLING):
-        raise UserError(f"{path} holds what the coupling remembers of each process: resume it with the same {how}")
+    bound = [f"{flag} {value}" for flag, value in BY_PROCESS.items() if identity.get(flag) == value]
+    bound += ["what its coupling remembers"] if read_state(path).get(COUPLING) else []
+    if bound:
+        raise UserError(f"{path}: {bound[0]} is of each process by itself: resume it with the same {how}")
 
 
 def _differing(one: Any, other: Any) -> tuple[Any, Any]:

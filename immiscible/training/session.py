@@ -192,7 +192,7 @@ FSDP2_ONLY = {
 
 
 def _check_launcher() -> None:
-    """Refuses what splits the network over the processes in another way than FSDP2, with what `immiscible.training.sharding` does not know."""
+    """Refuses what splits the network over the processes in another way than `immiscible.training.sharding` does."""
     from accelerate.utils import parse_flag_from_env
 
     for name in ("DEEPSPEED", "MEGATRON_LM"):
@@ -205,7 +205,9 @@ def _check_launcher() -> None:
         for name, (right, words) in FSDP2_ONLY.items():
             given = os.environ.get(name, "1" if name == "FSDP_VERSION" else "false")
             if given.lower() != right:
-                raise UserError(f"accelerate is configured for FSDP with {name}={given}: set {words}, as configs/accelerate/fsdp2.yaml does")
+                raise UserError(
+                    f"accelerate is configured for FSDP with {name}={given}: set {words}, as configs/accelerate/fsdp2.yaml does"
+                )
 
 
 def _shard_on_cpus(accelerator: Accelerator) -> None:
@@ -213,9 +215,13 @@ def _shard_on_cpus(accelerator: Accelerator) -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or accelerator.distributed_type == DistributedType.FSDP:
+        return
+    if accelerator.num_processes == 1:
+        logger.warning("accelerate is configured for FSDP2, and there is one process, which holds the whole network")
+        return
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
 def _check_tracker(name: str, flag: str) -> None:

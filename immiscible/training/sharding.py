@@ -8,9 +8,9 @@ measure it and to save it, it does with a whole copy in host memory, filled from
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,21 +19,21 @@ from torch import Tensor, nn
 from immiscible.errors import UserError, first_line
 from immiscible.networks.arguments import TrainingArguments
 from immiscible.networks.optimization import build_ema, build_optimizer, tuned
-from immiscible.networks.weights import unwrapped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import ModelMixin
     from diffusers.training_utils import EMAModel
 
+logger = logging.getLogger(__name__)
+
 BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock", "ResnetBlock2D")  # gathered one at a time; all else is while the network works
 ELEMENTWISE = ("adamw", "radam")  # optimizers to which a part of a weight is a weight
-AVERAGE_STEPS = "average_steps"
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether the processes hold parts of the network."""
-    return bool(accelerator.is_fsdp2)
+    return bool(getattr(accelerator, "is_fsdp2", False))  # which older versions do not know, as they do not FSDP2
 
 
 class Whole:
@@ -63,9 +63,7 @@ class Gathered(Whole):
         device: where rank 0 samples.
     """
 
-    def __init__(
-        self, network: nn.Module, model: nn.Module, shards: EMAModel | None, ema: EMAModel | None, device: torch.device
-    ) -> None:
+    def __init__(self, network: nn.Module, model: nn.Module, shards: EMAModel | None, ema: EMAModel | None, device: torch.device) -> None:
         super().__init__(ema)
         self._network, self._model, self._shards, self._device = network, model, shards, device
         self._step: int | None = None
@@ -156,7 +154,7 @@ def _shard_shared(network: nn.Module) -> None:
 
 
 def _shard(model: ModelMixin, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[nn.Module, Any]:
-    """Both as accelerate shards them, in blocks. Weights are gathered and gradients reduced in fp32; autocast computes as it does in DDP."""
+    """Both as accelerate shards them. Weights are gathered and gradients reduced in fp32, and autocast computes as it does in DDP."""
     from accelerate.utils import convert_outputs_to_fp32
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -167,6 +165,7 @@ def _shard(model: ModelMixin, optimizer: torch.optim.Optimizer, accelerator: Acc
     if not plugin.transformer_cls_names_to_wrap:
         kinds = {type(module).__name__ for module in model.modules()}
         plugin.transformer_cls_names_to_wrap = [name for name in BLOCKS if name in kinds]
+    logger.info("%-18s FSDP2 over %d processes, in blocks of %s", "split", accelerator.num_processes, plugin.transformer_cls_names_to_wrap)
     try:
         sharded, prepared_optimizer = accelerator.prepare(model, optimizer)
     except ValueError as error:  # accelerate's word for blocks that the network does not have

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from immiscible.errors import UserError, first_line
+from immiscible.errors import first_line
 from immiscible.networks.weights import unwrapped
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ def save_shards(accelerator: Accelerator, folder: Path, ema: EMAModel | None) ->
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
     with _of_any_rank(folder):
-        save(_weights(accelerator, ema) | _optimizer_state(accelerator), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        save(
+            _weights(accelerator, ema) | _optimizer_state(accelerator),
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+        )
 
 
 def load_shards(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> None:
@@ -87,9 +90,7 @@ def _weights(accelerator: Accelerator, ema: EMAModel | None) -> dict[str, Tensor
 def _optimizer_state(accelerator: Accelerator) -> dict[str, Tensor]:
     state = _state(accelerator)
     return {
-        f"optimizer.{kind}.{name}": value
-        for name, weight in _trained(accelerator).items()
-        for kind, value in state.get(weight, {}).items()
+        f"optimizer.{kind}.{name}": value for name, weight in _trained(accelerator).items() for kind, value in state.get(weight, {}).items()
     }
 
 
