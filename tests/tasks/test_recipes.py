@@ -210,7 +210,7 @@ def test_a_recipe_trains_when_shrunk(script, small, tmp_path, path):
 def test_accelerate_loads_its_files(path):
     """It refuses keys that it does not know, and what the header says of tests is there for every file."""
     config = load_config_from_file(str(path))
-    kind = {"1gpu": "NO", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}.get(path.stem, "MULTI_GPU")
+    kind = {"1gpu": "NO", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED"}.get(path.stem, "MULTI_GPU")
     assert config.distributed_type.value == kind and config.mixed_precision == "no"
     number = {"1gpu": 1, "8xa800": 8, "multi_node": 16}.get(path.stem, 4)
     assert config.num_processes == number and config.num_machines == 1 + (path.stem == "multi_node")

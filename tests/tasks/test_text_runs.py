@@ -393,13 +393,6 @@ def other_weights(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_launchers_that_split_the_network_are_one_line(monkeypatch, tmp_path, name):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(UserError, match=f"{name}.*--multi_gpu"):
-        reach(monkeypatch, tiny_text(tmp_path / "run"))
-
-
 def test_a_precision_from_accelerates_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     reached = reach(monkeypatch, tiny_text(tmp_path / "run"))
