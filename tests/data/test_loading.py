@@ -52,7 +52,7 @@ def labelled_batches(workers, start=0, with_labels=True):
 def test_labels_stay_with_their_images(workers):
     batches = labelled_batches(workers)
     seen = []
-    for x0, labels, _ in batches:
+    for x0, labels, *_ in batches:
         numbers = grays(x0)[:, 0, 0, 0].round().long()
         assert labels.dtype == torch.int64 and torch.equal(labels, numbers**2 % 7)
         seen += numbers.tolist()
