@@ -62,12 +62,15 @@ class Draws:
         step: the optimizer step, from 0.
         first_row: the micro-batch's first global row within the step.
         device: where the numbers are drawn; CPU and CUDA generators give different numbers.
+        by_shape: rows of each shape have numbers of their own, for a step whose micro-batches differ in shape: those of one block would
+            begin with the same numbers.
     """
 
     seed: int
     step: int
     first_row: int
     device: torch.device
+    by_shape: bool = False
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Standard normal numbers, fp32, of ``shape`` [rows, ...], the same for a global row however the rows are split."""
@@ -87,8 +90,9 @@ class Draws:
         first_block, last_block = self.first_row // ROWS_PER_BLOCK, (self.first_row + shape[0] - 1) // ROWS_PER_BLOCK
         blocks = torch.empty(last_block - first_block + 1, ROWS_PER_BLOCK, *shape[1:], dtype=dtype, device=self.device)
         generator = torch.Generator(self.device)
+        told = shape[1:] if self.by_shape else ()
         for number, block in enumerate(blocks, start=first_block):
-            fill(block, generator.manual_seed(derive_seed(self.seed, purpose, self.step, number)))
+            fill(block, generator.manual_seed(derive_seed(self.seed, purpose, self.step, number, *told)))
         offset = self.first_row - first_block * ROWS_PER_BLOCK
         return blocks.flatten(0, 1)[offset : offset + shape[0]].contiguous()
 

@@ -35,6 +35,18 @@ def test_draws_differ_by_seed_step_purpose_and_row_and_leave_the_global_generato
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_rows_of_two_shapes_share_no_numbers_where_a_step_has_both():
+    """Of one shape each row has the same numbers as ever, however rows are split."""
+    square, flat = ((first, shape) for first, shape in ((0, (2, 4, 4)), (4, (2, 2, 4))))
+    one, other = (Draws(0, 3, first, CPU, by_shape=True).normal("noise", 4, *shape).flatten() for first, shape in (square, flat))
+    assert not torch.isin(one, other).any()
+    plain = [Draws(0, 3, first, CPU).normal("noise", 4, *shape).flatten() for first, shape in (square, flat)]
+    assert torch.isin(*plain).any()
+    whole = Draws(0, 3, 0, CPU, by_shape=True).normal("noise", 12, *flat[1])
+    assert torch.equal(whole[4:8].flatten(), other)
+    assert torch.equal(Draws(0, 3, 0, CPU, by_shape=True).uniform("t", 8), Draws(0, 3, 0, CPU).uniform("t", 8))
+
+
 def test_draws_have_the_right_law():
     noise = torch.cat([Draws(0, step, 0, CPU).normal("noise", 64, 3, 8, 8) for step in range(20)])
     assert noise.dtype == torch.float32

@@ -76,6 +76,7 @@ def train(
     factors: Mapping[str, float] | None = None,
     ahead: bool = False,
     window: int = 1,
+    mixed_shapes: bool = False,
     watch: Callable[[Pairs], None] | None = None,
 ) -> Iterator[StepStats]:
     """Trains ``model``, prepared and in train mode as ``optimizer`` is, from ``start_step`` to ``max_steps``.
@@ -98,6 +99,7 @@ def train(
         factors: of the rate, for those of the optimizer's groups that have a name.
         ahead: load and pair the next step's batches on another thread while this step runs; the numbers are the same.
         window: micro-batches that are paired at once, whether or not they belong to one step.
+        mixed_shapes: whether windows differ in the shape of their images.
         watch: called with each of this rank's micro-batches before the network sees it.
 
     Yields:
@@ -107,7 +109,7 @@ def train(
         UserError: (exit code 1) the loss or the gradient is NaN or infinite; the step is not taken, the weights are those before it.
     """
     accumulation = accelerator.gradient_accumulation_steps
-    micro_batches = _paired(accelerator, objective, batches, encode, batch_size, seed, start_step, window)
+    micro_batches = _paired(accelerator, objective, batches, encode, batch_size, seed, start_step, window, mixed_shapes)
     if ahead:
         depth = accumulation if window == 1 else accumulation + window  # a window is begun when the one before it is under way
         micro_batches = _look_ahead(micro_batches, depth, accelerator.device)
@@ -190,6 +192,7 @@ def _paired(
     seed: int,
     start_step: int,
     window: int,
+    mixed_shapes: bool,
 ) -> Iterator[Item]:
     """Each micro-batch with its random numbers, timesteps and paired noises, on the device.
 
@@ -201,7 +204,8 @@ def _paired(
     start = start_step * accumulation
     for first in count(start - start % window, window):
         steps = [divmod(micro_batch, accumulation) for micro_batch in range(first, first + window)]
-        draws = [Draws(seed, step, (micro * processes + rank) * batch_size, accelerator.device) for step, micro in steps]
+        rows = [(step, (micro * processes + rank) * batch_size) for step, micro in steps]
+        draws = [Draws(seed, step, row, accelerator.device, by_shape=mixed_shapes) for step, row in rows]
         try:
             encoded = list(map(encode, islice(batches, window), draws))
         except UserError:
