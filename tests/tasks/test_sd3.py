@@ -14,7 +14,7 @@ from launch import flags, run_command
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_text_runs import final_hashes, metrics
-from tiny_text import ADAPTERS, FINETUNE, SCRATCH, Reached, model_folder, reach, tiny_text
+from tiny_text import ADAPTERS, FINETUNE, SCRATCH, Reached, data_folder, model_folder, reach, tiny_text
 
 from immiscible.errors import UserError
 from immiscible.randomness import seeded_generator
@@ -127,7 +127,7 @@ def test_adapters_are_of_the_scripts_layers(monkeypatch, tmp_path):
             "loss_weighting": "change_aware",
         },
         {"noise_coupling": "nearest", "timestep_sampling": "logit_normal", "timestep_shift": 2.0, "loss_weighting": "cosmap"},
-        {"noise_coupling": "reservoir", "timestep_sampling": "mode", "snr_gamma": 5, "noise_offset": 0.1},
+        {"noise_coupling": "reservoir", "timestep_sampling": "mode", "snr_gamma": 5, "gradient_checkpointing": True},
     ],
     ids=lambda method: method["noise_coupling"],
 )
@@ -196,7 +196,14 @@ def runs(script, tmp_path_factory):
     """From scratch with an average and a coupling, fine-tuned in bf16, and adapters of a checkpoint with T5."""
     folder = tmp_path_factory.mktemp("sd3")
     common = {"max_train_steps": 2, "validation_prompts": ["a cat", "two dogs"]}
-    trained(script, folder / "scratch", SCRATCH, **common, use_ema=True, noise_coupling="assignment")
+    measured = {
+        "eval_steps": 2,
+        "eval_samples": 2,
+        "eval_inference_steps": [1, 2],
+        "eval_guidance_scales": [1, 3],
+        "eval_data_dir": data_folder(8),
+    }
+    trained(script, folder / "scratch", SCRATCH, **common, **measured, use_ema=True, noise_coupling="assignment")
     trained(script, folder / "tuned", **common, mixed_precision="bf16", weighting_scheme="logit_normal")
     trained(script, folder / "adapters", **common, mixed_precision="bf16", use_lora=True, learning_rate=1.0)
     return folder
@@ -246,6 +253,25 @@ def test_adapters_are_saved_as_the_pipeline_loads_them(runs):
     assert "- sd3" in card
 
 
+def test_a_run_is_measured_at_several_steps(runs):
+    (line,) = [json.loads(text) for text in (runs / "scratch" / "evaluation.jsonl").read_text().splitlines()]
+    distances = [line["frechet_distance"], line["frechet_distance_guided"]["3"]]
+    assert all(found.keys() == {"1", "2"} and all(map(numpy.isfinite, found.values())) for found in distances)
+    assert line["held_out_images"] == 8 and distances[0] != distances[1]
+
+
+def test_adapters_of_other_networks_are_one_line(script, runs, tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "lora").mkdir()
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_{}.weight"
+    save_file({layer.format("A"): torch.ones(2, 32), layer.format("B"): torch.ones(32, 2)}, tmp_path / "lora" / ADAPTERS)
+    words = {"model": runs / "tuned", "prompts": tmp_path / "prompts.txt", "num_images": 1, "num_inference_steps": 1, "guidance_scale": 1}
+    result = script(flags({**words, "lora": tmp_path / "lora", "output_dir": tmp_path / "out"}), program="scripts/sample.py")
+    assert result.code == 1 and "--lora" in result.error and "adapters for this network" in result.error
+
+
 def test_a_run_says_what_law_it_has(script, runs, tmp_path):
     facts = json.loads((runs / "scratch" / "summary.json").read_text())
     assert facts["timestep_sampling"].startswith("uniform") and facts["noise_process"] == "flow (shift 3, 1000 steps)"
@@ -289,6 +315,17 @@ def test_killed_and_resumed_is_never_killed(script, tmp_path, changes):
     whole = final_hashes(tmp_path / "whole", 6)
     assert whole and final_hashes(tmp_path / "run", 6) == whole
     assert [line["loss"] for line in metrics(tmp_path / "run")] == [line["loss"] for line in metrics(tmp_path / "whole")]
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_the_batch_give_the_losses_of_one(script, tmp_path):
+    common = {"max_train_steps": 4, "use_lora": True, "weighting_scheme": "mode", "train_data_dir": data_folder(32)}
+    trained(script, tmp_path / "one", **common, train_batch_size=8)
+    ranks = script.start_ranks(tiny_sd3(tmp_path / "two", **common, train_batch_size=4), program=FINETUNE)
+    results = [run.wait() for run in ranks]
+    assert [result.code for result in results] == [0, 0], results
+    one, two = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == 4 and two == pytest.approx(one, rel=1e-5)
 
 
 def test_the_cache_gives_the_same_run_and_tells_lengths_apart(script, tmp_path):
