@@ -16,7 +16,6 @@ from immiscible.networks.sd3_arguments import LAWS, SD3_FOREIGN, WEIGHTINGS
 THEIRS = json.loads((ROOT / "tests/diffusers_sd3_flags.json").read_text())["train_dreambooth_lora_sd3.py"]
 REQUIRED = {"pretrained_model_name_or_path", "dataset_name", "instance_prompt"}
 ADAPTERS = {  # flags that are tested with those of adapters
-    "lora_blocks",
     "lora_dropout",
     "lora_layers",
     "train_text_encoder",

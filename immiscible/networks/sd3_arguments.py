@@ -46,6 +46,7 @@ SD3_FOREIGN = {  # flags of diffusers' train_dreambooth_lora_sd3.py that the tex
         PRIOR,
     ),
     **dict.fromkeys(("prodigy_beta3", "prodigy_decouple", "prodigy_safeguard_warmup", "prodigy_use_bias_correction"), PRODIGY),
+    "lora_blocks": r"--lora_target_modules takes an expression of whole names, such as 'transformer_blocks\.(12|30)\.attn\.to_[kqv]'",
     "lr_num_cycles": "cosine_with_restarts has one cycle, as by default there",
     "lr_power": "polynomial has power 1, as by default there",
     "upcast_before_saving": "what is trained is fp32 always, and saved so",

@@ -143,6 +143,13 @@ def test_flags_that_do_not_go_together_are_one_line(words, says):
         parse_config(TextToImageConfig, [*REQUIRED, *words], program="finetune_sd.py", description="")
 
 
+def test_adapters_are_off_and_text_encoders_as_the_network_unless_flags_say_otherwise():
+    """The flags of diffusers' SDXL and SD3 scripts; of the latter's defaults two are of text encoders: 5e-6 and 1e-3."""
+    config = parse_config(TextToImageConfig, REQUIRED, program="finetune_sd.py", description="")
+    assert (config.lora_dropout, config.lora_target_modules, config.train_text_encoder) == (0.0, None, False)
+    assert (config.text_encoder_lr, config.adam_weight_decay_text_encoder, config.rank, config.lora_alpha) == (None, None, 4, None)
+
+
 def test_others_names_of_flags_are_taken():
     words = ["--use_lora", "--lora_layers", "to_q,to_k", "--shuffle_caption"]
     config = parse_config(TextToImageConfig, [*REQUIRED, *words], program="finetune_sd.py", description="")
