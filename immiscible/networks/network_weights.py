@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from immiscible.errors import UserError, first_line
 from immiscible.networks.adapters import NAME, TEXT_TARGETS, check_peft, check_shapes, config_of, freeze, inject, own_adapters, read_layers
 from immiscible.networks.arguments import AdapterArguments
+from immiscible.networks.kinds import PARTS
 from immiscible.networks.weights import LOAD_ERRORS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+Held = tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]  # tensors, kohya's alphas, diffusers' settings
 
 
 def go_on_from(
@@ -47,23 +50,31 @@ def go_on_from(
         raise UserError(
             f"{flag} holds adapters of the {surplus[0]}, too: give --train_text_encoder, with --text_encoder_lr 0 if they are to stay so"
         )
-    kind = _pipeline(pipeline)
     for name, module in modules.items():
         freeze(module, dtype)
-        layers = read_layers(name, module, state)
-        if not layers:
-            inject(module, replace(arguments, rank=config_of(network).r, lora_alpha=config_of(network).lora_alpha), list(TEXT_TARGETS))
-            continue
         try:
-            if name == part:
-                module.load_lora_adapter(state, prefix=part, network_alphas=alphas, metadata=metadata, adapter_name=NAME)
-            else:
-                kind.load_lora_into_text_encoder(state, alphas, module, prefix=name, metadata=metadata, adapter_name=NAME)
-            check_shapes(Path(str(arguments.network_weights)), layers, own_adapters(module))
+            found = _load(module, name, (state, alphas, metadata), pipeline, Path(str(arguments.network_weights)))
         except (*LOAD_ERRORS, UserError) as error:
             raise UserError(f"{flag} does not fit this network's {name} ({first_line(error)})", exit_code=1) from None
-        _check_settings(flag, config_of(module), arguments)
-        _make_trainable(module, arguments.lora_dropout)
+        if found:
+            _check_settings(flag, config_of(module), arguments)
+            _make_trainable(module, arguments.lora_dropout)
+        else:
+            of_network = config_of(network)
+            inject(module, replace(arguments, rank=of_network.r, lora_alpha=of_network.lora_alpha), list(TEXT_TARGETS))
+
+
+def _load(module: Any, part: str, held: Held, pipeline: str, path: Path) -> bool:
+    """Gives a part of a pipeline the adapters that a file holds for it; whether there are any."""
+    state, alphas, metadata = held
+    layers = read_layers(part, module, state)
+    if layers and part in PARTS:
+        module.load_lora_adapter(state, prefix=part, network_alphas=alphas, metadata=metadata, adapter_name=NAME)
+    elif layers:
+        _pipeline(pipeline).load_lora_into_text_encoder(state, alphas, module, prefix=part, metadata=metadata, adapter_name=NAME)
+    if layers:
+        check_shapes(path, layers, own_adapters(module))
+    return bool(layers)
 
 
 def _check_settings(flag: str, config: LoraConfig, arguments: AdapterArguments) -> None:
@@ -94,7 +105,7 @@ def _pipeline(name: str) -> Any:
     return getattr(diffusers, name)
 
 
-def _opened(path: str, pipeline: str, network: Any) -> tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]:
+def _opened(path: str, pipeline: str, network: Any) -> Held:
     """The adapters in a file or folder by diffusers' names, with the alphas of kohya's format, or the settings of its own.
 
     Raises:
