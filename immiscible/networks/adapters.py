@@ -31,7 +31,7 @@ FILE = "pytorch_lora_weights.safetensors"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # of CLIP's attention, as in diffusers' examples
 VECTOR = "lora_magnitude_vector"  # DoRA's
 TOKENS = "token_ids:"  # before the name of a tokenizer, whose ids a network is told in the place of text states, int64 [B, L]
-Told = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+Told = Callable[[Mapping[str, nn.Module], Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 def adapted(network: nn.Module) -> bool:
@@ -139,13 +139,14 @@ def train_inside(network: nn.Module, encoders: Mapping[str, nn.Module], told: To
     Args:
         network: what is trained.
         encoders: with adapters.
-        told: makes what the network is told of what it is called with, `TOKENS` among it.
+        told: given the text encoders that are in the network, or in a copy of it, makes what it is told of what it is called with, `TOKENS`
+            among it.
     """
     for name, encoder in encoders.items():
         network.add_module(name, encoder)
 
-    def tell(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return arguments, dict(told(named)) if any(name.startswith(TOKENS) for name in named) else named
+    def tell(inside: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return arguments, dict(told(adapted_encoders(inside), named)) if any(name.startswith(TOKENS) for name in named) else named
 
     network.register_forward_pre_hook(tell, with_kwargs=True, prepend=True)  # before a family's own, which wants text states
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,9 @@ def told_tokens(parts: CheckpointParts, captions: Sequence[str], geometry: Tenso
     return tokens if geometry is None else {**tokens, GEOMETRY: geometry}
 
 
-def _told_of_tokens(parts: CheckpointParts, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a network is told, of what `told_tokens` gives and whatever else it is called with."""
-    states = parts.encode({name.removeprefix(TOKENS): ids for name, ids in named.items() if name.startswith(TOKENS)})
+def _told_of_tokens(parts: CheckpointParts, encoders: Mapping[str, Any], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a network with these ``encoders`` inside is told, of what `told_tokens` gives and whatever else it is called with."""
+    tokens = {name.removeprefix(TOKENS): ids for name, ids in named.items() if name.startswith(TOKENS)}
+    states = replace(parts, encoders={**parts.encoders, **encoders}).encode(tokens)
     rest = {name: value for name, value in named.items() if not name.startswith(TOKENS) and name != GEOMETRY}
     return {**rest, **parts.told({name: states[name] for name in parts.states_told}, named.get(GEOMETRY))}

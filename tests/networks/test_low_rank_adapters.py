@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -37,11 +38,9 @@ def parts():
     return unet, CLIPTextModel.from_pretrained(model_folder(), subfolder="text_encoder")
 
 
-def states(encoder):
-    return lambda named: {
-        **{name: value for name, value in named.items() if name != IDS},
-        "encoder_hidden_states": encoder(named[IDS]).last_hidden_state,
-    }
+def told(inside, named):
+    states = inside["text_encoder"](named[IDS]).last_hidden_state
+    return {**{name: value for name, value in named.items() if name != IDS}, "encoder_hidden_states": states}
 
 
 def with_adapters(seed=0, texts=True, dtype=torch.float32, **flags):
@@ -50,7 +49,7 @@ def with_adapters(seed=0, texts=True, dtype=torch.float32, **flags):
     torch.manual_seed(seed)
     encoders = {"text_encoder": encoder} if texts else {}
     add_adapters(unet, AdapterArguments(rank=2, **flags), targets=ATTENTION, dtype=dtype, encoders=encoders)
-    train_inside(unet, encoders, states(encoder))
+    train_inside(unet, encoders, told)
     with torch.no_grad():
         for weight in unet.parameters():
             if weight.requires_grad:
@@ -142,6 +141,17 @@ def test_a_text_encoder_inside_is_evaluated_with_its_network_and_pipelines_tell_
     assert not encoder.training and torch.equal(call(unet), call(unet, encoder))
 
 
+def test_a_copy_of_a_network_learns_from_its_own_text_encoder():
+    """As a network is copied that is split over processes."""
+    unet, _ = with_adapters()
+    copied, before = copy.deepcopy(unet), call(unet)
+    with torch.no_grad():
+        for name, weight in copied.text_encoder.named_parameters():
+            if ".lora_B." in name:
+                weight += 1
+    assert torch.equal(call(unet), before) and (call(copied) - before).abs().max() > 1e-4
+
+
 def test_adapters_in_words():
     assert adapters_in_words(with_adapters(texts=False)[0]) == "adapters of rank 2"
     flags = {"lora_alpha": 1.0, "lora_dropout": 0.1, "use_dora": True}
@@ -187,7 +197,7 @@ def gone_on(path, texts=True, **flags):
     torch.manual_seed(9)
     encoders = {"text_encoder": encoder} if texts else {}
     go_on_from(unet, AdapterArguments(network_weights=str(path), **flags), dtype=torch.float32, encoders=encoders, **SD)
-    train_inside(unet, encoders, states(encoder))
+    train_inside(unet, encoders, told)
     return unet
 
 

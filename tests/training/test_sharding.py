@@ -226,8 +226,9 @@ def test_the_options_of_a_step_are_those_of_ddp(script, tmp_path, changes):
 
 
 @pytest.mark.slow
-def test_adapters_beside_frozen_weights(script, tmp_path):
-    flags = {"use_lora": True, "max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 2, "learning_rate": 1e-4}
+@pytest.mark.parametrize("changes", [{}, {"train_text_encoder": True, "lora_alpha": 8}], ids=["network", "and text encoder"])
+def test_adapters_beside_frozen_weights(script, tmp_path, changes):
+    flags = {"use_lora": True, "max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 2, "learning_rate": 1e-4, **changes}
     split(script, tiny_text(tmp_path / "fsdp", **flags), program=FINETUNE)
     whole(script, tiny_text(tmp_path / "ddp", **flags), program=FINETUNE)
     assert losses_differ(tmp_path / "fsdp", tmp_path / "ddp") < 1e-5 and difference(tmp_path / "fsdp", tmp_path / "ddp", ADAPTERS) < 1e-6
