@@ -21,6 +21,7 @@ FAMILIES: dict[str, type[CheckpointParts]] = {  # ``_class_name`` in a checkpoin
     StableDiffusion3.pipeline_class: StableDiffusion3,
     TEXT_PIPELINE: StableDiffusion,
 }
+PIPELINES = [kind for kind in FAMILIES if kind != TEXT_PIPELINE]  # of diffusers
 
 
 def load_checkpoint(arguments: TextModelArguments, *, resolution: int, cache_dir: str | None, from_scratch: bool) -> CheckpointParts:
@@ -36,7 +37,7 @@ def load_checkpoint(arguments: TextModelArguments, *, resolution: int, cache_dir
         UserError: it cannot be loaded, is of no family that is trained here, or does not go with the flags.
     """
     name = str(arguments.pretrained_model_name_or_path)
-    refuse_single_file("--pretrained_model_name_or_path", name, StableDiffusion.pipeline_class)
+    refuse_single_file("--pretrained_model_name_or_path", name, *PIPELINES)
     options = {"revision": arguments.revision, "cache_dir": cache_dir, "variant": arguments.variant}
     family, index = _look_at(name, unvaried(options), with_network=not arguments.model_preset)
     present = [part for part in index if part[0] != "_" and _is_there(name, part, index[part])]
@@ -90,7 +91,7 @@ def _look_at(name: str, options: dict[str, Any], *, with_network: bool) -> tuple
     kind = found.get("_class_name", "an unnamed pipeline")
     family = family_of(kind, found)
     if family is None:
-        trained = ", ".join(name for name in FAMILIES if name != TEXT_PIPELINE)
+        trained = ", ".join(PIPELINES)
         raise UserError(
             f"--pretrained_model_name_or_path {name} is a {kind}; trained here are {trained}. Another family needs a class of its own in "
             f"immiscible/networks, which says what it loads and what its network is told; in another trainer's loop the library's "

@@ -85,6 +85,18 @@ def test_diffusers_loads_and_samples_stable_diffusion_3(tmp_path, version, with_
         assert words[-1] == pipeline.tokenizer_3.eos_token_id and pipeline.tokenizer_3.unk_token_id not in words
 
 
+def test_diffusers_loads_and_samples_stable_diffusion_xl(tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+
+    script.make_model(tmp_path, "xl")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(["a cat", "a rocket"], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert images.shape == (2, 64, 64, 3) and np.isfinite(images).all() and images.std() > 0
+    assert (pipeline.tokenizer.pad_token, pipeline.tokenizer_2.pad_token) == ("<|endoftext|>", "!")
+    assert pipeline.config.force_zeros_for_empty_prompt and pipeline.scheduler.config.prediction_type == "epsilon"
+
+
 @pytest.mark.slow
 def test_the_same_bytes_every_time(models, captions, classes, tmp_path):
     for name in ("first", "second"):

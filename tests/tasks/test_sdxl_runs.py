@@ -151,8 +151,14 @@ def test_stopped_and_resumed_is_never_stopped(script, tmp_path, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"use_ema": True}, {"use_lora": True}], ids=["full", "adapters"])
-def test_killed_and_resumed_is_never_killed(script, tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "processes"), [({"use_ema": True}, 1), ({"use_lora": True}, 1), ({"use_lora": True}, 2)], ids=["full", "adapters", "two"]
+)
+def test_an_sdxl_run_that_is_killed_and_resumed_is_never_killed(script, tmp_path, changes, processes):
+    def start(folder):
+        words = xl(folder, **common)
+        return script.start_ranks(words, program=FINETUNE) if processes > 1 else [script.start(words, program=FINETUNE)]
+
     common = {
         **changes,
         "checkpointing_steps": 2,
@@ -165,13 +171,14 @@ def test_killed_and_resumed_is_never_killed(script, tmp_path, changes):
         "resume_from_checkpoint": "latest",
         "mixed_precision": "bf16",
     }
-    trained(script, tmp_path / "whole", **common)
-    run = script.start(xl(tmp_path / "run", **common), program=FINETUNE)
+    assert [run.wait().code for run in start(tmp_path / "whole")] == [0] * processes
+    runs = start(tmp_path / "run")
     lines = tmp_path / "run" / "metrics.jsonl"
-    run.wait_until(lambda: lines.exists() and lines.read_text().count("\n") >= 5)
-    run.send_group(signal.SIGKILL)
-    assert run.wait().code == 128 + signal.SIGKILL and not (tmp_path / "run" / "summary.json").exists()
-    trained(script, tmp_path / "run", **common)
+    runs[0].wait_until(lambda: lines.exists() and lines.read_text().count("\n") >= 5)
+    for run in runs:
+        run.send_group(signal.SIGKILL)
+    assert [run.wait().code for run in runs] == [128 + signal.SIGKILL] * processes and not (tmp_path / "run" / "summary.json").exists()
+    assert [run.wait().code for run in start(tmp_path / "run")] == [0] * processes
     whole = hashes(tmp_path / "whole", 9)
     assert hashes(tmp_path / "run", 9) == whole and len(whole) == (2 if "use_ema" in changes else 1)
 
