@@ -22,6 +22,7 @@ DEMO = sorted((ROOT / "configs/tasks").glob("sd_tiny*.yaml"))
 RECIPES = sorted(set((ROOT / "configs/tasks").glob("sd_*.yaml")) - set(DEMO))
 SPEED = ROOT / "configs/tasks/mscoco_dit.yaml"  # of another paper, with a network of its own
 XL = sorted((ROOT / "configs/tasks").glob("sdxl*.yaml"))  # of no paper
+SD3 = ROOT / "configs/tasks/sd3_lora.yaml"  # likewise
 METHODS = sorted((ROOT / "configs/methods").glob("*.yaml"))
 ACCELERATE = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 CONFIGS = {
@@ -57,7 +58,7 @@ def recipe(stem: str) -> tuple[UnconditionalConfig | TextToImageConfig, int]:
 # The files
 
 
-@pytest.mark.parametrize("path", [*RECIPES, SPEED, *XL], **IDS)
+@pytest.mark.parametrize("path", [*RECIPES, SPEED, *XL, SD3], **IDS)
 def test_a_header_says_what_design_asks_for(path):
     text = path.read_text()
     header = text[: text.index("\n", text.rindex("\n#") + 1)]
@@ -157,7 +158,8 @@ def small(tmp_path_factory) -> dict[str, Path]:
             picture.save(path)
         lines.append({"file_name": f"{number}.png", "text": [f"picture {number}", f"number {number}"]})
     (folder / "captions/metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {"model": model_folder(), "xl": model_folder("xl"), "classes": folder / "classes", "captions": folder / "captions"}
+    models = {"model": model_folder(), "xl": model_folder("xl"), "sd3": model_folder("3")}
+    return {**models, "classes": folder / "classes", "captions": folder / "captions"}
 
 
 def shrunk(config: UnconditionalConfig | TextToImageConfig, small: dict[str, Path], output: Path) -> list[str]:
@@ -179,13 +181,14 @@ def shrunk(config: UnconditionalConfig | TextToImageConfig, small: dict[str, Pat
         words |= {"model_preset": "dit-tiny"} if config.model_preset else {}
         if config.pretrained_vae_model_name_or_path:
             words |= {"pretrained_model_name_or_path": small["xl"], "pretrained_vae_model_name_or_path": small["xl"]}
+        words |= {"pretrained_model_name_or_path": small["sd3"]} if config.weighting_scheme else {}
         return flags({**words, "validation_inference_steps": 2})
     words |= {"vae_model_name_or_path": small["model"], "model_preset": "unet-tiny", "logger": "none"}
     return flags({**words, "ddpm_num_inference_steps": 2, "eval_batch_size": 2})
 
 
 @pytest.mark.parametrize(
-    "path", [*RECIPES[:2], *(pytest.param(path, marks=pytest.mark.slow) for path in [*RECIPES[2:], SPEED, *XL])], **IDS
+    "path", [*RECIPES[:2], *(pytest.param(path, marks=pytest.mark.slow) for path in [*RECIPES[2:], SPEED, *XL, SD3])], **IDS
 )
 def test_a_recipe_trains_when_shrunk(script, small, tmp_path, path):
     _, program, words = launch_line(path)
@@ -271,7 +274,7 @@ def test_the_page_on_stable_diffusion_names_what_exists():
 def test_the_commands_of_the_page_on_stable_diffusion_parse():
     page = re.sub(r"\\\n *", "", (ROOT / "docs/STABLE_DIFFUSION.md").read_text())
     commands = re.findall(r"^accelerate launch (\w+\.py) (.+)$", page, flags=re.MULTILINE)
-    assert [script for script, _ in commands] == ["finetune_sd.py"] * 2
+    assert [script for script, _ in commands] == ["finetune_sd.py"] * 3
     for script, words in commands:
         assert parse(script, shlex.split(words)).max_train_steps
 
