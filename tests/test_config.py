@@ -26,7 +26,7 @@ from immiscible.process import NoiseProcess
 # Those of Stable Diffusion: test_recipes.py. `classes` goes beside another.
 PARTS = ("classes", "consistency", "dit_tiny", "edm")  # added to another task
 FILES = sorted(
-    path for path in (ROOT / "configs/tasks").glob("*.yaml") if not path.stem.startswith(("sd_", "mscoco")) and path.stem not in PARTS
+    path for path in (ROOT / "configs/tasks").glob("*.yaml") if not path.stem.startswith(("sd", "mscoco")) and path.stem not in PARTS
 )
 TASKS = [path for path in FILES if "objective:" not in path.read_text()]  # those go with some methods: tests/test_method.py
 METHODS = sorted((ROOT / "configs/methods").glob("*.yaml"))
