@@ -195,6 +195,14 @@ class TextToImageConfig(
         unguided = [scale for scale in self.eval_guidance_scales if scale < 1]
         if unguided and not self.model_preset:  # diffusers' pipeline would take it for 1, and ours of a transformer does not
             raise UserError(f"--eval_guidance_scales must be at least 1 for prompts, not {unguided[0]:g}")
+        if self.buckets and self.model_preset:
+            raise UserError(f"--model_preset {self.model_preset} is a network of squares; leave out it or --buckets")
+        if self.buckets and self.coupling_condition == "centered":
+            raise UserError("--coupling_condition centered keeps means of images of one size; with --buckets give penalty, within or none")
+        if self.buckets:
+            from immiscible.data.buckets import bucket_sizes  # it imports torch, which --help does without
+
+            bucket_sizes(self)
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             raise UserError(f"--dream_training needs epsilon-prediction, not {self.prediction_type}")
 

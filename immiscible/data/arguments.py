@@ -17,8 +17,8 @@ INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "ham
 class ImageArguments:
     """Which images, and how they are cropped: what all scripts share.
 
-    What only one of them has a flag for stands here as what it is for the others: ``bundled_data``, ``label_column``, ``caption_column``
-    and ``preserve_input_precision``.
+    What only one of them has a flag for stands here as what it is for the others: ``bundled_data``, ``label_column``, ``caption_column``,
+    ``preserve_input_precision`` and ``buckets``.
     """
 
     dataset_name: str | None = flag(None, "a data set on the hub (its `train` split), or a local folder that `datasets` can load")
@@ -63,6 +63,7 @@ class ImageArguments:
         label_column: str | None = None
         caption_column: str | None = None
         preserve_input_precision: bool = False
+        buckets: str | None = None
 
     @property
     def named_sources(self) -> list[str]:
@@ -103,7 +104,7 @@ class DataArguments(ImageArguments):
     """Which images, and how they are cropped, for ``train_unconditional.py``."""
 
     _argument_group_name = "data"
-    caption_column = None
+    caption_column = buckets = None
 
     bundled_data: str | None = flag(
         None,
@@ -152,9 +153,27 @@ class TextDataArguments(ImageArguments):
     )
     proportion_empty_prompts: float = flag(0.0, "share of the images that are trained without their caption, for guidance", least=0, most=1)
     image_interpolation_mode: str = flag("lanczos", "how images are resized, with --crop diffusers", choices=INTERPOLATIONS)
+    buckets: str | None = flag(
+        None,
+        "train on images of several shapes, a batch of one: auto for sizes of about as many pixels as the square of --resolution, or the "
+        "sizes as height,width;height,width: each image goes to the one nearest in aspect ratio and is cropped to it, never stretched",
+        alias="aspect_ratio_buckets",
+    )
+    bucket_step: int = flag(64, "with --buckets auto: the sides are multiples of this", least=1, most=MOST_PIXELS)
+    bucket_max_ratio: float = flag(2.0, "with --buckets auto: the longer side over the shorter one, at most", least=1, most=100)
 
     def check(self) -> None:
         """See `ImageArguments.check`."""
         super().check()
         if not self.named_sources:
             raise UserError("--dataset_name or --train_data_dir is required: images with captions")
+        if self.buckets is None or self.buckets != "auto":
+            for name in ("bucket_step", "bucket_max_ratio"):
+                if getattr(self, name) != getattr(TextDataArguments, name):
+                    raise UserError(f"--{name} is of --buckets auto; leave it out, or give that")
+        if self.buckets is None:
+            return
+        if self.streaming:
+            raise UserError("--buckets needs the sizes of all images beforehand, which --streaming does not give; leave out one of them")
+        if self.crop == "adm":
+            raise UserError("--crop adm cuts squares as papers on ImageNet do; leave out it or --buckets")

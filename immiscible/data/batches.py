@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from immiscible.data.sources import ImageSource
+from immiscible.data.buckets import Buckets
+from immiscible.data.sources import ImageSource, why_unreadable
 from immiscible.data.transforms import ImageTransform
-from immiscible.errors import UserError, first_line
+from immiscible.errors import UserError
 from immiscible.randomness import derive_seed, seeded_generator
 
 
@@ -26,9 +26,9 @@ class BadImage:
 
 
 class Batch(TypedDict):
-    """``pixel_values`` float32 [B,C,H,W], contiguous; ``labels`` int64 [B] of a dataset ``with_labels``, else None; ``captions`` of one
-    ``with_captions``, ``geometry`` int64 [B,6] of one ``with_geometry``, else None; ``bad`` the images that were met and not used;
-    ``transparent`` how many were laid upon a color. Give it to `check_batch`.
+    """``pixel_values`` float32 [B,C,H,W], contiguous, of one bucket if there are several; ``labels`` int64 [B] of a dataset
+    ``with_labels``, ``captions`` of one ``with_captions``, ``geometry`` int64 [B,6] of one ``with_geometry``, else None; ``bad`` the images
+    that were met and not used; ``transparent`` how many were laid upon a color. Give it to `check_batch`.
     """
 
     pixel_values: Tensor
@@ -60,6 +60,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         with_labels: give the images' classes too; an image without one is a bad image.
         with_captions: give a caption of each too, of several one drawn by (seed, epoch, index); an image without one is a bad image.
         with_geometry: give each image's `ImageTransform.geometry` too.
+        buckets: of the source's images, each of which is cut to the size of its own; None for squares. A substitute is of the same one.
 
     Raises:
         UserError: ``with_labels``, and the source has no classes.
@@ -73,6 +74,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         with_labels: bool = False,
         with_captions: bool = False,
         with_geometry: bool = False,
+        buckets: Buckets | None = None,
     ):
         if with_labels and source.class_names is None:
             raise UserError(f"class labels are asked for, and {source.description} has none")
@@ -82,6 +84,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.with_labels = with_labels
         self.with_captions = with_captions
         self.with_geometry = with_geometry
+        self.buckets = buckets
 
     def __len__(self) -> int:
         return len(self.source)
@@ -91,32 +94,35 @@ class ImageDataset(Dataset[dict[str, Any]]):
         list[BadImage], "transparent": bool}``; ``bad`` alone if there is no image to give.
         """
         epoch, index = key
+        size = self.buckets.size_of(index) if self.buckets else None
         bad: list[BadImage] = []
-        for step in range(len(self.source) if self.skip_bad_images else 1):
-            position = (index + step) % len(self.source)
+        for position in self._candidates(index):
             try:
                 image = self.source.load(position)
                 pixels, transparent = self.transform.decode(image), self.transform.is_laid_upon(image)
                 label = self.source.label(position) if self.with_labels else None
                 captions = self.source.captions(position) if self.with_captions else [None]
             except Exception as error:  # Pillow's decoders raise nearly any type on broken files
-                bad.append(BadImage(self.source.name(position), _why_unreadable(error)))
+                bad.append(BadImage(self.source.name(position), why_unreadable(error)))
             else:
                 # Drawn for the index that was asked for: a substitute differs from its own appearance in the epoch.
                 caption = captions[derive_seed(self.transform.seed, "caption", epoch, index) % len(captions)]
-                pixel_values = self.transform.augment(pixels, epoch, index)
-                geometry = self.transform.geometry(*self.transform.original_size(image), epoch, index) if self.with_geometry else None
+                whole = self.transform.original_size(image) if self.with_geometry else None
+                geometry = self.transform.geometry(*whole, epoch, index, size) if whole else None
                 told = {"label": label, "caption": caption, "geometry": geometry}
+                pixel_values = self.transform.augment(pixels, epoch, index, size)
                 return {"pixel_values": pixel_values, **told, "bad": bad, "transparent": transparent}
         return {"bad": bad}
 
-
-def _why_unreadable(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image format that Pillow knows"  # its own message names a buffer in memory
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return first_line(error)
+    def _candidates(self, index: int) -> Iterator[int]:
+        """An image, and those that may take its place, in their order: all others, or those of its bucket."""
+        yield index
+        if not self.skip_bad_images:
+            return
+        count = len(self.source)
+        of = self.buckets.of.tolist() if self.buckets else None
+        others = ((index + step) % count for step in range(1, count))
+        yield from (position for position in others if of is None or of[position] == of[index])
 
 
 def collate(items: Sequence[dict[str, Any]]) -> Batch:
@@ -195,3 +201,71 @@ class GlobalBatchOrder(Sampler[list[tuple[int, int]]]):
         """The images of an epoch in their order, int64; repeated to fill one global micro-batch where they are fewer."""
         permutation = torch.randperm(self.num_images, generator=seeded_generator(self.seed, "order", epoch))
         return permutation.repeat(-(-self.global_batch_size // self.num_images))
+
+
+class BucketOrder(GlobalBatchOrder):
+    """As `GlobalBatchOrder`, of images in buckets: all ranks take the same bucket at the same micro-batch, and so does a whole window.
+
+    In epoch e the images of each bucket are permuted by (seed, e, bucket) and cut into windows of global micro-batches, of which the last
+    short one is dropped; the windows of all buckets stand in an order drawn from (seed, e).
+
+    Args:
+        buckets: of the images.
+        batch_size: images a rank sees in a micro-batch.
+        seed: the run's seed.
+        window: micro-batches that are paired together, from the run's beginning on.
+        start: first micro-batch, counted from the beginning of the run over epochs.
+        stop: the micro-batch after the last.
+        rank: this process.
+        num_processes: ranks.
+
+    Raises:
+        UserError: no bucket holds the images of a window.
+    """
+
+    def __init__(
+        self,
+        buckets: Buckets,
+        batch_size: int,
+        seed: int,
+        *,
+        window: int = 1,
+        start: int = 0,
+        stop: int,
+        rank: int = 0,
+        num_processes: int = 1,
+    ):
+        super().__init__(len(buckets.of), batch_size, seed, start=start, stop=stop, rank=rank, num_processes=num_processes)
+        self.buckets = buckets
+        self._together = self.global_batch_size * window
+        self._counts = [len(members) // self._together for members in buckets.members]
+        self.batches_per_epoch = window * sum(self._counts)
+        if not self.batches_per_epoch:
+            most = max(map(len, buckets.members))
+            wider = f" of --coupling_window {window}" if window > 1 else ""
+            raise UserError(
+                f"no bucket has the {self._together} images{wider} that are trained on together, the fullest has {most}: lower "
+                f"--train_batch_size, or take fewer --buckets"
+            )
+
+    def permutation(self, epoch: int) -> Tensor:
+        """The images of an epoch in their order, int64, without those that fill no batch."""
+        windows = []
+        for number, (members, count) in enumerate(zip(self.buckets.members, self._counts, strict=True)):
+            drawn = members[torch.randperm(len(members), generator=seeded_generator(self.seed, "order", epoch, number))]
+            windows.append(drawn[: count * self._together].view(count, self._together))
+        table = torch.cat(windows)
+        return table[torch.randperm(len(table), generator=seeded_generator(self.seed, "bucket order", epoch))].flatten()
+
+    @property
+    def words(self) -> list[str]:
+        """A line for each bucket, and one for the images that an epoch leaves out."""
+        per_window = self._together // self.global_batch_size
+        lines = [
+            f"{height} x {width}: {len(members):,} images, {count * per_window:,} batches an epoch"
+            for (height, width), members, count in zip(self.buckets.sizes, self.buckets.members, self._counts, strict=True)
+        ]
+        left_out = self.num_images - self.batches_per_epoch * self.global_batch_size
+        never = sum(len(members) for members, count in zip(self.buckets.members, self._counts, strict=True) if not count)
+        last = f"{left_out:,} of {self.num_images:,} images are left out of each epoch, as buckets hold whole batches"
+        return [*lines, last + (f"; {never:,} of them are in buckets of less than one, and are never used" if never else "")]

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
 from immiscible.data.arguments import DataArguments, ImageArguments, TextDataArguments
-from immiscible.data.batches import BadImage, Batch, GlobalBatchOrder, ImageDataset, Images, check_batch, collate
+from immiscible.data.batches import BadImage, Batch, BucketOrder, GlobalBatchOrder, ImageDataset, Images, check_batch, collate
+from immiscible.data.buckets import Buckets
 from immiscible.data.bundled import BUNDLED
 from immiscible.data.folders import image_folder
 from immiscible.data.listing import check_one_kind, list_folder
@@ -239,7 +240,15 @@ def _drawn(source: ImageSource, count: int | None, share: float | None) -> Image
 
 
 def batch_order(
-    source: ImageSource | Stream, arguments: ImageArguments, *, batch_size: int, seed: int, rank: int, num_processes: int
+    source: ImageSource | Stream,
+    arguments: ImageArguments,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    num_processes: int,
+    buckets: Buckets | None = None,
+    window: int = 1,
 ) -> GlobalBatchOrder | StreamOrder:
     """Which images a rank takes for which micro-batch; ``stop`` is to be set.
 
@@ -250,19 +259,23 @@ def batch_order(
         seed: the run's seed.
         rank: this process.
         num_processes: ranks.
+        buckets: of the images, or None.
+        window: micro-batches that are paired together, which then are of one bucket.
 
     Raises:
-        UserError: see `StreamOrder`.
+        UserError: see `StreamOrder` and `BucketOrder`.
     """
+    ranks = {"rank": rank, "num_processes": num_processes}
+    if buckets is not None:
+        return BucketOrder(buckets, batch_size, seed, window=window, stop=0, **ranks)
     if not isinstance(source, Stream):
-        return GlobalBatchOrder(len(source), batch_size, seed, stop=0, rank=rank, num_processes=num_processes)
+        return GlobalBatchOrder(len(source), batch_size, seed, stop=0, **ranks)
     return StreamOrder(
         source,
         batch_size,
         seed,
         stop=0,
-        rank=rank,
-        num_processes=num_processes,
+        **ranks,
         shuffle_buffer=arguments.shuffle_buffer,
         skip_bad_images=arguments.skip_bad_images,
         cache_dir=arguments.cache_dir,
@@ -277,14 +290,17 @@ def training_images(
     with_labels: bool = False,
     with_captions: bool = False,
     with_geometry: bool = False,
+    buckets: Buckets | None = None,
 ) -> ImageDataset | StreamDataset:
-    """What the loader loads, for the keys of `batch_order`; the arguments are those of `ImageDataset`.
+    """What the loader loads, for the keys of `batch_order`; the arguments are those of `ImageDataset`, of which a stream has no buckets.
 
     Raises:
         UserError: classes are needed, and the source has none.
     """
-    kind: Any = StreamDataset if isinstance(source, Stream) else ImageDataset
-    return kind(source, transform, skip_bad_images, with_labels=with_labels, with_captions=with_captions, with_geometry=with_geometry)
+    told = {"with_labels": with_labels, "with_captions": with_captions, "with_geometry": with_geometry}
+    if isinstance(source, Stream):
+        return StreamDataset(source, transform, skip_bad_images, **told)
+    return ImageDataset(source, transform, skip_bad_images, **told, buckets=buckets)
 
 
 def build_loader(dataset: Dataset[Any], order: Iterable[list[Any]], num_workers: int, device: torch.device) -> DataLoader[Batch]:

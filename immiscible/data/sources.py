@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, features
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from immiscible.errors import UserError, first_line
 from immiscible.randomness import seeded_generator
@@ -123,6 +123,15 @@ def _opened(file: Any) -> Image.Image:
     except Image.DecompressionBombError as error:
         said = first_line(error).partition(", could be")[0]
         raise ValueError(f"{said}, above which Pillow takes an image for an attack; put a smaller copy of it in its place") from None
+
+
+def why_unreadable(error: Exception) -> str:
+    """In one line, what a source has raised instead of giving an image."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image format that Pillow knows"  # its own message names a buffer in memory
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)
 
 
 def captions_in(found: Any) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""From an image of any size and mode to a square of pixels."""
+"""From an image of any size and mode to a square of pixels, or to the rectangle of its bucket."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class ImageTransform:
     """From an image of any size and mode to ``[channels, resolution, resolution]``, float32 in [-1, 1], as diffusers' example does it.
 
     The short side is resized to ``resolution`` (antialiased), a square is cut out, and perhaps mirrored. Crop and flip are
-    functions of (seed, epoch, index), drawn apart, so that turning one off leaves the other as it was.
+    functions of (seed, epoch, index), drawn apart, so that turning one off leaves the other as it was. Where a ``size`` is given, height
+    and width of a bucket, it stands for the square: the image is resized until it covers that, and never stretched.
 
     Args:
         resolution: side in pixels.
@@ -101,9 +102,10 @@ class ImageTransform:
             return False
         return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
 
-    def augment(self, pixels: Image.Image | Tensor, epoch: int, index: int) -> Tensor:
-        """Resize, crop, flip and scale what `decode` returned: float32 [channels, resolution, resolution] in [-1, 1]."""
-        cut = self.cut(*size_of(pixels), epoch, index)
+    def augment(self, pixels: Image.Image | Tensor, epoch: int, index: int, size: tuple[int, int] | None = None) -> Tensor:
+        """Resize, crop, flip and scale what `decode` returned: float32 [channels, *size] in [-1, 1]."""
+        size = size or (self.resolution, self.resolution)
+        cut = self.cut(*size_of(pixels), epoch, index, size)
         if isinstance(pixels, Tensor):
             if cut[:2] != tuple(pixels.shape[-2:]):
                 pixels = torch.nn.functional.interpolate(pixels[None], cut[:2], mode="bilinear", antialias=True)[0]
@@ -113,7 +115,7 @@ class ImageTransform:
             else:
                 kernel = Image.Resampling[self.interpolation.removesuffix("_exact").upper()]
             pixels = _bytes_tensor(pixels.resize((cut.width, cut.height), kernel))
-        pixels = pixels[:, cut.top : cut.top + self.resolution, cut.left : cut.left + self.resolution]
+        pixels = pixels[:, cut.top : cut.top + size[0], cut.left : cut.left + size[1]]
         if self.flips(epoch, index):
             pixels = pixels.flip(-1)
         unit = pixels if pixels.is_floating_point() else pixels.to(torch.float32).div(255)
@@ -127,32 +129,39 @@ class ImageTransform:
         """Height and width of what a source has loaded, before anything is done to it."""
         return size_of(image)
 
-    def cut(self, height: int, width: int, epoch: int, index: int) -> Cut:
-        """What `augment` takes of an image of this size."""
-        resized = self._resized(height, width)
-        extra = [side - self.resolution for side in resized]
-        return Cut(*resized, *(self._offset(side, more, epoch, index) for side, more in zip(("top", "left"), extra, strict=True)))
+    def cut(self, height: int, width: int, epoch: int, index: int, size: tuple[int, int] | None = None) -> Cut:
+        """What `augment` takes of an image of this height and width."""
+        size = size or (self.resolution, self.resolution)
+        resized = self._resized(height, width, size)
+        top, left = (
+            self._offset(side, whole - part, epoch, index) for side, whole, part in zip(("top", "left"), resized, size, strict=True)
+        )
+        return Cut(*resized, top, left)
 
-    def geometry(self, height: int, width: int, epoch: int, index: int) -> tuple[int, int, int, int, int, int]:
+    def geometry(
+        self, height: int, width: int, epoch: int, index: int, size: tuple[int, int] | None = None
+    ) -> tuple[int, int, int, int, int, int]:
         """What SDXL's network is told of a crop (arXiv:2307.01952, section 2.2): height and width of the original image, top and left of
         the crop in the resized one, height and width of the crop.
 
         Of a mirrored image the left is that of the crop in the mirror image, as in diffusers' ``train_text_to_image_sdxl.py``, which
         mirrors first.
         """
-        cut = self.cut(height, width, epoch, index)
-        left = cut.width - self.resolution - cut.left if self.flips(epoch, index) else cut.left
-        return height, width, cut.top, left, self.resolution, self.resolution
+        size = size or (self.resolution, self.resolution)
+        cut = self.cut(height, width, epoch, index, size)
+        left = cut.width - size[1] - cut.left if self.flips(epoch, index) else cut.left
+        return height, width, cut.top, left, *size
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    def _resized(self, height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
         if self.crop == "adm":
             while min(height, width) >= 2 * self.resolution:
                 height, width = height // 2, width // 2
             factor = self.resolution / min(height, width)
             return round(height * factor), round(width * factor)
-        short, long = sorted((height, width))
-        other = int(self.resolution * long / short)  # torchvision's rule: rounded down
-        return (self.resolution, other) if height <= width else (other, self.resolution)
+        # The side that would be too short by the other's factor becomes the bucket's; the other is rounded down, as torchvision does it.
+        if height * size[1] <= width * size[0]:
+            return size[0], size[0] * width // height
+        return size[1] * height // width, size[1]
 
     def _offset(self, side: str, extra: int, epoch: int, index: int) -> int:
         if self.crop == "adm":

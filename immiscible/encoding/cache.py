@@ -8,11 +8,12 @@ They are of the parts of a text-to-image checkpoint, or of a VAE alone, whose ca
     texts-00000.safetensors      ``states`` fp16 [n, L, E], ``pooled`` fp16 [n, E], and what else a family has, of n distinct captions
     index.safetensors            ``digests`` uint64 [M], ascending: which caption each row of the texts is; ``sizes`` int64 [N]: the bytes
                                  of each encoded image, by which an edited one is noticed; ``shapes`` int64 [N, 2]: its height and width,
-                                 0 of one that could not be read
+                                 0 of one that could not be read; ``rows`` int64 [N], of a cache in buckets: where each image is
 
 Shard i holds rows ``i * rows_per_shard`` on, encoded in batches of one size from its first row, so a shard is the same to the last bit
-whoever makes it: one process or many, at once or after a kill. A shard is written under another name and renamed, and remembers which
-images or captions it was made of; the manifest lists files only while all are there and none is being made anew.
+whoever makes it: one process or many, at once or after a kill. In buckets the images of each stand together, in shards of their own. A
+shard is written under another name and renamed, and remembers which images or captions it was made of; the manifest lists files only while
+all are there and none is being made anew.
 
 Training maps the shards into memory and draws a fresh latent each time, ``scaling_factor * (mean + exp(log_variance / 2) * normal)``
 with the normal numbers of the uncached run, which it so repeats up to the rounding to fp16.
@@ -36,7 +37,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from immiscible.data.arguments import ImageArguments
+from immiscible.data.arguments import ImageArguments, TextDataArguments
+from immiscible.data.buckets import Buckets, assigned_buckets, bucket_sizes, check_multiple
 from immiscible.data.image_sizes import encoded_bytes
 from immiscible.data.sources import ImageSource, Subset
 from immiscible.data.tables import TableImages
@@ -46,6 +48,7 @@ from immiscible.encoding.encoders import LatentEncoder
 from immiscible.encoding.texts import TextToImageEncoder
 from immiscible.errors import UserError
 from immiscible.networks.checkpoint_parts import CheckpointParts
+from immiscible.networks.latents import latent_downsampling
 from immiscible.networks.weights import PRECISIONS, weights_digest
 
 if TYPE_CHECKING:
@@ -97,7 +100,8 @@ class LatentCache:
         reason = self.manifest["bad"].get(str(index))
         if reason is not None:
             raise ValueError(reason)
-        return self._row("latents", "moments", index)
+        rows = self._index.get("rows")
+        return self._row("latents", "moments", index if rows is None else int(rows[index]))
 
     def shape(self, index: int) -> tuple[int, int] | None:
         """Height and width of the image that was encoded; None if the cache is of a version that does not say."""
@@ -241,7 +245,7 @@ class CachedTransform(ImageTransform):
         """Of the image whose moments these are."""
         return image.source.size(image.row)
 
-    def augment(self, pixels: Image.Image | Tensor, epoch: int, index: int) -> Tensor:
+    def augment(self, pixels: Image.Image | Tensor, epoch: int, index: int, size: tuple[int, int] | None = None) -> Tensor:
         """The moments of the image, or of its mirror image where the uncached run mirrors it."""
         assert isinstance(pixels, Tensor)
         return pixels[int(self.flips(epoch, index))]
@@ -335,6 +339,7 @@ def cache_settings(data: ImageArguments, parts: Parts, source: ImageSource, trig
         "scaling_factor": vae.config.scaling_factor,
         "text_encoder": _text_digest(parts) if isinstance(parts, CheckpointParts) else None,
         "resolution": data.resolution,
+        "buckets": _bucket_names(data),
         "crop": ("adm" if adm else "center") + (f", transparent images upon {data.alpha_color}" if data.alpha_color else ""),
         "interpolation": None if adm else interpolation,
         "flips": data.random_flip,
@@ -343,6 +348,25 @@ def cache_settings(data: ImageArguments, parts: Parts, source: ImageSource, trig
         "trigger_word": trigger,
         "data": source.fingerprint,
     }
+
+
+def _bucket_names(data: ImageArguments) -> list[str] | None:
+    """Height and width of each; None without."""
+    if not isinstance(data, TextDataArguments) or data.buckets is None:
+        return None
+    return [f"{height},{width}" for height, width in bucket_sizes(data)]
+
+
+def buckets_of(source: ImageSource, data: TextDataArguments, parts: CheckpointParts) -> Buckets:
+    """The bucket of each image, or of what stands for it in a cache.
+
+    Raises:
+        UserError: the sizes do not go with the parts, or as `assigned_buckets`.
+    """
+    sizes = bucket_sizes(data)
+    multiple = latent_downsampling(parts.vae) * int(parts.network.config.get("patch_size") or 1)
+    check_multiple(sizes, data, multiple, parts.name)
+    return assigned_buckets(source, sizes, data)
 
 
 def vae_of(parts: Parts) -> AutoencoderKL:

@@ -28,6 +28,7 @@ MUST_AGREE = {
     "scaling_factor": "the VAE's scaling factor",
     "text_encoder": "the text encoder or tokenizer of --pretrained_model_name_or_path (a hash)",
     "resolution": "--resolution",
+    "buckets": "the buckets (--buckets, --bucket_step, --bucket_max_ratio)",
     "crop": "the crop (--crop, --center_crop, --alpha_color)",
     "interpolation": "--preserve_input_precision or --image_interpolation_mode",
     "image_column": "--image_column",
@@ -79,14 +80,19 @@ def _wrong_in(manifest: Any) -> str | None:
     for name in ("rows_per_shard", "images", "captions"):
         if manifest.get(name, 1) < (name != "captions"):
             return f"its {name} is {manifest[name]}"
-    if not {*MUST_AGREE, "flips"} <= manifest["settings"].keys():
-        return f"its settings lack {', '.join(sorted({*MUST_AGREE, 'flips'} - manifest['settings'].keys()))}"
+    if lacking := {*MUST_AGREE, "flips"} - {"buckets"} - manifest["settings"].keys():  # a cache of before there were buckets has none
+        return f"its settings lack {', '.join(sorted(lacking))}"
+    counts = manifest.get("bucket_images", [])
+    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
+        return f"its bucket_images is {_shown(counts)}"
+    if manifest["files"] and counts and sum(counts) != manifest["images"]:
+        return f"its bucket_images are {sum(counts):,} together, and its images {manifest['images']:,}"
     for name, facts in manifest["files"].items():
         is_file = isinstance(facts, dict) and type(facts.get("bytes")) is int and isinstance(facts.get("sha256"), str)
         if not is_file or facts.keys() != {"bytes", "sha256"}:
             return f"its files hold {_shown({name: facts})}"
     if manifest["files"]:
-        shards = sum(-(-manifest[count] // manifest["rows_per_shard"]) for count in ("images", "captions"))
+        shards = sum(-(-count // manifest["rows_per_shard"]) for count in (*_images_in(manifest), manifest["captions"]))
         if shards + 1 != len(manifest["files"]):
             return f"its {len(manifest['files']):,} files are not the {shards + 1:,} of so many images and captions"
         if odd := sorted(manifest["files"].keys() ^ shards_of(manifest).keys()):
@@ -148,9 +154,15 @@ def shards_of(manifest: Mapping[str, Any]) -> dict[str, int | None]:
     """The files that a cache has and how many rows are in each; None for the index."""
     per_shard = manifest["rows_per_shard"]
     found: dict[str, int | None] = {INDEX: None}
-    for kind, rows in (("latents", manifest["images"]), ("texts", manifest["captions"])):
-        found |= {shard_name(kind, number): min(per_shard, rows - number * per_shard) for number in range(-(-rows // per_shard))}
+    for kind, parts in (("latents", _images_in(manifest)), ("texts", [manifest["captions"]])):
+        full = [min(per_shard, rows - start) for rows in parts for start in range(0, rows, per_shard)]
+        found |= {shard_name(kind, number): rows for number, rows in enumerate(full)}
     return found
+
+
+def _images_in(manifest: Mapping[str, Any]) -> list[int]:
+    """How many images are in each bucket, of a cache in buckets; else in all."""
+    return manifest.get("bucket_images") or [manifest["images"]]
 
 
 def fingerprint(settings: Mapping[str, Any], files: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypedDict
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from immiscible.data.arguments import ImageArguments
 from immiscible.data.batches import BadImage, ImageDataset, check_batch
+from immiscible.data.buckets import Buckets
 from immiscible.data.loading import build_loader
 from immiscible.data.sources import ImageSource, Subset
 from immiscible.data.tables import TableImages
@@ -62,6 +64,7 @@ class ImageShards:
         device: where the VAE is.
         batch_size: images encoded together.
         rows_per_shard: images of a file.
+        buckets: of all images, those that cannot be read in any; None for squares.
     """
 
     data: ImageArguments
@@ -71,17 +74,26 @@ class ImageShards:
     device: torch.device
     batch_size: int
     rows_per_shard: int
+    buckets: Buckets | None = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
+    @cached_property
+    def rows(self) -> list[Sequence[int]]:
+        """The images of each shard, of one bucket."""
+        members: list[Sequence[int]] = [range(len(self.source))]
+        if self.buckets:
+            members = [images.tolist() for images in self.buckets.members]
+        return [part for images in members for part in _parts(images, self.rows_per_shard)]
+
+    def shape(self, shard: int) -> tuple[int, ...]:
         """[F, 2, C, h, w]: of the image and its mirror image, mean and log-variance."""
-        side = self.data.resolution // latent_downsampling(self.vae)
-        return 1 + self.data.random_flip, 2, self.vae.config.latent_channels, side, side
+        size = self.buckets.size_of(self.rows[shard][0]) if self.buckets else (self.data.resolution, self.data.resolution)
+        height, width = (side // latent_downsampling(self.vae) for side in size)
+        return 1 + self.data.random_flip, 2, self.vae.config.latent_channels, height, width
 
     @property
-    def row_bytes(self) -> int:
-        """Of an image."""
-        return 2 * math.prod(self.shape)
+    def bytes(self) -> int:
+        """Of all images."""
+        return sum(2 * len(rows) * math.prod(self.shape(shard)) for shard, rows in enumerate(self.rows))
 
     def __call__(self, numbers: Sequence[int], done: Callable[[int], object]) -> Iterator[Shard]:
         """The shards with these numbers; ``done`` is told the rows after each batch.
@@ -90,11 +102,11 @@ class ImageShards:
             UserError: an image cannot be read and ``skip_bad_images`` is off.
         """
         transform = replace(image_transform(self.data, self.vae.config.in_channels, seed=0), random_flip=False)
-        shards = [_batches(number, len(self.source), self.rows_per_shard, self.batch_size) for number in numbers]
+        shards = [_parts(self.rows[number], self.batch_size) for number in numbers]
         keys = ([(0, index) for index in rows] for batches in shards for rows in batches)
-        dataset = ImageDataset(_ByNumber(self.source, range(len(self.source))), transform)
+        dataset = ImageDataset(_ByNumber(self.source, range(len(self.source))), transform, buckets=self.buckets)
         loader = iter(build_loader(dataset, keys, self.data.dataloader_num_workers, self.device))
-        for batches in shards:
+        for number, batches in zip(numbers, shards, strict=True):
             moments: list[Tensor] = []
             notes = Notes(bad={}, transparent=0)
             for rows in batches:
@@ -106,14 +118,14 @@ class ImageShards:
                 notes["bad"] |= found
                 notes["transparent"] += batch["transparent"]
                 good = torch.tensor([str(index) not in found for index in rows])
-                moments.append(self._moments(batch["pixel_values"], good))
+                moments.append(self._moments(batch["pixel_values"], good, self.shape(number)))
                 done(len(rows))
             yield {"moments": torch.cat(moments)}, notes
 
     @torch.no_grad()
-    def _moments(self, pixels: Tensor, good: Tensor) -> Tensor:
+    def _moments(self, pixels: Tensor, good: Tensor, shape: Sequence[int]) -> Tensor:
         """fp16 [n, F, 2, C, h, w] on the CPU; zeros where ``good`` [n] is not set, which has as many ones as ``pixels`` has rows."""
-        moments = torch.zeros(len(good), *self.shape, dtype=torch.float16)
+        moments = torch.zeros(len(good), *shape, dtype=torch.float16)
         if good.any():
             for flip in range(moments.shape[1]):
                 found = torch.stack(self.encoder.posterior(pixels.flip(-1) if flip else pixels), 1)
@@ -141,27 +153,31 @@ class TextShards:
     rows_per_shard: int
     rules: CaptionRules = AS_THEY_ARE
 
+    @cached_property
+    def rows(self) -> list[Sequence[int]]:
+        """The captions of each shard."""
+        return _parts(range(len(self.captions)), self.rows_per_shard)
+
     @property
-    def row_bytes(self) -> int:
-        """Of a caption: all its text states."""
-        return 2 * sum(map(math.prod, self.parts.text_shapes.values()))
+    def bytes(self) -> int:
+        """Of all captions: all their text states."""
+        return 2 * len(self.captions) * sum(map(math.prod, self.parts.text_shapes.values()))
 
     @torch.no_grad()
     def __call__(self, numbers: Sequence[int], done: Callable[[int], object]) -> Iterator[Shard]:
         """As `ImageShards`; no caption is a bad one."""
         for number in numbers:
             parts = []
-            for rows in _batches(number, len(self.captions), self.rows_per_shard, self.batch_size):
-                encoded = self.parts.texts(self.rules.told(self.captions[rows.start : rows.stop]), self.device)
+            for rows in _parts(self.rows[number], self.batch_size):
+                encoded = self.parts.texts(self.rules.told([self.captions[row] for row in rows]), self.device)
                 parts.append({name: states.to("cpu", torch.float16) for name, states in encoded.items()})
                 done(len(rows))
             yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, Notes(bad={}, transparent=0)
 
 
-def _batches(number: int, rows: int, rows_per_shard: int, batch_size: int) -> list[range]:
-    """The rows of a shard, in batches."""
-    shard = range(number * rows_per_shard, min((number + 1) * rows_per_shard, rows))
-    return [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
+def _parts(rows: Sequence[int], count: int) -> list[Sequence[int]]:
+    """Of at most ``count`` rows each."""
+    return [rows[start : start + count] for start in range(0, len(rows), count)]
 
 
 def distinct_captions(source: ImageSource, accelerator: Accelerator, *, skip_bad_images: bool) -> list[str]:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace as replace_of
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -21,11 +22,12 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from immiscible.data.arguments import ImageArguments
+from immiscible.data.arguments import ImageArguments, TextDataArguments
 from immiscible.data.batches import BadImage
+from immiscible.data.buckets import Buckets
 from immiscible.data.image_sizes import encoded_bytes, image_shapes
 from immiscible.data.sources import ImageSource
-from immiscible.encoding.cache import cache_settings, caption_digest, precision_name, vae_of
+from immiscible.encoding.cache import buckets_of, cache_settings, caption_digest, precision_name, vae_of
 from immiscible.encoding.cache_manifest import INDEX, MANIFEST, fingerprint, read_manifest, settings_that_differ, shard_name
 from immiscible.encoding.cache_shards import ImageShards, Shard, TextShards, distinct_captions
 from immiscible.encoding.captions import AS_THEY_ARE, CaptionRules
@@ -79,7 +81,8 @@ class _Kind:
     Args:
         name: in their names, ``latents`` or ``texts``.
         what: they are of, images or captions.
-        rows: what tells each row's image or caption from an edited one: the bytes of an image, or the caption.
+        rows: what tells each row's image or caption from an edited one: the bytes of an image, with its number where it may change its
+            row, or the caption.
         shards: make the tensors.
     """
 
@@ -87,11 +90,6 @@ class _Kind:
     what: str
     rows: Sequence[Any]
     shards: ImageShards | TextShards
-
-    @property
-    def bytes(self) -> int:
-        """Of all rows."""
-        return len(self.rows) * self.shards.row_bytes
 
 
 @dataclass
@@ -142,7 +140,7 @@ def write_cache(
         UserError: the folder holds something else or a cache of other settings, the disk is too small, or an image or a caption cannot
             be read and ``skip_bad_images`` is off; on every rank.
     """
-    manifest = {
+    manifest: dict[str, Any] = {
         "settings": cache_settings(data, parts, source, rules.trigger),
         "rows_per_shard": rows_per_shard,
         "model": dict(model),
@@ -151,19 +149,39 @@ def write_cache(
         "files": {},
     }
     sizes, device, encoder = encoded_bytes(source), accelerator.device, _encoder(parts, accelerator)
-    images = ImageShards(data, vae_of(parts), encoder, source, device, batch_size, rows_per_shard)
-    kinds = [_Kind("latents", "images", sizes.tolist(), images)]
+    shapes = from_main_process(accelerator, lambda: image_shapes(source, data.cache_dir)).numpy()
+    buckets = from_main_process(accelerator, lambda: _buckets(data, parts, source))
+    images = ImageShards(data, vae_of(parts), encoder, source, device, batch_size, rows_per_shard, buckets)
+    index = {"sizes": sizes, "shapes": shapes}
+    if buckets:
+        manifest["bucket_images"] = list(map(len, buckets.members))
+        index["rows"] = _places(images.rows, rows_per_shard, len(source))
+    kinds = [_Kind("latents", "images", list(enumerate(sizes.tolist())) if buckets else sizes.tolist(), images)]
     captions: list[str] = []
     if isinstance(parts, CheckpointParts):
         captions = distinct_captions(source, accelerator, skip_bad_images=data.skip_bad_images)
         kinds.append(_Kind("texts", "captions", captions, TextShards(parts, captions, device, batch_size, rows_per_shard, rules)))
-    shapes = from_main_process(accelerator, lambda: image_shapes(source, data.cache_dir)).numpy()
-    digests = np.array([caption_digest(caption) for caption in captions], dtype=np.uint64)
-    index = {"digests": digests, "sizes": sizes, "shapes": shapes}
+    index["digests"] = np.array([caption_digest(caption) for caption in captions], dtype=np.uint64)
     made = _fill(folder, manifest, kinds, index, accelerator)
     bad = [BadImage(source.name(int(row)), reason) for row, reason in made.bad.items()]
     size = sum(facts["bytes"] for facts in made.files.values())
     return CacheSummary(len(source), len(captions), bad, made.transparent, size, made.kept, made.made)
+
+
+def _buckets(data: ImageArguments, parts: Parts, source: ImageSource) -> Buckets | None:
+    """Of the images, those that cannot be read in the first one, where their rows stay empty."""
+    if not isinstance(data, TextDataArguments) or not isinstance(parts, CheckpointParts) or data.buckets is None:
+        return None
+    buckets = buckets_of(source, data, parts)
+    return replace_of(buckets, of=buckets.of.clamp(min=0))
+
+
+def _places(shards: Sequence[Sequence[int]], rows_per_shard: int, count: int) -> np.ndarray:
+    """In which row each image is, int64 [N], where each shard is counted as a full one."""
+    rows = np.empty(count, dtype=np.int64)
+    for number, images in enumerate(shards):
+        rows[images] = number * rows_per_shard + np.arange(len(images))
+    return rows
 
 
 def _fill(
@@ -180,11 +198,11 @@ def _fill(
     """
     from accelerate.utils import gather_object
 
-    described = " and ".join(f"{len(kind.rows):,} {kind.what} x {kind.shards.row_bytes / 2**10:.1f} KiB" for kind in kinds)
-    needed = sum(kind.bytes for kind in kinds)
+    described = " and ".join(f"{len(kind.rows):,} {kind.what} x {kind.shards.bytes / len(kind.rows) / 2**10:.1f} KiB" for kind in kinds)
+    needed = sum(kind.shards.bytes for kind in kinds)
     logger.info("%s: %s MiB in %s", described, f"{needed / 2**20:,.1f}", folder)
     with _held(folder, manifest, needed, accelerator):
-        writer = _Writer(folder, accelerator, manifest["rows_per_shard"], (read_manifest(folder) or {})["files"])
+        writer = _Writer(folder, accelerator, (read_manifest(folder) or {})["files"])
         missing = [writer.missing(kind) for kind in kinds]
         if any(map(any, gather_object([list(map(len, missing))]))):
             on_main_process(accelerator, lambda: _write_manifest(folder, manifest))  # until the end the files are not those it has listed
@@ -212,13 +230,13 @@ def _seal(folder: Path, manifest: Mapping[str, Any], made: _Made, index: Mapping
 class _Writer:
     """Writes this rank's shards of a kind in rounds, after each of which the ranks learn of failures."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, rows_per_shard: int, recorded: Mapping[str, Any]) -> None:
-        self._folder, self._accelerator, self._rows, self._recorded = folder, accelerator, rows_per_shard, recorded
+    def __init__(self, folder: Path, accelerator: Accelerator, recorded: Mapping[str, Any]) -> None:
+        self._folder, self._accelerator, self._recorded = folder, accelerator, recorded
         self._own = _Made({}, {})
 
     def missing(self, kind: _Kind) -> list[int]:
         """Which of this rank's shards are not there, sound and made of these rows."""
-        mine = range(self._accelerator.process_index, -(-len(kind.rows) // self._rows), self._accelerator.num_processes)
+        mine = range(self._accelerator.process_index, len(kind.shards.rows), self._accelerator.num_processes)
         bar = tqdm(mine, desc=f"checking {kind.name}", unit="shard", delay=2, leave=False, disable=self._show)
         return [number for number in bar if not self._keep(shard_name(kind.name, number), self._digest(kind, number))]
 
@@ -227,7 +245,7 @@ class _Writer:
         from accelerate.utils import gather_object
 
         turns = max(gather_object([len(missing)]))
-        own = sum(min(self._rows, len(kind.rows) - number * self._rows) for number in missing)
+        own = sum(len(kind.shards.rows[number]) for number in missing)
         processes = self._accelerator.num_processes
         of = f" (the first of {processes} processes)" if processes > 1 else ""
         with tqdm(total=own, desc=f"{kind.name}{of}", disable=self._show) as bar:
@@ -257,7 +275,7 @@ class _Writer:
 
     def _digest(self, kind: _Kind, number: int) -> str:
         """Of the rows of a shard."""
-        own = json.dumps(kind.rows[number * self._rows : (number + 1) * self._rows])
+        own = json.dumps([kind.rows[row] for row in kind.shards.rows[number]])
         return hashlib.sha256(own.encode()).hexdigest()[:16]
 
     def _keep(self, name: str, digest: str) -> bool:

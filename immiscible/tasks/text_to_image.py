@@ -17,7 +17,7 @@ from immiscible.configs import TextToImageConfig
 from immiscible.data.loading import captioned_source, prompt_classes, with_held_out, with_prompt_classes
 from immiscible.data.sources import ImageSource
 from immiscible.data.transforms import image_transform
-from immiscible.encoding.cache import open_cache
+from immiscible.encoding.cache import buckets_of, open_cache
 from immiscible.encoding.captions import CaptionRules
 from immiscible.encoding.clusters import caption_clusters
 from immiscible.encoding.encoders import Encoder
@@ -198,6 +198,9 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
             Path(str(config.latent_cache_dir)), config, parts, source, precision=config.mixed_precision, trigger=config.trigger_word
         )
         data = replace(data, loaded=cache.images(source), augment=cache.transform(transform))
+    if config.buckets:
+        images: Any = data.images  # the flags refuse a stream
+        data = replace(data, buckets=from_main_process(accelerator, lambda: buckets_of(images, config, parts)))
     idle = config.cache_latents and held_out is None
     place(parts, accelerator, adapters=config if config.use_lora else None, idle=idle)
     objective = build_objective(config, parts.scheduler, accelerator, dream_detail_preservation=config.dream_power)

@@ -35,7 +35,7 @@ from immiscible.errors import UserError
 from immiscible.kept import read_kept, write_kept
 from immiscible.randomness import PoolDraws
 from immiscible.training.stop import StopRequest
-from immiscible.training.task import Task
+from immiscible.training.task import Task, TrainingData
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -104,7 +104,7 @@ class EpochPlans:
     Args:
         rule: the coupling, with its metric, precision, solver and condition.
         layout: of the run.
-        labels: inside which classes noises are assigned, int64 [N] of the images, -1 of none; None where the condition is ``none``.
+        labels: inside which classes and buckets noises are assigned, int64 [N] of the images, -1 of none; None for all together.
         load: given the keys of batches, gives their images, expected latents where these are diffused, scaled as they are diffused,
             fp32 on the CPU [n, C, h, w], batch by batch.
         ranks: the processes of the run.
@@ -355,20 +355,18 @@ def epoch_plans(
         _begin(coupling, layout)
         yield None
         return
-    dataset = training_images(data.images, data.augment or data.transform, skip_bad_images=config.skip_bad_images)
+    dataset = training_images(data.images, data.augment or data.transform, skip_bad_images=config.skip_bad_images, buckets=data.buckets)
 
     def load(keys: Iterator[list[Key]]) -> Iterator[Tensor]:
         loader = build_loader(dataset, keys, config.dataloader_num_workers, accelerator.device)
         images = unlabelled_images(iter(loader), config.skip_bad_images)  # its processes are forked here, on the thread that asks
         return (task.encode.expected(batch).float().cpu() * objective.image_scale for batch in images)
 
-    rule, labels = check_rule(coupling.coupling), data.groups
-    if rule.condition == "within" and labels is None:
-        labels = classes_of(data.images)
+    rule = check_rule(coupling.coupling)
     plans = EpochPlans(
         rule,
         layout,
-        labels,
+        _groups(rule, data),
         load,
         ranks=coupling.ranks,
         identity=identity,
@@ -394,6 +392,23 @@ def _begin(coupling: CachedCoupling, layout: EpochLayout) -> None:
             f"--coupling_caches: a global batch of {order.global_batch_size} takes an image of {order.num_images} twice; lower it"
         )
     coupling.begin(order.num_images, layout.seed, layout.images, layout.owned)
+
+
+def _groups(rule: AssignmentCoupling, data: TrainingData) -> Tensor | None:
+    """Inside which images noises are assigned, int64 [N], -1 of none: those of a class, and of one shape; None for all of them.
+
+    Raises:
+        UserError: classes are needed, and the images have none.
+    """
+    labels, buckets = data.groups, data.buckets
+    if rule.condition == "within" and labels is None:
+        images: Any = data.images  # no stream, which the flags refuse
+        labels = classes_of(images)
+    if buckets is None:
+        return labels
+    if labels is None:
+        return buckets.of
+    return (labels * len(buckets.sizes) + buckets.of).masked_fill((labels < 0) | (buckets.of < 0), -1)
 
 
 def classes_of(source: ImageSource) -> Tensor:

@@ -134,8 +134,16 @@ class _State:
         """Of a run that begins."""
         processes, accumulation = accelerator.num_processes, config.gradient_accumulation_steps
         model, optimizer, ema, whole = prepared(task.network, config, accelerator)
-        source, rank = task.data.source, accelerator.process_index
-        order = batch_order(source, config, batch_size=config.train_batch_size, seed=seed, rank=rank, num_processes=processes)
+        order = batch_order(
+            task.data.source,
+            config,
+            batch_size=config.train_batch_size,
+            seed=seed,
+            rank=accelerator.process_index,
+            num_processes=processes,
+            buckets=task.data.buckets,
+            window=config.window,
+        )
         check_batch_size(config, task.objective, order.num_images, order.global_batch_size)
         max_steps = config.max_train_steps or max(1, config.epochs * int(order.batches_per_epoch) // accumulation)
         identity = run_identity(config, data=task.data.images.fingerprint, network=dict(task.identity), processes=processes)
@@ -169,6 +177,7 @@ def _steps(
         with_labels=config.labels_for is not None,
         with_captions=data.with_captions,
         with_geometry=data.with_geometry,
+        buckets=data.buckets,
     )
     loader = build_loader(dataset, order, config.dataloader_num_workers, accelerator.device)
     return train(
@@ -189,6 +198,7 @@ def _steps(
         factors=rate_factors(state.optimizer.param_groups, config),
         ahead=config.look_ahead,
         window=config.window,
+        mixed_shapes=data.buckets is not None,
         watch=None if leak is None else partial(_watch, leak),
     )
 

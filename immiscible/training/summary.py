@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from immiscible.assignment.solve import LARGEST_BLOCK
 from immiscible.coupling import pairs_batch
-from immiscible.data.batches import GlobalBatchOrder
+from immiscible.data.batches import BucketOrder, GlobalBatchOrder
 from immiscible.errors import UserError
 from immiscible.files import PARTIAL, read_lines, replace
 from immiscible.objectives import Objective
@@ -214,6 +214,10 @@ def report_start(
         **{name: fact for name, fact in task.facts.items() if name != "seed"},  # which was told when it was settled
     }.items():
         logger.info("%-18s %s", name.replace("_", " "), value)
+    if isinstance(order, BucketOrder):
+        logger.info("%-18s %d, height x width; samples, and images that are measured on, are squares", "buckets", len(order.words) - 1)
+        for line in order.words:
+            logger.info("%-18s %s", "", line)
     for notice in notices(config, task, order, max_steps):
         logger.warning(notice)
 

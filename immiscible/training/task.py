@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from immiscible.data.buckets import Buckets
 from immiscible.data.sources import ImageSource
 from immiscible.data.streaming import Stream
 from immiscible.data.transforms import ImageTransform
@@ -39,6 +40,7 @@ class TrainingData:
         augment: what goes with ``loaded``; by default ``transform``.
         with_captions: whether each image's caption is loaded too.
         with_geometry: whether each image's `ImageTransform.geometry` is.
+        buckets: to which ``images`` are cropped in training; None for the transform's squares.
         groups: inside which images of an epoch are assigned, int64 [N], -1 of none; by default their classes.
     """
 
@@ -49,6 +51,7 @@ class TrainingData:
     augment: ImageTransform | None = None
     with_captions: bool = False
     with_geometry: bool = False
+    buckets: Buckets | None = None
     groups: Tensor | None = None
 
     @property

@@ -46,7 +46,7 @@ def test_adm_and_diffusers_crops_differ_and_16_bits_have_no_adm():
     [((3, 5), 2, (2, 3)), ((5, 3), 2, (3, 2)), ((7, 9), 64, (64, 82)), ((101, 64), 64, (101, 64)), ((6, 6), 4, (4, 4))],
 )
 def test_resized_shape_is_torchvisions(size, resolution, resized):
-    assert ImageTransform(resolution)._resized(*size) == resized
+    assert ImageTransform(resolution).cut(*size, 0, 0)[:2] == resized
 
 
 @pytest.mark.parametrize("precise", [False, True])
