@@ -113,7 +113,7 @@ def _from_checkpoint(path: Path, weights: str | None, base: str | None) -> Loade
         raise UserError(f"--model {path} is not a complete checkpoint of this suite ({problem})")
     if holds_shards(path):
         raise UserError(
-            f"--model {path} holds the parts of a network that FSDP2 has split; resumed with --max_train_steps {step_of(path)}, by any "
+            f"--model {path} is of a run split by FSDP2 or DeepSpeed, in parts; resumed with --max_train_steps {step_of(path)}, by any "
             f"number of processes, its run writes the pipeline to sample"
         )
     folder = path.resolve().parent

@@ -54,7 +54,7 @@ def save_checkpoint(
 
     The checkpoint holds the network in ``{part}/`` and, with EMA, its average in ``{part}_ema/`` (both load with plain diffusers),
     accelerate's optimizer and scaler state, and `STATE_FILE` with the step, the run's identity and the size of every file. Under FSDP2
-    it holds every process's part of all these in ``shards/`` instead.
+    and DeepSpeed it holds every process's part of all these in ``shards/`` instead.
 
     Args:
         accelerator: its one prepared model and its optimizer are saved.
@@ -167,8 +167,8 @@ def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None, 
             load_shards(accelerator, path / SHARDS, ema)
     elif is_sharded(accelerator):
         raise UserError(
-            f"{path} holds the whole network, as DDP and one process save it: resume it without FSDP2, or begin anew under it (what FSDP2 "
-            f"saves is resumed by any launch)"
+            f"{path} holds the whole network, as DDP and one process save it: resume it without FSDP2 and DeepSpeed, or begin anew (what "
+            f"these save is resumed by any launch)"
         )
     else:
         _load_whole(accelerator, path, ema, step, part)
@@ -324,7 +324,7 @@ def step_of(path: Path) -> int:
 
 
 def holds_shards(path: Path) -> bool:
-    """Whether a checkpoint was saved under FSDP2, by as many processes as there were; it is resumed by any number."""
+    """Whether a checkpoint was saved under FSDP2 or DeepSpeed, by as many processes as there were; it is resumed by any number."""
     return (path / SHARDS).is_dir()
 
 

@@ -23,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from immiscible.errors import PeerLost, UserError, first_line
 from immiscible.training.checkpoints import read_state
+from immiscible.training.zero2 import check_zero2
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -109,7 +110,7 @@ def joined(mixed_precision: str | None, patience: timedelta = PATIENCE, **settin
     except RuntimeError as error:
         raise _lost(error) from None
     _check_processes(accelerator, patience)
-    _shard_on_cpus(accelerator)
+    _split_on_cpus(accelerator)
     try:
         _check_precision(accelerator)
         yield accelerator
@@ -195,12 +196,13 @@ def _check_launcher() -> None:
     """Refuses what splits the network over the processes in another way than `immiscible.training.sharding` does."""
     from accelerate.utils import parse_flag_from_env
 
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise UserError(
-                f"accelerate is configured for {name}, under which this script neither trains nor saves what it should; launch it with "
-                f"--multi_gpu or, to split the network over the processes, by FSDP2 (configs/accelerate/fsdp2.yaml)"
-            )
+    if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError(
+            "accelerate is configured for MEGATRON_LM, under which this script neither trains nor saves what it should; launch it with "
+            "--multi_gpu or, to split the network over the processes, by FSDP2 (configs/accelerate/fsdp2.yaml)"
+        )
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        check_zero2(os.environ)
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         for name, (right, words) in FSDP2_ONLY.items():
             given = os.environ.get(name, "1" if name == "FSDP_VERSION" else "false")
@@ -210,18 +212,26 @@ def _check_launcher() -> None:
                 )
 
 
-def _shard_on_cpus(accelerator: Accelerator) -> None:
-    """accelerate shards on accelerators alone and falls back to DDP without a word; torch's FSDP2 works on CPUs, too."""
+def _split_on_cpus(accelerator: Accelerator) -> None:
+    """accelerate splits networks on accelerators alone and falls back to DDP without a word; FSDP2 and DeepSpeed work on CPUs, too."""
     from accelerate import PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+    from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or accelerator.distributed_type == DistributedType.FSDP:
+    asked = [DistributedType(name) for name in ("FSDP", "DEEPSPEED") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
+    if not asked or accelerator.distributed_type in asked:
         return
     if accelerator.num_processes == 1:
-        logger.warning("accelerate is configured for FSDP2, and there is one process, which holds the whole network")
+        logger.warning("accelerate is configured for %s, and there is one process, which holds the whole network", asked[0].value)
         return
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    state, precision = accelerator.state, accelerator.mixed_precision
+    if asked[0] is DistributedType.FSDP:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    else:
+        plugin = DeepSpeedPlugin()
+        plugin.set_mixed_precision(precision)
+        plugin.select(_from_accelerator_state=True)
+        state.deepspeed_plugins = plugin
+    state.distributed_type = PartialState().distributed_type = asked[0]
 
 
 def _check_tracker(name: str, flag: str) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from immiscible.errors import UserError, first_line
 from immiscible.networks.arguments import TrainingArguments
 from immiscible.networks.optimization import build_ema, build_optimizer, tuned
+from immiscible.networks.weights import PRECISIONS
+from immiscible.training.zero2 import by_zero2, split_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,7 +34,11 @@ ELEMENTWISE = ("adamw", "radam")  # optimizers to which a part of a weight is a 
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the processes hold parts of the network."""
+    """Whether each process holds a part of what is trained."""
+    return by_zero2(accelerator) or _by_fsdp2(accelerator)
+
+
+def _by_fsdp2(accelerator: Accelerator) -> bool:
     return bool(getattr(accelerator, "is_fsdp2", False))  # which older versions do not know, as they do not FSDP2
 
 
@@ -105,22 +111,39 @@ def prepared(network: ModelMixin, arguments: TrainingArguments, accelerator: Acc
         UserError: the flags ask for what cannot be done with parts of a network, or with this one.
     """
     device = accelerator.device
-    if not is_sharded(accelerator):
+    if is_sharded(accelerator):
+        _check(arguments, accelerator)
+    if not _by_fsdp2(accelerator):
         bare = build_optimizer(network, arguments)
         ema = build_ema(network, arguments, device, bare)
-        model, optimizer = accelerator.prepare(tuned(network, arguments, device), bare)
+        ready = tuned(network, arguments, device)
+        if by_zero2(accelerator):
+            _autocast(ready, accelerator)
+            model, optimizer = split_optimizer(ready, bare, arguments, accelerator)
+        else:
+            model, optimizer = accelerator.prepare(ready, bare)
         return model, optimizer, ema, Whole(ema)
-    _check(arguments, accelerator)
     copied: Any = copy.deepcopy(network.to("cpu"))  # in host memory: the device never holds all of it
     _shard_shared(copied)
     model, optimizer = _shard(tuned(copied, arguments, device), build_optimizer(copied, arguments), accelerator)
     shards = build_ema(model, arguments, device)
     whole = build_ema(network, arguments, torch.device("cpu"))
+    for each in (model, network):
+        _autocast(each, accelerator)
     if not accelerator.is_main_process:
         network.to("meta")
         if whole is not None:
             whole.to("meta")
     return model, optimizer, shards, Gathered(network, model, shards, whole, device)
+
+
+def _autocast(network: nn.Module, accelerator: Accelerator) -> None:
+    """Computes a network in the run's precision and gives its output in fp32, as accelerate has it in DDP."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    if accelerator.mixed_precision != "no":
+        autocast = torch.autocast(accelerator.device.type, dtype=PRECISIONS[accelerator.mixed_precision])
+        network.forward = convert_outputs_to_fp32(autocast(network.forward))
 
 
 def _check(arguments: TrainingArguments, accelerator: Accelerator) -> None:
@@ -135,7 +158,7 @@ def _check(arguments: TrainingArguments, accelerator: Accelerator) -> None:
     }
     if asked := [flag for flag, given in refused.items() if given]:
         raise UserError(
-            f"{asked[0]} does not go with FSDP2, which splits each weight over the processes: leave it out (optimizers "
+            f"{asked[0]} does not go with FSDP2 or DeepSpeed, which split weights or what is kept of them: leave it out (optimizers "
             f"{', '.join(ELEMENTWISE)}; precisions no, bf16), or launch with --multi_gpu"
         )
 
@@ -154,8 +177,7 @@ def _shard_shared(network: nn.Module) -> None:
 
 
 def _shard(model: ModelMixin, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[nn.Module, Any]:
-    """Both as accelerate shards them. Weights are gathered and gradients reduced in fp32, and autocast computes as it does in DDP."""
-    from accelerate.utils import convert_outputs_to_fp32
+    """Both as accelerate shards them; weights are gathered and gradients reduced in fp32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
@@ -170,6 +192,4 @@ def _shard(model: ModelMixin, optimizer: torch.optim.Optimizer, accelerator: Acc
         sharded, prepared_optimizer = accelerator.prepare(model, optimizer)
     except ValueError as error:  # accelerate's word for blocks that the network does not have
         raise UserError(f"FSDP2 cannot split this network: {first_line(error)}") from None
-    if accelerator.mixed_precision != "no":
-        sharded.forward = convert_outputs_to_fp32(accelerator.autocast()(sharded.forward))
     return sharded, prepared_optimizer

@@ -6,6 +6,7 @@ again, also a single one. (torch's own format has a pickle beside them, which ru
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from immiscible.errors import first_line
 from immiscible.networks.weights import unwrapped
+from immiscible.training.zero2 import by_zero2, put_state, whole_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,11 +35,13 @@ def save_shards(accelerator: Accelerator, folder: Path, ema: EMAModel | None) ->
     """
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
+    (model,), (optimizer,) = accelerator._models, accelerator._optimizers
+    trained = _trained(accelerator)
+    split = by_zero2(accelerator)
+    state: Any = dict(zip(trained.values(), whole_state(model, trained.values()), strict=True)) if split else optimizer.optimizer.state
+    entries = _weights(accelerator, ema) | _named_state(trained, state)
     with _of_any_rank(folder):
-        save(
-            _weights(accelerator, ema) | _optimizer_state(accelerator),
-            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-        )
+        save(entries, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
 def load_shards(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> None:
@@ -48,11 +52,17 @@ def load_shards(accelerator: Accelerator, folder: Path, ema: EMAModel | None) ->
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
+    (model,), (optimizer,) = accelerator._models, accelerator._optimizers
+    trained = _trained(accelerator)
+    split = by_zero2(accelerator)
+    state: Any = defaultdict(dict) if split else optimizer.optimizer.state
     reader = HuggingFaceStorageReader(str(folder))
     with _of_any_rank(folder):
-        _make_room(accelerator, reader.read_metadata().state_dict_metadata)
-        entries = _weights(accelerator, ema) | _optimizer_state(accelerator)
+        _make_room(trained, state, reader.read_metadata().state_dict_metadata, "cpu" if split else None)
+        entries = _weights(accelerator, ema) | _named_state(trained, state)
         load(entries, storage_reader=reader, no_dist=accelerator.num_processes == 1)
+    if split:
+        put_state(model, state)
     if ema is not None:
         ema.optimization_step = int(entries[AVERAGED])
 
@@ -87,25 +97,19 @@ def _weights(accelerator: Accelerator, ema: EMAModel | None) -> dict[str, Tensor
     return found
 
 
-def _optimizer_state(accelerator: Accelerator) -> dict[str, Tensor]:
-    state = _state(accelerator)
-    return {
-        f"optimizer.{kind}.{name}": value for name, weight in _trained(accelerator).items() for kind, value in state.get(weight, {}).items()
-    }
+def _named_state(trained: Mapping[str, nn.Parameter], state: Any) -> dict[str, Tensor]:
+    """The optimizer's, by the names that it has in the files."""
+    named = ((name, state.get(weight, {})) for name, weight in trained.items())
+    return {f"optimizer.{kind}.{name}": value for name, of_weight in named for kind, value in of_weight.items()}
 
 
-def _state(accelerator: Accelerator) -> Any:
-    (optimizer,) = accelerator._optimizers
-    return optimizer.optimizer.state
-
-
-def _make_room(accelerator: Accelerator, saved: Mapping[str, Any]) -> None:
+def _make_room(trained: Mapping[str, nn.Parameter], state: Any, saved: Mapping[str, Any], device: str | None) -> None:
     """Gives an optimizer that has taken no step the state that the files hold, of any values: what is like its weight, and counts."""
-    state = _state(accelerator)
     for key, facts in saved.items():
         part, _, rest = key.partition(".")
         kind, _, name = rest.partition(".")
-        weight = _trained(accelerator).get(name) if part == "optimizer" else None
+        weight = trained.get(name) if part == "optimizer" else None
         if weight is not None:
             like = weight.shape == facts.size and facts.size
-            state[weight][kind] = torch.zeros_like(weight) if like else torch.zeros(facts.size, dtype=facts.properties.dtype, device="cpu")
+            room = torch.zeros_like(weight, device=device) if like else torch.zeros(facts.size, dtype=facts.properties.dtype, device="cpu")
+            state[weight][kind] = room.detach()

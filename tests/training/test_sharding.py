@@ -149,9 +149,11 @@ def test_what_is_read_is_what_was_saved(script, ten, tmp_path):
 def test_what_cannot_go_on_is_one_line(script, ten, tmp_path):
     words = tiny(tmp_path / "run", **TEN, resume_from_checkpoint=ten / "ddp/checkpoint-5")
     first, _ = split(script, words, code=2)
-    assert re.search(r"checkpoint-5 holds the whole network, as DDP and one process save it: resume it without FSDP2", first.error)
+    assert re.search(
+        r"checkpoint-5 holds the whole network, as DDP and one process save it: resume it without FSDP2 and DeepSpeed", first.error
+    )
     with pytest.raises(
-        UserError, match=r"parts of a network that FSDP2 has split; resumed with --max_train_steps 5, .* writes the pipeline"
+        UserError, match=r"is of a run split by FSDP2 or DeepSpeed, in parts; resumed with --max_train_steps 5, .* writes the pipeline"
     ):
         load_model(str(ten / "fsdp/checkpoint-5"))
 
@@ -258,10 +260,9 @@ def test_two_nodes_on_one_machine(tmp_path, name):
     assert ("FSDP2 over 2 processes" in results[0].stderr) == (name == "fsdp2") and metrics(tmp_path / "run")[0]["paired_images"] == 16
 
 
-@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
-def test_other_ways_to_split_a_network_are_one_line(monkeypatch, name):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(UserError, match=f"{name}.*--multi_gpu or.*fsdp2.yaml"):
+def test_megatron_is_one_line(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    with pytest.raises(UserError, match=r"MEGATRON_LM.*--multi_gpu or.*fsdp2.yaml"):
         _check_launcher()
 
 
@@ -279,7 +280,7 @@ def test_what_fsdp_may_not_be_asked_is_one_line(monkeypatch, name):
 def test_flags_that_do_not_go_with_parts_are_one_line(changes):
     ((name, value),) = changes.items()
     flag = f"--{name}" if value is True else f"--{name} {value}"
-    with pytest.raises(UserError, match=f"^{flag} does not go with FSDP2.*adamw, radam.*--multi_gpu"):
+    with pytest.raises(UserError, match=f"^{flag} does not go with FSDP2 or DeepSpeed.*adamw, radam.*--multi_gpu"):
         _check(OptimizationArguments(**changes), SimpleNamespace(mixed_precision="no"))
     with pytest.raises(UserError, match=r"^--mixed_precision fp16 does not go with FSDP2"):
         _check(OptimizationArguments(), SimpleNamespace(mixed_precision="fp16"))
