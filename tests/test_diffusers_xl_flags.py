@@ -13,7 +13,6 @@ from immiscible.schedulers import build_scheduler
 from immiscible.timesteps import timestep_sampler
 
 THEIRS = json.loads((ROOT / "tests/diffusers_xl_flags.json").read_text())
-ADAPTERS = {"train_text_encoder"}  # flags that are tested with those of adapters
 # One script serves all families, and which one it is stands in the checkpoint, which parsing does not open: the defaults are those of
 # diffusers' script for Stable Diffusion 1.x. Of the resolution a line says so (tests/tasks/test_sdxl_runs.py).
 SCRIPTS = {
@@ -23,6 +22,7 @@ SCRIPTS = {
 OF_XL = {  # flags that the scripts for Stable Diffusion 1.x have not, and the test of what they do
     "pretrained_vae_model_name_or_path": "tests/networks/test_stable_diffusion_xl.py",
     "proportion_empty_prompts": "tests/tasks/test_text_to_image.py",
+    "train_text_encoder": "tests/networks/test_low_rank_adapters.py",
 }
 
 
@@ -31,14 +31,14 @@ def test_every_flag_has_its_default(script):
     words, others = SCRIPTS[script]
     assert len(THEIRS[script]) == (55 if words else 59)
     ours = parse(*words)
-    for name in THEIRS[script].keys() - XL_FOREIGN.keys() - ADAPTERS - {"pretrained_model_name_or_path", "dataset_name"}:
+    for name in THEIRS[script].keys() - XL_FOREIGN.keys() - {"pretrained_model_name_or_path", "dataset_name"}:
         default = THEIRS[script][name]["default"]
         assert getattr(ours, name) == others.get(name, default) and (name not in others or others[name] != default), name
 
 
 def test_every_flag_has_a_test_of_what_it_does():
     theirs = {name for flags in THEIRS.values() for name in flags}
-    assert theirs <= ROWS.keys() | ELSEWHERE.keys() | OF_XL.keys() | XL_FOREIGN.keys() | ADAPTERS
+    assert theirs <= ROWS.keys() | ELSEWHERE.keys() | OF_XL.keys() | XL_FOREIGN.keys()
     assert all((ROOT / path).exists() for path in OF_XL.values())
 
 

@@ -207,7 +207,7 @@ def _from_diffusers(name: str) -> DiffusionPipeline:
         # A safety checker would put black images among the samples; a text encoder that is absent, diffusers wants to hear.
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
         absent = dict.fromkeys(part for part, listed in parts.items() if listed in ([None, None], (None, None)))
-        pipeline = DiffusionPipeline.from_pretrained(name, **absent, **unchecked)
+        pipeline = DiffusionPipeline.from_pretrained(name, **{**absent, **unchecked})
         for after in ("", "_2", "_3"):
             tokenizer, encoder = (pipeline.components.get(f"{part}{after}") for part in ("tokenizer", "text_encoder"))
             if tokenizer and encoder:

@@ -11,8 +11,8 @@ from tiny_text import model_folder
 
 from immiscible.errors import UserError
 from immiscible.networks.arguments import TextModelArguments
-from immiscible.networks.checkpoint_parts import place
 from immiscible.networks.families import load_checkpoint
+from immiscible.networks.placing import place
 from immiscible.networks.weights import weights_digest
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_the_network_is_told_sizes_and_called_as_any_other():
 def test_the_own_vae_keeps_its_precision_and_a_named_one_has_the_runs(named):
     vae = str(model_folder("xl") / "vae") if named else None
     parts = loaded(pretrained_vae_model_name_or_path=vae)
-    place(parts, Accelerator("bf16"), rank=None, idle=True)
+    place(parts, Accelerator("bf16"), adapters=None, idle=True)
     assert {parts.text_encoder.dtype, parts.encoders["text_encoder_2"].dtype} == {torch.bfloat16}
     assert parts.vae.dtype == (torch.bfloat16 if named else torch.float32) and parts.network.dtype == torch.float32
     whole = parts.in_full_precision()
