@@ -364,8 +364,12 @@ def buckets_of(source: ImageSource, data: TextDataArguments, parts: CheckpointPa
         UserError: the sizes do not go with the parts, or as `assigned_buckets`.
     """
     sizes = bucket_sizes(data)
-    multiple = latent_downsampling(parts.vae) * int(parts.network.config.get("patch_size") or 1)
+    network = parts.network.config
+    multiple = latent_downsampling(parts.vae) * int(network.get("patch_size") or 1)
     check_multiple(sizes, data, multiple, parts.name)
+    most = multiple * int(network.get("pos_embed_max_size") or 2**31)
+    if max(map(max, sizes)) > most:
+        raise UserError(f"--buckets has a side of {max(map(max, sizes))}, and the network of {parts.name} knows no positions beyond {most}")
     return assigned_buckets(source, sizes, data)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from bucketed import mixed_folder
 from launch import flags, run_command
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -136,6 +137,24 @@ def test_couplings_laws_and_weightings_act_on_its_latents(monkeypatch, tmp_path,
     assert all(numpy.isfinite(reached.losses)) and len(reached.pairs) == 2
     statistics = reached.pairs[-1].statistics
     assert float(statistics["pair_distance"]) < float(statistics["pair_distance_drawn"])
+
+
+def test_a_bucket_of_another_shape_is_the_scripts_step_too(monkeypatch, tmp_path):
+    from diffusers import SD3Transformer2DModel
+
+    common = {"train_data_dir": mixed_folder(), "train_batch_size": 2, "use_lora": True}
+    reached = reach(monkeypatch, tiny_sd3(tmp_path / "run", **common, buckets="32,64;64,32"), steps=1)
+    assert sorted(reached.pairs[0].x0.shape[2:]) == [4, 8]
+    transformer = SD3Transformer2DModel.from_pretrained(model_folder(WITHOUT_T5), subfolder="transformer")
+    with torch.no_grad():
+        loss = plain_loss(reached, transformer, "none", precondition=False)
+    assert reached.losses[0] == pytest.approx(float(loss), rel=1e-6)
+    for buckets, words in (
+        ("32,40;32,32", "multiples? of 16"),
+        ("16,512;32,32", "side of 512, and .* no positions beyond 256"),
+    ):
+        with pytest.raises(UserError, match=words):
+            reach(monkeypatch, tiny_sd3(tmp_path / "run", **common, buckets=buckets))
 
 
 # What is refused
