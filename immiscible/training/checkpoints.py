@@ -164,7 +164,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel | None, 
     step = int(read_state(path)["step"])
     if holds_shards(path):
         with _named(path / SHARDS):
-            load_shards(accelerator, path / SHARDS, ema)
+            load_shards(accelerator, path / SHARDS, step, ema)
     elif is_sharded(accelerator):
         raise UserError(
             f"{path} holds the whole network, as DDP and one process save it: resume it without FSDP2 and DeepSpeed, or begin anew (what "

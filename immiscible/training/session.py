@@ -201,6 +201,8 @@ def _check_launcher() -> None:
             "accelerate is configured for MEGATRON_LM, under which this script neither trains nor saves what it should; launch it with "
             "--multi_gpu or, to split the network over the processes, by FSDP2 (configs/accelerate/fsdp2.yaml)"
         )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        _check_versions()
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         check_zero2(os.environ)
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -210,6 +212,17 @@ def _check_launcher() -> None:
                 raise UserError(
                     f"accelerate is configured for FSDP with {name}={given}: set {words}, as configs/accelerate/fsdp2.yaml does"
                 )
+
+
+def _check_versions() -> None:
+    """Refuses what would fail at the first checkpoint, or train by FSDP1: the scripts' lowest versions are older than FSDP2."""
+    from accelerate import Accelerator
+    from torch.distributed import checkpoint
+
+    if not hasattr(Accelerator, "is_fsdp2") or not hasattr(checkpoint, "HuggingFaceStorageWriter"):
+        raise UserError(
+            "FSDP2 and DeepSpeed need a newer torch or accelerate than these, such as constraints.txt names; or launch with --multi_gpu"
+        )
 
 
 def _split_on_cpus(accelerator: Accelerator) -> None:

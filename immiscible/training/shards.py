@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from immiscible.errors import first_line
+from immiscible.errors import UserError, first_line
 from immiscible.networks.weights import unwrapped
 from immiscible.training.zero2 import by_zero2, put_state, whole_state
 
@@ -44,11 +44,12 @@ def save_shards(accelerator: Accelerator, folder: Path, ema: EMAModel | None) ->
         save(entries, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
-def load_shards(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> None:
-    """Puts what `save_shards` wrote into a model that is split over any number of processes or over none; every rank calls it.
+def load_shards(accelerator: Accelerator, folder: Path, step: int, ema: EMAModel | None) -> None:
+    """Puts what `save_shards` wrote after ``step`` into a model that is split over any number of processes or none; every rank calls it.
 
     Raises:
-        OSError: a rank cannot read it, or it is of another network; on every rank.
+        OSError: a rank cannot read it; on every rank.
+        UserError: (exit code 1) it is of another network, or lacks something; on every rank.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
@@ -60,6 +61,8 @@ def load_shards(accelerator: Accelerator, folder: Path, ema: EMAModel | None) ->
     with _of_any_rank(folder):
         _make_room(trained, state, reader.read_metadata().state_dict_metadata, "cpu" if split else None)
         entries = _weights(accelerator, ema) | _named_state(trained, state)
+        if step and not any(map(state.get, trained.values())):
+            raise UserError(f"{folder} holds no state of an optimizer that has taken {step} steps", exit_code=1)
         load(entries, storage_reader=reader, no_dist=accelerator.num_processes == 1)
     if split:
         put_state(model, state)
@@ -76,8 +79,9 @@ def _of_any_rank(folder: Path) -> Iterator[None]:
         yield
     except CheckpointException as met:
         error, _ = next(iter(met.failures.values()))
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise OSError(getattr(error, "errno", None), reason or first_line(error), str(folder)) from met
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(folder)) from met
+        raise UserError(f"{folder} cannot be read or written ({first_line(error)[:200]})", exit_code=1) from met
 
 
 def _trained(accelerator: Accelerator) -> Mapping[str, nn.Parameter]:

@@ -121,10 +121,12 @@ def put_state(engine: Any, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) 
 
     optimizer = engine.optimizer
     optimizer.refresh_fp32_params()
-    for part in optimizer.single_partition_of_fp32_groups:
-        for kind, value in next(iter(states.values())).items():
+    kinds = next(iter(states.values()), {})  # none, where no step was taken
+    for part in optimizer.single_partition_of_fp32_groups if kinds else []:
+        for kind, value in kinds.items():
             optimizer.optimizer.state[part][kind] = torch.zeros_like(part) if value.ndim else value.clone()
-    optimizer._lazy_init_hp_params_optimizer_state()
+    if kinds:
+        optimizer._lazy_init_hp_params_optimizer_state()
     for weight, state in states.items():
         for kind, value in state.items():
             if value.ndim:

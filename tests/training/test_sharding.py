@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,12 @@ import pytest
 import torch
 from kills import finish, kill, metrics
 from launch import ROOT, accelerate_launch, free_port, run_command, tiny
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_text import ADAPTERS, FINETUNE, tiny_text
 
 from immiscible.errors import UserError
+from immiscible.files import file_facts
 from immiscible.networks.arguments import OptimizationArguments
 from immiscible.tasks.from_run import load_model
 from immiscible.training.checkpoints import STATE_FILE, check_identity
@@ -132,6 +135,7 @@ def test_what_is_read_is_what_was_saved(script, ten, tmp_path):
         tmp_path / "run", **{**TEN, "train_batch_size": 16, "max_train_steps": 5}, resume_from_checkpoint=ten / "fsdp/checkpoint-5"
     )
     whole(script, words, 1)
+    assert (tmp_path / "run/model_index.json").exists()
     parts = [load_file(path) for path in sorted((ten / "fsdp/checkpoint-5" / SHARDS).iterdir())]
     optimizer = torch.load(tmp_path / "run/checkpoint-5/optimizer.bin", weights_only=True)["state"]
     for group, folder in (("weights", "unet"), ("average.weights", "unet_ema")):
@@ -145,6 +149,20 @@ def test_what_is_read_is_what_was_saved(script, ten, tmp_path):
     assert json.loads((tmp_path / "run/checkpoint-5/unet_ema/config.json").read_text())["optimization_step"] == 5
 
 
+def without(part, checkpoint, copy):
+    """The checkpoint without the tensors whose names begin so, sealed again."""
+    shutil.copytree(checkpoint, copy)
+    state = json.loads((copy / STATE_FILE).read_text())
+    for path in (copy / SHARDS).iterdir():
+        with safe_open(path, framework="pt") as file:
+            kept = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(part)}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata()
+        save_file(kept, path, metadata=metadata)
+        state["files"][f"{SHARDS}/{path.name}"] = file_facts(path)
+    (copy / STATE_FILE).write_text(json.dumps(state))
+    return copy
+
+
 @pytest.mark.slow
 def test_what_cannot_go_on_is_one_line(script, ten, tmp_path):
     words = tiny(tmp_path / "run", **TEN, resume_from_checkpoint=ten / "ddp/checkpoint-5")
@@ -152,6 +170,14 @@ def test_what_cannot_go_on_is_one_line(script, ten, tmp_path):
     assert re.search(
         r"checkpoint-5 holds the whole network, as DDP and one process save it: resume it without FSDP2 and DeepSpeed", first.error
     )
+    for part, wanted in (
+        ("weights.conv_in.bias", "Missing key.*weights.conv_in.bias"),
+        ("optimizer.", "no state of an optimizer that has taken 5"),
+    ):
+        other = without(part, ten / "fsdp/checkpoint-5", tmp_path / part / "checkpoint-5")
+        words = tiny(tmp_path / "one", **{**TEN, "train_batch_size": 16}, resume_from_checkpoint=other)
+        (result,) = finish([script.start(words)], code=1)
+        assert re.search(f"{SHARDS} .*{wanted}", result.error)
     with pytest.raises(
         UserError, match=r"is of a run split by FSDP2 or DeepSpeed, in parts; resumed with --max_train_steps 5, .* writes the pipeline"
     ):
@@ -263,6 +289,17 @@ def test_two_nodes_on_one_machine(tmp_path, name):
 def test_megatron_is_one_line(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
     with pytest.raises(UserError, match=r"MEGATRON_LM.*--multi_gpu or.*fsdp2.yaml"):
+        _check_launcher()
+
+
+def test_versions_before_fsdp2_are_one_line(monkeypatch):
+    from accelerate import Accelerator
+
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    _check_launcher()
+    monkeypatch.delattr(Accelerator, "is_fsdp2")
+    with pytest.raises(UserError, match=r"need a newer torch or accelerate than these, such as constraints.txt names"):
         _check_launcher()
 
 
