@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 NAME = "default"  # of the adapters, in peft
-FILE = "pytorch_lora_weights.safetensors"
+ADAPTERS = "pytorch_lora_weights.safetensors"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # of CLIP's attention, as in diffusers' examples
 VECTOR = "lora_magnitude_vector"  # DoRA's
 TOKENS = "token_ids:"  # before the name of a tokenizer, whose ids a network is told in the place of text states, int64 [B, L]
@@ -186,7 +186,7 @@ def config_of(module: Any) -> LoraConfig:
 
 
 def save_adapters(network: ModelMixin, folder: Path) -> None:
-    """Writes the adapters, those of text encoders among them, as diffusers' ``load_lora_weights`` reads them: `FILE`, fp32."""
+    """Writes the adapters, those of text encoders among them, as diffusers' ``load_lora_weights`` reads them: `ADAPTERS`, fp32."""
     modules = _modules(network)
     layers: dict[str, Any] = {f"{name}_lora_layers": _written(name, own_adapters(module)) for name, module in modules.items()}
     configs = {name: config_of(module) for name, module in modules.items()}

@@ -14,6 +14,7 @@ from torch import nn
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
 from immiscible.errors import UserError
 from immiscible.flags import parse_config
+from immiscible.networks.adapters import ADAPTERS
 from immiscible.networks.checkpoint_parts import limit_length
 from immiscible.networks.kinds import PARTS
 from immiscible.networks.latents import load_vae
@@ -34,7 +35,6 @@ WEIGHTS = {"ema": "_ema", "raw": ""}  # the choices of --weights -> how the netw
 
 
 WITHOUT_UNET = ("DiTPipeline", "StableDiffusion3Pipeline")  # pipelines of diffusers around a transformer that are sampled
-ADAPTERS = "pytorch_lora_weights.safetensors"
 
 
 def load_model(name: str, *, weights: str | None = None, lora: str | None = None, base: str | None = None) -> Loaded:

@@ -162,9 +162,9 @@ def test_others_names_of_flags_are_taken():
 LOADED = """
 import json, sys
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 torch.set_num_threads(1)
-pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
 pipeline.set_progress_bar_config(disable=True)
 def sample():
     return pipeline("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images[0]
@@ -183,8 +183,10 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_resumed_is_never_stopped_and_plain_diffusers_loads_it(script, tmp_path):
+@pytest.mark.parametrize(("version", "encoders"), [(1, {"text_encoder"}), ("xl", {"text_encoder", "text_encoder_2"})])
+def test_resumed_is_never_stopped_and_plain_diffusers_loads_it(script, tmp_path, version, encoders):
     common = {
+        "pretrained_model_name_or_path": model_folder(version),
         "use_lora": True,
         "train_text_encoder": True,
         "use_dora": True,
@@ -211,10 +213,10 @@ def test_resumed_is_never_stopped_and_plain_diffusers_loads_it(script, tmp_path)
     for part in (".", "checkpoint-4"):
         one, other = tensors(tmp_path / "whole" / part), tensors(tmp_path / "run" / part)
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-        assert {name.partition(".")[0] for name in one} == {"unet", "text_encoder"}
+        assert {name.partition(".")[0] for name in one} == {"unet", *encoders}
     with safe_open(tmp_path / "run" / ADAPTERS, framework="pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 5
-    result = run_command([sys.executable, "-c", LOADED, model_folder(), tmp_path / "run"], PYTHONSAFEPATH="1")
+    result = run_command([sys.executable, "-c", LOADED, model_folder(version), tmp_path / "run"], PYTHONSAFEPATH="1")
     assert result.code == 0, result.stderr
     difference, *scales = json.loads(result.stdout)
     assert difference > 1e-3 and scales == [[2.5], [2.5]]
