@@ -32,9 +32,10 @@ from immiscible.training.folder import check_folder, folder_state, prepare_folde
 from immiscible.training.log import RunLog
 from immiscible.training.loop import StepStats, train, whole_windows
 from immiscible.training.measuring import RunEvaluation
+from immiscible.training.memory import plan_table
 from immiscible.training.planning import epoch_plans
 from immiscible.training.session import settle_seed
-from immiscible.training.sharding import Whole, prepared
+from immiscible.training.sharding import Whole, is_sharded, prepared
 from immiscible.training.stop import StopRequest
 from immiscible.training.summary import (
     check_batch_size,
@@ -84,7 +85,9 @@ def run(config: RunConfig, accelerator: Accelerator, build_task: BuildTask) -> N
         if config.plan:
             remaining = state.max_steps - state.start_step
             checkpoint = partial(checkpoint_bytes, task.network, state.optimizer, config.use_ema)
-            report_plan(_or_error(steps, stop), task.network, accelerator, remaining, plans.words if plans else None, checkpoint=checkpoint)
+            predict = None if config.torch_compile or is_sharded(accelerator) else partial(plan_table, config, accelerator, task)
+            words = plans.words if plans else None
+            report_plan(_or_error(steps, stop), task.network, accelerator, remaining, words, checkpoint=checkpoint, predict=predict)
             return
         if is_finished(config, state.start_step, state.max_steps):
             return

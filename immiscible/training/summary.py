@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import islice
 from math import isfinite
@@ -27,6 +27,7 @@ from immiscible.files import PARTIAL, read_lines, replace
 from immiscible.objectives import Objective
 from immiscible.samplers import TimestepSampler, TwoPhases
 from immiscible.training.loop import StepStats
+from immiscible.training.memory import at_first_call
 from immiscible.training.notices import notices
 from immiscible.training.task import Task
 
@@ -249,9 +250,11 @@ def report_plan(
     planning: Callable[[], str] | None = None,
     *,
     checkpoint: Callable[[], float],
+    predict: Callable[[Sequence[Any], Mapping[str, Any]], tuple[str, int]] | None = None,
     timed: int = 5,
 ) -> None:
-    """Takes a few steps that leave nothing behind and prints sizes and the time that the run would take.
+    """Takes a few steps that leave nothing behind and prints sizes and the time that the run would take; first what a step will need, which
+    is known even where memory does not suffice for one.
 
     Args:
         steps: of the run.
@@ -260,17 +263,27 @@ def report_plan(
         remaining: how many steps the run would take.
         planning: says, after the steps, what the plan of an epoch has taken; None where none is made.
         checkpoint: says, after the steps, how many bytes a checkpoint holds.
+        predict: says, from the network's first call, what a step needs, in words, and how many operations; None where nothing can.
         timed: how many steps are timed, beside the first.
     """
     if remaining <= 0:
         accelerator.print("Plan: nothing is left to train; the checkpoint is at the last step already. Nothing was written.")
         return
     seconds: list[float] = []
-    for stats in tqdm(islice(steps, timed + 1), total=min(timed + 1, remaining), desc="timing", leave=False):
-        seconds.append(stats.metrics["step_seconds"])
-        spent = accelerator.reduce(torch.tensor(sum(seconds), device=accelerator.device), reduction="mean")
-        if len(seconds) > 1 and spent > PLAN_SECONDS:
-            break
+    operations: list[int] = []
+
+    def tell(arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+        if predict and accelerator.is_main_process:
+            rows, flops = predict(arguments, options)
+            operations.append(flops)
+            accelerator.print(rows)
+
+    with at_first_call(network, tell):
+        for stats in tqdm(islice(steps, timed + 1), total=min(timed + 1, remaining), desc="timing", leave=False):
+            seconds.append(stats.metrics["step_seconds"])
+            spent = accelerator.reduce(torch.tensor(sum(seconds), device=accelerator.device), reduction="mean")
+            if len(seconds) > 1 and spent > PLAN_SECONDS:
+                break
     typical = median(seconds[1:] or seconds)
     weights, saved = (size / 2**20 for size in (_bytes(network.parameters()), checkpoint()))
     on_gpu = accelerator.device.type == "cuda"
@@ -279,8 +292,14 @@ def report_plan(
     accelerator.print(
         f"Plan: {remaining} steps of {typical:.3f} s (median of {len(seconds[1:] or seconds)}) = {total}, without sampling and saving\n"
         f"Plan: weights {weights:.1f} MiB, a checkpoint of them and all that goes on {saved:.1f} MiB; peak memory so far {memory:.0f} MiB\n"
+        f"{''.join(f'Plan: {_operations(flops, typical)}{chr(10)}' for flops in operations)}"
         f"{f'Plan: {planning()}{chr(10)}' if planning else ''}Plan: nothing was written"
     )
+
+
+def _operations(flops: int, seconds: float) -> str:
+    """Such that the time of a step elsewhere follows from what another device reaches."""
+    return f"{flops / 1e9:,.4g} GFLOP a step of a process, at {flops / 1e9 / seconds:,.4g} GFLOP/s here; elsewhere by what is reached there"
 
 
 def peak_memory() -> float:
