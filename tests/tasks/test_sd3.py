@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from bucketed import mixed_folder
+from kills import finish, kill, lines, start
 from launch import flags, run_command
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -334,6 +335,40 @@ def test_killed_and_resumed_is_never_killed(script, tmp_path, changes):
     whole = final_hashes(tmp_path / "whole", 6)
     assert whole and final_hashes(tmp_path / "run", 6) == whole
     assert [line["loss"] for line in metrics(tmp_path / "run")] == [line["loss"] for line in metrics(tmp_path / "whole")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_adapters_on_cached_buckets_are_killed_and_resumed(script, tmp_path, processes):
+    common = {
+        "use_lora": True,
+        "train_data_dir": mixed_folder(),
+        "buckets": "16,32;32,32;32,16",
+        "center_crop": True,
+        "cache_latents": True,
+        "latent_cache_dir": tmp_path / "cache",
+        "train_batch_size": 2 // processes,
+        "noise_coupling": "assignment",
+        "coupling_scope": "global",
+        "weighting_scheme": "logit_normal",
+        "checkpointing_steps": 2,
+        "max_train_steps": 16,
+        "resume_from_checkpoint": "latest",
+    }
+    finish([script.start(tiny_sd3(tmp_path / "x", **common), program="scripts/precompute_latents.py")])
+
+    def begin(name: str):
+        return start(script, tiny_sd3(tmp_path / name, **common), processes, program=FINETUNE)
+
+    finish(begin("whole"))
+    runs = begin("killed")
+    runs[0].wait_until(lambda: lines(tmp_path / "killed") > 6)
+    kill(runs)
+    assert not (tmp_path / "killed" / "checkpoint-16").exists()
+    finish(begin("killed"))
+    whole = final_hashes(tmp_path / "whole", 16)
+    assert whole and final_hashes(tmp_path / "killed", 16) == whole
+    assert [line["loss"] for line in metrics(tmp_path / "killed")] == [line["loss"] for line in metrics(tmp_path / "whole")]
 
 
 @pytest.mark.slow
