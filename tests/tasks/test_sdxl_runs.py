@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
-import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bucketed import BUCKETS, SHAPES, mixed_folder
+from kills import finish, kill, lines, start
+from latent_caches import PRECOMPUTE
 from launch import flags, run_command
 from safetensors.torch import load_file
 from tiny_text import ADAPTERS, FINETUNE, SCRATCH, WEIGHTS, data_folder, model_folder, reach, tiny_text
@@ -90,6 +92,16 @@ def test_the_sizes_are_those_of_the_scripts_crop(monkeypatch, tmp_path):
     assert middle.condition["time_ids"].tolist() == [[48, 40, 3, 0, 32, 32]] * 4
 
 
+def test_in_buckets_the_network_is_told_the_size_of_each(monkeypatch, tmp_path):
+    reached = reach(monkeypatch, xl(tmp_path / "run", train_data_dir=mixed_folder(), **BUCKETS), steps=2)
+    shapes = {tuple(8 * side for side in pairs.x0.shape[2:]) for pairs in reached.pairs}
+    assert len(shapes) > 1
+    for pairs in reached.pairs:
+        ids = pairs.condition["time_ids"].int()
+        assert ids[:, 4:].tolist() == [[8 * side for side in pairs.x0.shape[2:]]] * 2
+        assert all(tuple(size) in SHAPES for size in ids[:, :2].tolist())
+
+
 def test_adapters_are_of_the_attention_and_change_nothing_at_first(monkeypatch, tmp_path):
     reached = reach(monkeypatch, xl(tmp_path / "run", use_lora=True, rank=2, mixed_precision="bf16"), steps=1)
     full = reach(monkeypatch, xl(tmp_path / "run", mixed_precision="bf16"), steps=1)
@@ -152,17 +164,19 @@ def test_stopped_and_resumed_is_never_stopped(script, tmp_path, runs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "processes"), [({"use_ema": True}, 1), ({"use_lora": True}, 1), ({"use_lora": True}, 2)], ids=["full", "adapters", "two"]
+    ("changes", "processes", "cached"),
+    [
+        ({"use_ema": True}, 1, False),
+        ({"use_lora": True}, 1, False),
+        ({"use_lora": True}, 2, False),
+        ({"use_lora": True, **BUCKETS}, 1, True),
+    ],
+    ids=["full", "adapters", "two", "buckets"],
 )
-def test_an_sdxl_run_that_is_killed_and_resumed_is_never_killed(script, tmp_path, changes, processes):
-    def start(folder):
-        words = xl(folder, **common)
-        return script.start_ranks(words, program=FINETUNE) if processes > 1 else [script.start(words, program=FINETUNE)]
-
+def test_an_sdxl_run_that_is_killed_and_resumed_is_never_killed(script, tmp_path, changes, processes, cached):
     common = {
-        **changes,
         "checkpointing_steps": 2,
-        "max_train_steps": 9,
+        "max_train_steps": 12,
         "gradient_accumulation_steps": 2,
         "random_flip": True,
         "proportion_empty_prompts": 0.2,
@@ -170,17 +184,20 @@ def test_an_sdxl_run_that_is_killed_and_resumed_is_never_killed(script, tmp_path
         "coupling_window": 3,
         "resume_from_checkpoint": "latest",
         "mixed_precision": "bf16",
+        "train_data_dir": mixed_folder(),
+        **changes,
     }
-    assert [run.wait().code for run in start(tmp_path / "whole")] == [0] * processes
-    runs = start(tmp_path / "run")
-    lines = tmp_path / "run" / "metrics.jsonl"
-    runs[0].wait_until(lambda: lines.exists() and lines.read_text().count("\n") >= 5)
-    for run in runs:
-        run.send_group(signal.SIGKILL)
-    assert [run.wait().code for run in runs] == [128 + signal.SIGKILL] * processes and not (tmp_path / "run" / "summary.json").exists()
-    assert [run.wait().code for run in start(tmp_path / "run")] == [0] * processes
-    whole = hashes(tmp_path / "whole", 9)
-    assert hashes(tmp_path / "run", 9) == whole and len(whole) == (2 if "use_ema" in changes else 1)
+    if cached:
+        common |= {"cache_latents": True, "latent_cache_dir": tmp_path / "cache", "center_crop": True}
+        finish([script.start([*xl(tmp_path / "x", **common), "--rows_per_shard", 4], program=PRECOMPUTE)])
+    finish(start(script, xl(tmp_path / "whole", **common), processes, program=FINETUNE))
+    begun = start(script, xl(tmp_path / "run", **common), processes, program=FINETUNE)
+    begun[0].wait_until(lambda: lines(tmp_path / "run") >= 5)
+    kill(begun)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    finish(start(script, xl(tmp_path / "run", **common), processes, program=FINETUNE))
+    whole = hashes(tmp_path / "whole", 12)
+    assert hashes(tmp_path / "run", 12) == whole and len(whole) == (2 if "use_ema" in changes else 1)
 
 
 @pytest.mark.slow
