@@ -57,10 +57,10 @@ def test_labels_stay_with_their_images(workers):
         assert labels.dtype == torch.int64 and torch.equal(labels, numbers**2 % 7)
         seen += numbers.tolist()
     assert sorted(seen[:20]) == list(range(20)) and seen[:20] != seen[20:40]  # shuffled, anew in each epoch
-    for (x0, labels, _), (again, same, _) in zip(batches[7:], labelled_batches(workers, start=7), strict=True):
+    for (x0, labels, *_), (again, same, *_) in zip(batches[7:], labelled_batches(workers, start=7), strict=True):
         assert torch.equal(x0, again) and torch.equal(labels, same)
     plain = labelled_batches(workers, with_labels=False)
-    assert all(labels is None and torch.equal(x0, batch.x0) for (x0, labels, _), batch in zip(plain, batches, strict=True))
+    assert all(labels is None and torch.equal(x0, batch.x0) for (x0, labels, *_), batch in zip(plain, batches, strict=True))
 
 
 def pixel_batches(workers, start=0):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from bucketed import BUCKETS, mixed_folder
+from bucketed import BUCKETS, SHAPES, mixed_folder
 from kills import final_hashes, finish, kill, lines, metrics, start
 from latent_caches import PRECOMPUTE
 from safetensors import safe_open
-from tiny_text import FINETUNE, SCRATCH, reach, tiny_text
+from tiny_text import FINETUNE, SCRATCH, model_folder, reach, tiny_text
 
 import immiscible
 from immiscible.configs import TextToImageConfig
@@ -64,6 +65,21 @@ def test_each_shape_has_a_reservoir_of_its_own(monkeypatch, tmp_path):
     assert {tuple(noise.shape) for noise in kept} == set(shapes_of(reached)) == LATENT_SHAPES and len(kept) == 18
 
 
+def test_sdxl_is_told_the_size_of_the_bucket_and_where_its_crop_was(monkeypatch, tmp_path):
+    """In time ids: the height and width of the original, top and left of the crop, height and width of the bucket."""
+    changes = {"pretrained_model_name_or_path": model_folder("xl"), "max_train_steps": 6}
+    reached = reach(monkeypatch, words(tmp_path, **changes), steps=6)
+    offsets = set()
+    for pairs in reached.pairs:
+        height, width = (8 * side for side in pairs.x0.shape[2:])
+        for tall, wide, top, left, *target in pairs.condition["time_ids"].int().tolist():
+            assert target == [height, width] and (tall, wide) in SHAPES
+            scale = max(height / tall, width / wide)
+            assert 0 <= top <= int(tall * scale) - height and 0 <= left <= int(wide * scale) - width
+            offsets.add((top, left))
+    assert len(offsets) > 3
+
+
 def test_sizes_that_the_vae_cannot_divide_are_one_line(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"--buckets: the sides of 12,32 must be multiples of 8, by which .* divides images"):
         reach(monkeypatch, words(tmp_path, buckets="12,32;32,32"))
@@ -88,12 +104,25 @@ def test_a_run_that_goes_on_ends_with_the_same_bits_and_counts_its_buckets(scrip
     ]
 
 
+def hashes(folder: Path, step: int) -> dict[str, str]:
+    """Of all that a checkpoint holds of weights, of adapters too."""
+    files = sorted((folder / f"checkpoint-{step}").rglob("*.safetensors"))
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("cached", [False, True])
-def test_killed_and_resumed_is_never_killed(script, tmp_path, processes, cached):
-    """1.x from its own weights, pairs over all processes and windows of two."""
-    changes = {"noise_coupling": "assignment", "coupling_window": 2, "use_ema": True, "checkpointing_steps": 2, "max_train_steps": 16}
+@pytest.mark.parametrize(
+    ("version", "processes", "cached", "kind"),
+    [
+        *((1, processes, cached, {"use_ema": True}) for processes in (1, 2) for cached in (False, True)),
+        *(("xl", 1, cached, {"use_ema": True}) for cached in (False, True)),
+        *((version, processes, True, {"use_lora": True}) for version in ("xl", "3.5-without-t5") for processes in (1, 2)),
+    ],
+)
+def test_killed_and_resumed_is_never_killed(script, tmp_path, version, processes, cached, kind):
+    """From the checkpoint's own weights, pairs over all processes and windows of two."""
+    changes = {"noise_coupling": "assignment", "coupling_window": 2, "checkpointing_steps": 2, "max_train_steps": 16, **kind}
+    changes |= {"pretrained_model_name_or_path": model_folder(version)}
     changes |= {"resume_from_checkpoint": "latest", "random_flip": True, "center_crop": True, "train_batch_size": 2 // processes}
     changes |= {"coupling_scope": "global"} if processes > 1 else {}
     if cached:
@@ -109,7 +138,8 @@ def test_killed_and_resumed_is_never_killed(script, tmp_path, processes, cached)
     kill(runs)
     assert not (tmp_path / "killed" / "checkpoint-16").exists()
     finish(begin("killed"))
-    assert final_hashes(tmp_path / "killed", 16) == final_hashes(tmp_path / "whole", 16)
+    whole = hashes(tmp_path / "whole", 16)
+    assert hashes(tmp_path / "killed", 16) == whole and len(whole) == (2 if "use_ema" in kind else 1)
 
 
 @pytest.mark.slow
