@@ -84,6 +84,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="the training script, or one of the commands that it is installed as: " + ", ".join(COMMANDS),
     )
     args = parser.parse_args(own)
+    _check(args, extra)
+    return args, extra
+
+
+def _check(args: argparse.Namespace, extra: Sequence[str]) -> None:
     if bool(args.runs) == bool(args.methods):
         raise UserError("give either --runs, to compare what is trained, or --task and --methods, to train")
     if args.runs and (extra or args.task):
@@ -99,7 +104,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             raise UserError(f"{word} after `--` is set by this script for each run")
     if not args.script.is_file() and str(args.script) not in COMMANDS:
         raise UserError(f"--script {args.script}: no such file, and none of {', '.join(COMMANDS)}")
-    return args, extra
 
 
 def main(argv: Sequence[str]) -> None:
