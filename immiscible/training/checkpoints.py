@@ -80,11 +80,7 @@ def save_checkpoint(
 
     def write() -> None:
         with full_disk(partial):
-            if is_sharded(accelerator):
-                save_shards(accelerator, partial / SHARDS, ema)
-            else:
-                with _network_saved(accelerator, ema, part):
-                    accelerator.save_state(str(partial))
+            _save_trained(accelerator, partial, ema, part)
             if coupling_state:
                 save_file(dict(coupling_state), _coupling_file(partial, accelerator))
 
@@ -101,6 +97,15 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
         raise
     return target
+
+
+def _save_trained(accelerator: Accelerator, folder: Path, ema: EMAModel | None, part: str) -> None:
+    """Network, average and optimizer: each process's part, or all of them as diffusers and accelerate do."""
+    if is_sharded(accelerator):
+        save_shards(accelerator, folder / SHARDS, ema)
+        return
+    with _network_saved(accelerator, ema, part):
+        accelerator.save_state(str(folder))
 
 
 def check_finite(accelerator: Accelerator, ema: EMAModel | None, coupling_state: Mapping[str, Tensor], step: int) -> None:
