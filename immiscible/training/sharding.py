@@ -191,5 +191,5 @@ def _shard(model: ModelMixin, optimizer: torch.optim.Optimizer, accelerator: Acc
     try:
         sharded, prepared_optimizer = accelerator.prepare(model, optimizer)
     except ValueError as error:  # accelerate's word for blocks that the network does not have
-        raise UserError(f"FSDP2 cannot split this network: {first_line(error)}") from None
+        raise UserError(f"FSDP2 cannot split this network by fsdp_transformer_layer_cls_to_wrap: {first_line(error)}") from None
     return sharded, prepared_optimizer

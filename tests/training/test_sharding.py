@@ -286,6 +286,15 @@ def test_two_nodes_on_one_machine(tmp_path, name):
     assert ("FSDP2 over 2 processes" in results[0].stderr) == (name == "fsdp2") and metrics(tmp_path / "run")[0]["paired_images"] == 16
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("block", "code"), [("Attention", 0), ("Nope", 2)])
+def test_blocks_are_those_of_the_settings(script, two_layers, tmp_path, block, code):
+    env = {**FSDP2, "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": block}
+    first, _ = finish(script.start_ranks(tiny(tmp_path / "run", **two_layers, **EMA), env=env), code)
+    assert f"in blocks of ['{block}']" in first.stderr
+    assert code == 0 or re.search(r"FSDP2 cannot split this network by fsdp_transformer_layer_cls_to_wrap: .*Nope", first.error)
+
+
 def test_megatron_is_one_line(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
     with pytest.raises(UserError, match=r"MEGATRON_LM.*--multi_gpu or.*fsdp2.yaml"):
