@@ -120,6 +120,7 @@ CHECKS = {
         3,
     ),
     "resume": Check("killed and resumed: the same bits as never killed", ("test_gpu_training.py::test_resume",), 2),
+    "step_memory": Check("the memory of a step that a plan predicts, against torch's allocator", ("test_step_memory.py",), 1),
     "compile": Check("--torch_compile", ("test_gpu_training.py::test_compiled",), 2),
     "adam_8bit": Check("--use_8bit_adam, where bitsandbytes is installed", ("test_gpu_training.py::test_adam_in_8_bits",), 1),
 }

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from immiscible.assignment.solve import LARGEST_BLOCK
 from immiscible.coupling import pairs_batch
 from immiscible.data.batches import BucketOrder, GlobalBatchOrder
-from immiscible.errors import UserError
+from immiscible.errors import UserError, first_line
 from immiscible.files import PARTIAL, read_lines, replace
 from immiscible.objectives import Objective
 from immiscible.samplers import TimestepSampler, TwoPhases
@@ -273,10 +273,15 @@ def report_plan(
     operations: list[int] = []
 
     def tell(arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
-        if predict and accelerator.is_main_process:
+        if not predict or not accelerator.is_main_process:
+            return
+        try:
             rows, flops = predict(arguments, options)
-            operations.append(flops)
-            accelerator.print(rows)
+        except Exception as error:  # of code that tensors without data cannot pass: the steps can be timed all the same
+            accelerator.print(f"Plan: memory of a step is not predicted: {type(error).__name__}: {first_line(error)}")
+            return
+        operations.append(flops)
+        accelerator.print(rows)
 
     with at_first_call(network, tell):
         for stats in tqdm(islice(steps, timed + 1), total=min(timed + 1, remaining), desc="timing", leave=False):

@@ -61,8 +61,8 @@ def passes(network, arguments, precision=None):
     output.float().square().mean().backward()
 
 
-# Convolutions in bf16 with checkpointing are tested on a GPU: a CPU without instructions for bf16 unfolds images inside the kernel, which is
-# not seen, and of so small a network that is a third of the peak.
+# Convolutions in bf16 with checkpointing are tested on a GPU: a CPU without instructions for bf16 unfolds images inside the kernel, which
+# no operation shows, and of so small a network that is a third of the peak.
 SMALL, SLOW = torch.bfloat16, pytest.mark.slow
 
 
