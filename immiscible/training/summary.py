@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -52,6 +53,7 @@ NEEDED = (
     "coupling_seconds",
     "step_seconds",
 )
+Predict = Callable[[Sequence[Any], Mapping[str, Any]], tuple[str, int]]
 PLAN_SECONDS = 60  # of steps after which --plan takes no further one
 
 
@@ -250,7 +252,7 @@ def report_plan(
     planning: Callable[[], str] | None = None,
     *,
     checkpoint: Callable[[], float],
-    predict: Callable[[Sequence[Any], Mapping[str, Any]], tuple[str, int]] | None = None,
+    predict: Predict | None = None,
     timed: int = 5,
 ) -> None:
     """Takes a few steps that leave nothing behind and prints sizes and the time that the run would take; first what a step will need, which
@@ -270,20 +272,8 @@ def report_plan(
         accelerator.print("Plan: nothing is left to train; the checkpoint is at the last step already. Nothing was written.")
         return
     seconds: list[float] = []
-    operations: list[int] = []
-
-    def tell(arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
-        if not predict or not accelerator.is_main_process:
-            return
-        try:
-            rows, flops = predict(arguments, options)
-        except Exception as error:  # of code that tensors without data cannot pass: the steps can be timed all the same
-            accelerator.print(f"Plan: memory of a step is not predicted: {type(error).__name__}: {first_line(error)}")
-            return
-        operations.append(flops)
-        accelerator.print(rows)
-
-    with at_first_call(network, tell):
+    operations: list[int] = []  # of a step, where they can be told
+    with at_first_call(network, partial(_predict, accelerator, predict, operations)):
         for stats in tqdm(islice(steps, timed + 1), total=min(timed + 1, remaining), desc="timing", leave=False):
             seconds.append(stats.metrics["step_seconds"])
             spent = accelerator.reduce(torch.tensor(sum(seconds), device=accelerator.device), reduction="mean")
@@ -300,6 +290,24 @@ def report_plan(
         f"{''.join(f'Plan: {_operations(flops, typical)}{chr(10)}' for flops in operations)}"
         f"{f'Plan: {planning()}{chr(10)}' if planning else ''}Plan: nothing was written"
     )
+
+
+def _predict(
+    accelerator: Accelerator, predict: Predict | None, operations: list[int], arguments: Sequence[Any], options: Mapping[str, Any]
+) -> None:
+    """Prints what a step needs and adds its floating-point operations, or says why not."""
+    if not accelerator.is_main_process:
+        return
+    if predict is None:
+        accelerator.print("Plan: memory of a step is not predicted of a network that is compiled or split over the processes")
+        return
+    try:
+        rows, flops = predict(arguments, options)
+    except Exception as error:  # of code that tensors without data cannot pass: the steps can be timed all the same
+        accelerator.print(f"Plan: memory of a step is not predicted: {type(error).__name__}: {first_line(error)}")
+        return
+    operations.append(flops)
+    accelerator.print(rows)
 
 
 def _operations(flops: int, seconds: float) -> str:

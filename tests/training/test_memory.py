@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from immiscible.configs import UnconditionalConfig
 from immiscible.networks.optimization import CLASSES, OPTIMIZERS, _imported, build_optimizer
+from immiscible.training.loop import StepStats
 from immiscible.training.memory import Passes, at_first_call, optimizer_bytes, other_networks, step_memory, step_passes, table
+from immiscible.training.summary import report_plan
 
 BLOCKS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -277,6 +279,23 @@ def test_a_step_of_a_large_network_is_predicted_without_its_memory(name):
     gradients = memory.gradients
     assert gradients < one.peak < 1.2 * gradients and one.activations < gradients / 8
     assert 2e13 / 3 < one.flops < 8e13
+
+
+@pytest.mark.parametrize("predict", [None, lambda arguments, options: 1 / 0])
+def test_a_plan_without_a_prediction_says_so_and_goes_on(predict):
+    network, said = nn.Linear(1, 1), []
+    accelerator = SimpleNamespace(
+        is_main_process=True, device=torch.device("cpu"), print=said.append, reduce=lambda value, reduction: value
+    )
+
+    def steps():
+        for step in range(1, 4):
+            network(torch.ones(1))
+            yield StepStats(step, {"step_seconds": 0.5}, {})
+
+    report_plan(steps(), network, accelerator, 3, checkpoint=lambda: 0.0, predict=predict)
+    reason = "compiled or split" if predict is None else "ZeroDivisionError: division by zero"
+    assert "not predicted" in said[0] and reason in said[0] and said[1].startswith("Plan: 3 steps of 0.500 s") and "GFLOP" not in said[1]
 
 
 def test_a_plan_tells_what_a_step_needs_and_its_operations(script, tmp_path):
