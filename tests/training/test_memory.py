@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
-from launch import tiny
+from launch import ROOT, tiny
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -228,29 +228,17 @@ SIZES = {  # published: about 2.6, 2 and 8.1 thousand millions
 }
 
 
-def published(name):
-    """A network of its published shape without weights, and a call of it at 1024 pixels."""
-    with torch.device("meta"):
-        if name == "sdxl":
-            network = UNet2DConditionModel(
-                sample_size=128,
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                block_out_channels=(320, 640, 1280),
-                cross_attention_dim=2048,
-                transformer_layers_per_block=(1, 2, 10),
-                attention_head_dim=(5, 10, 20),
-                use_linear_projection=True,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=2816,
-            )
-            told = {"added_cond_kwargs": {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}}
-            return network, (torch.empty(1, 4, 128, 128), torch.empty(1), torch.empty(1, 77, 2048)), told
-        layers = 24 if name == "sd3" else 38
-        more = {"pos_embed_max_size": 192} | ({} if name == "sd3" else {"qk_norm": "rms_norm"})
-        network = SD3Transformer2DModel(128, 2, 16, layers, 64, layers, 4096, 64 * layers, 2048, 16, **more)
-        return network, (torch.empty(1, 16, 128, 128), torch.empty(1, 154, 4096), torch.empty(1, 2048), torch.empty(1)), {}
+@pytest.fixture
+def published(monkeypatch):
+    """A network of its published shape without weights, and a call of it at 1024 pixels, by name."""
+    monkeypatch.syspath_prepend(f"{ROOT}/scripts")
+    from benchmark_memory import published
+
+    def on_meta(name):
+        with torch.device("meta"):
+            return published(name, side=1024, batch=1)
+
+    return on_meta
 
 
 def resident():
@@ -258,7 +246,7 @@ def resident():
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_large_networks_have_their_published_size_and_take_no_memory(name):
+def test_large_networks_have_their_published_size_and_take_no_memory(name, published):
     before = resident()
     network, _, _ = published(name)
     assert sum(weight.numel() for weight in network.parameters()) == pytest.approx(SIZES[name], rel=0.01)
@@ -270,7 +258,7 @@ def test_large_networks_have_their_published_size_and_take_no_memory(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
-def test_a_step_of_a_large_network_is_predicted_without_its_memory(name):
+def test_a_step_of_a_large_network_is_predicted_without_its_memory(name, published):
     network, arguments, options = published(name)
     before = resident()
     one = step_passes(network, arguments, options, device="cpu", checkpointing=True, precision=torch.bfloat16)
