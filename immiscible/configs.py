@@ -188,6 +188,9 @@ class TextToImageConfig(
         if self.use_lora and self.use_ema:
             raise UserError("--use_ema averages the whole U-Net, which --use_lora leaves as it is; choose one")
         _check_epsilon(self, "--use_lora, whose first gradients are 0" if self.use_lora else None)
+        if self.save_single_file and (self.use_lora or self.model_preset):
+            why = "adapters are one file already" if self.use_lora else f"--model_preset {self.model_preset} has no such layout"
+            raise UserError(f"--save_single_file is of a whole Stable Diffusion checkpoint, and {why}: leave it out")
         if self.use_lora and self.dream_training:
             raise UserError("--dream_training is for the whole U-Net; leave out --use_lora")
         self._check_captions()
@@ -296,6 +299,6 @@ FREE_ON_RESUME = frozenset(
 TEXT_FREE_ON_RESUME = (
     FREE_ON_RESUME
     | {"num_train_epochs", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "non_ema_revision"}
-    | {"offload_ema", "foreach_ema", "network_weights", "text_encoder_lr"}
+    | {"single_file_config", "offload_ema", "foreach_ema", "network_weights", "text_encoder_lr"}
     | {item.name for item in fields(TextRunArguments)}
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from immiscible.errors import UserError, short
@@ -80,7 +81,14 @@ class TextModelArguments(SD3Arguments):
     _argument_group_name = "model"
 
     pretrained_model_name_or_path: str | None = flag(
-        None, "a checkpoint of Stable Diffusion, on the hub or in a folder; it says itself which one it is; required"
+        None,
+        "a checkpoint of Stable Diffusion, on the hub, in a folder or in one file (.safetensors, .ckpt); it says itself which one it is; "
+        "required",
+    )
+    single_file_config: str | None = flag(
+        None,
+        "of a checkpoint in one file: a diffusers checkpoint, on the hub or in a folder, of which all but the weights is taken; by default the "
+        "one on the hub that diffusers takes for such files",
     )
     revision: str | None = flag(None, "the checkpoint's revision on the hub")
     variant: str | None = flag(None, "the checkpoint's variant, such as fp16")
@@ -109,7 +117,12 @@ class TextModelArguments(SD3Arguments):
         """
         SD3Arguments.check(self)
         if self.pretrained_model_name_or_path is None:
-            raise UserError("--pretrained_model_name_or_path is required: a Stable Diffusion checkpoint, on the hub or in a folder")
+            raise UserError(
+                "--pretrained_model_name_or_path is required: a Stable Diffusion checkpoint, on the hub, in a folder or in one file"
+            )
+        folder = Path(self.pretrained_model_name_or_path).expanduser()
+        if self.single_file_config and (folder / "model_index.json").exists():
+            raise UserError(f"--single_file_config is of a checkpoint in one file, and {folder} is a folder of parts: leave it out")
         preset = f"--model_preset {self.model_preset}"
         if self.model_preset and self.use_lora:
             raise UserError(f"--use_lora adapts pretrained weights, which {preset} does not have; choose one")

@@ -73,6 +73,7 @@ class CheckpointParts(ABC):
     scheduler_class: ClassVar[str] = "DDPMScheduler"  # of training
     encoder_classes: ClassVar[Mapping[str, str]]  # part -> its class in transformers
     tokenizer_classes: ClassVar[Mapping[str, str]]
+    in_single_file: ClassVar[Mapping[str, str]]  # text encoder -> what its tensors' names begin with in a file of the whole checkpoint
     optional: ClassVar[tuple[str, ...]] = ()  # text encoders and tokenizers that a checkpoint may lack
     lora_targets: ClassVar[Sequence[str]] = ("to_k", "to_q", "to_v", "to_out.0")  # what diffusers' LoRA examples adapt
     adapted_texts: ClassVar[Sequence[str]] = ("text_encoder",)  # what of the text encoders --train_text_encoder adapts

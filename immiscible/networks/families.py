@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
 from immiscible.errors import UserError, first_line
 from immiscible.networks.arguments import TextModelArguments
 from immiscible.networks.checkpoint_parts import CheckpointParts, unvaried
-from immiscible.networks.latents import latent_downsampling, refuse_single_file
+from immiscible.networks.latents import latent_downsampling
+from immiscible.networks.single_file import in_a_folder, is_single_file
 from immiscible.networks.stable_diffusion import StableDiffusion
 from immiscible.networks.stable_diffusion_3 import StableDiffusion3
 from immiscible.networks.stable_diffusion_xl import StableDiffusionXL
@@ -36,8 +38,8 @@ def load_checkpoint(arguments: TextModelArguments, *, resolution: int, cache_dir
     Raises:
         UserError: it cannot be loaded, is of no family that is trained here, or does not go with the flags.
     """
+    arguments = with_folder(arguments)
     name = str(arguments.pretrained_model_name_or_path)
-    refuse_single_file("--pretrained_model_name_or_path", name, *PIPELINES)
     options = {"revision": arguments.revision, "cache_dir": cache_dir, "variant": arguments.variant}
     family, index = _look_at(name, unvaried(options), with_network=not arguments.model_preset)
     present = [part for part in index if part[0] != "_" and _is_there(name, part, index[part])]
@@ -59,6 +61,22 @@ def load_checkpoint(arguments: TextModelArguments, *, resolution: int, cache_dir
     parts.network.register_to_config(sample_size=resolution // factor)
     parts.digest = parts.digest_of(network=arguments.use_lora)
     return parts
+
+
+def with_folder(arguments: TextModelArguments) -> TextModelArguments:
+    """The same with a checkpoint that is a folder of parts or a name on the hub; one that is a file is converted, if it was not before.
+
+    Raises:
+        UserError: see `in_a_folder`; or flags are given that are not of a file.
+    """
+    name = str(arguments.pretrained_model_name_or_path)
+    if not is_single_file(name):
+        return arguments
+    for option in ("revision", "variant", "non_ema_revision"):
+        if value := getattr(arguments, option):
+            raise UserError(f"--{option} {value} is of a checkpoint of several files, and {name} is one: leave it out")
+    folder = in_a_folder(name, arguments.single_file_config, {kind: FAMILIES[kind] for kind in PIPELINES})
+    return replace_fields(arguments, pretrained_model_name_or_path=folder)
 
 
 def family_of(kind: str, parts: Any) -> type[CheckpointParts] | None:

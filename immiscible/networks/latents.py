@@ -69,14 +69,13 @@ def open_vae(flag: str, name_or_path: str, *, cache_dir: str | None = None) -> A
         raise UserError(f"{flag}: no AutoencoderKL found there, nor in a folder `vae` of it ({first_line(error)})") from None
 
 
-def refuse_single_file(flag: str, name: str, kind: str, *others: str) -> None:
-    """Names the conversion of a checkpoint that is one file; it is no folder of parts, and what it lacks comes from elsewhere.
+def refuse_single_file(flag: str, name: str, kind: str) -> None:
+    """Names the conversion of a network that is one file; its configuration, which it lacks, comes from elsewhere.
 
     Args:
         flag: that names it.
-        name: of the checkpoint.
+        name: of the network.
         kind: the class of diffusers that converts it.
-        others: those that do if it is of another family, which it does not say.
 
     Raises:
         UserError: ``name`` is that of a file.
@@ -86,11 +85,10 @@ def refuse_single_file(flag: str, name: str, kind: str, *others: str) -> None:
         return
     folder = path.with_suffix("")
     there = "" if path.is_file() else " (and is not there)"
-    or_by = f" (or by {', '.join(others)}, if it is of that family)" if others else ""
     raise UserError(
         f"{flag} {name} is a single file{there}, and a folder in the format of diffusers is read: convert it once by "
         f'`python -c "from diffusers import {kind}; {kind}.from_single_file({str(path)!r}).save_pretrained({str(folder)!r})"`'
-        f"{or_by} and give {flag} {folder}"
+        f" and give {flag} {folder}"
     )
 
 

@@ -28,6 +28,7 @@ class StableDiffusion(CheckpointParts):
     tag = "stable-diffusion"
     encoder_classes = {"text_encoder": "CLIPTextModel"}
     tokenizer_classes = {"tokenizer": "CLIPTokenizer"}
+    in_single_file = {"text_encoder": "cond_stage_model."}
 
     def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `CheckpointParts.encode`."""

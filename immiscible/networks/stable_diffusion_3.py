@@ -41,6 +41,7 @@ class StableDiffusion3(CheckpointParts):
     scheduler_class = "FlowMatchEulerDiscreteScheduler"
     encoder_classes = {**dict.fromkeys(CLIP, "CLIPTextModelWithProjection"), T5: "T5EncoderModel"}
     tokenizer_classes = {**dict.fromkeys(CLIP.values(), "CLIPTokenizer"), T5_TOKENIZER: "T5TokenizerFast"}
+    in_single_file = {"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.clip_g.", T5: "text_encoders.t5xxl."}
     optional = (T5, T5_TOKENIZER)
     adapted_texts = tuple(CLIP)
     lora_targets = (

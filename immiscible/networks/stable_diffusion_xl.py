@@ -35,6 +35,7 @@ class StableDiffusionXL(CheckpointParts):
     told_geometry = True
     encoder_classes = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
     tokenizer_classes = {"tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer"}
+    in_single_file = {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."}
     adapted_texts = ("text_encoder", "text_encoder_2")
 
     def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:

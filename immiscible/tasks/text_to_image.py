@@ -26,9 +26,10 @@ from immiscible.errors import UserError
 from immiscible.method import build_objective
 from immiscible.networks.adapters import adapted, adapter_settings, adapters_in_words, save_adapters
 from immiscible.networks.checkpoint_parts import CheckpointParts
-from immiscible.networks.families import initial_weights, load_checkpoint
+from immiscible.networks.families import initial_weights, load_checkpoint, with_folder
 from immiscible.networks.kinds import part_of, told_pooled
 from immiscible.networks.placing import place
+from immiscible.networks.single_file import check_single_file, save_single_file
 from immiscible.networks.weights import evaluation_weights
 from immiscible.objectives import DenoisingObjective
 from immiscible.processes import from_main_process
@@ -138,7 +139,7 @@ class TextToImageTask:
             )
 
     def save(self, folder: Path, ema: EMAModel | None) -> None:
-        """The whole pipeline, with EMA of the averaged weights, or the adapters alone.
+        """The whole pipeline, with EMA of the averaged weights, in one file too if that is asked for, or the adapters alone.
 
         All parts are saved in fp32, those that this run rounded anew from the checkpoint.
         """
@@ -147,7 +148,10 @@ class TextToImageTask:
             save_adapters(parts.network, folder)
             return
         with evaluation_weights(parts.network, ema):
-            save_pipeline(build_text_pipeline(parts.in_full_precision()), folder)
+            whole = parts.in_full_precision()
+            save_pipeline(build_text_pipeline(whole), folder)
+            if self.config.save_single_file:
+                save_single_file(whole, folder)
 
     def card(self, title: str, facts: Mapping[str, str], grid: Path | None) -> ModelCard:
         """See `Task`."""
@@ -185,7 +189,10 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
     share, folder = config.validation_split, config.eval_data_dir
     source, held_out = with_held_out(captioned_source, config, config.labels_for, share=share, folder=folder)
     reseed_globally(seed, "network")
+    from_main_process(accelerator, lambda: str(with_folder(config).pretrained_model_name_or_path))  # it says so, and the others wait
     parts = load_checkpoint(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
+    if config.save_single_file:
+        check_single_file(parts)
     _check_dream(config, parts)
     _tell_resolution(config, parts)
     _check_steps(config, parts)

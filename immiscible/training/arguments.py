@@ -37,6 +37,7 @@ OWN_FILES = (
     "pipeline.py",
     *(f"{part}{after}" for part in ("text_encoder", "tokenizer") for after in ("", "_2", "_3")),
     "pytorch_lora_weights.safetensors",
+    "model.safetensors",
     "README.md",
 )
 
@@ -223,6 +224,9 @@ class TextRunArguments(FolderArguments):
         "experiment tracker, of accelerate's, or none; metrics.jsonl is written with each; tensorboard and wandb show the samples",
     )
     tracker_project_name: str = flag("text2image-fine-tune", "the project in the tracker")
+    save_single_file: bool = flag(
+        False, "write model.safetensors beside the pipeline too: the whole checkpoint in one file, as ComfyUI and A1111 read it"
+    )
 
     @property
     def tracker(self) -> str:

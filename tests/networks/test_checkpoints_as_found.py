@@ -29,19 +29,12 @@ def edited(tmp_path: Path, file: str, version: int = 1, **changes) -> Path:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
-def test_a_single_file_names_the_conversion(script, tmp_path, name):
+def test_a_vae_in_a_single_file_names_the_conversion(script, tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"weights")
-    result = run(script, tmp_path, pretrained_model_name_or_path=path)
-    command = f"StableDiffusionPipeline.from_single_file('{path}').save_pretrained('{tmp_path / 'model'}')"
-    assert (
-        result.code == 2
-        and command in result.error
-        and "or by StableDiffusionXLPipeline, " in result.error
-        and result.error.endswith(f"give --pretrained_model_name_or_path {tmp_path / 'model'}")
-    )
     result = script(tiny(tmp_path / "run", vae_model_name_or_path=path, resolution=32))
-    assert result.code == 2 and f"AutoencoderKL.from_single_file('{path}')" in result.error
+    command = f"AutoencoderKL.from_single_file('{path}').save_pretrained('{tmp_path / 'model'}')"
+    assert result.code == 2 and command in result.error and result.error.endswith(f"give --vae_model_name_or_path {tmp_path / 'model'}")
     assert not (tmp_path / "run").exists()
 
 

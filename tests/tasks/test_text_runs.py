@@ -361,7 +361,7 @@ def test_a_checkpoint_of_another_kind_is_refused(script, runs, tmp_path):
         assert result.code == 2 and "belongs to another run" in result.error and wanted in result.error
         assert "block_out_channels" not in result.error  # what is the same is left out
     result = script(tiny_text(tmp_path / "run", pretrained_model_name_or_path=runs / "adapters"), program=FINETUNE)
-    assert result.code == 1 and "no diffusers checkpoint found" in result.error
+    assert result.code == 2 and "pytorch_lora_weights.safetensors holds adapters" in result.error
 
 
 def test_a_checkpoint_goes_on_from_wherever_its_model_is_but_with_the_same_schedule(monkeypatch, runs, tmp_path):
