@@ -87,8 +87,8 @@ class TextModelArguments(SD3Arguments):
     )
     single_file_config: str | None = flag(
         None,
-        "of a checkpoint in one file: a diffusers checkpoint, on the hub or in a folder, of which all but the weights is taken; by default the "
-        "one on the hub that diffusers takes for such files",
+        "of a checkpoint in one file: a diffusers checkpoint, on the hub or in a folder, of which all but the weights is taken; by default "
+        "the one on the hub that diffusers takes for such files",
     )
     revision: str | None = flag(None, "the checkpoint's revision on the hub")
     variant: str | None = flag(None, "the checkpoint's variant, such as fp16")

@@ -38,7 +38,7 @@ def load_checkpoint(arguments: TextModelArguments, *, resolution: int, cache_dir
     Raises:
         UserError: it cannot be loaded, is of no family that is trained here, or does not go with the flags.
     """
-    arguments = with_folder(arguments)
+    arguments = with_folder(arguments, cache_dir)
     name = str(arguments.pretrained_model_name_or_path)
     options = {"revision": arguments.revision, "cache_dir": cache_dir, "variant": arguments.variant}
     family, index = _look_at(name, unvaried(options), with_network=not arguments.model_preset)
@@ -63,7 +63,7 @@ def load_checkpoint(arguments: TextModelArguments, *, resolution: int, cache_dir
     return parts
 
 
-def with_folder(arguments: TextModelArguments) -> TextModelArguments:
+def with_folder(arguments: TextModelArguments, cache_dir: str | None) -> TextModelArguments:
     """The same with a checkpoint that is a folder of parts or a name on the hub; one that is a file is converted, if it was not before.
 
     Raises:
@@ -75,7 +75,7 @@ def with_folder(arguments: TextModelArguments) -> TextModelArguments:
     for option in ("revision", "variant", "non_ema_revision"):
         if value := getattr(arguments, option):
             raise UserError(f"--{option} {value} is of a checkpoint of several files, and {name} is one: leave it out")
-    folder = in_a_folder(name, arguments.single_file_config, {kind: FAMILIES[kind] for kind in PIPELINES})
+    folder = in_a_folder(name, arguments.single_file_config, {kind: FAMILIES[kind] for kind in PIPELINES}, cache_dir=cache_dir)
     return replace_fields(arguments, pretrained_model_name_or_path=folder)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +39,15 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--pretrained_model_name_or_path"
 NAME = "model.safetensors"
-NETWORK, VAE = "model.diffusion_model.", ("first_stage_model.", "vae.")  # what the tensors' names begin with
+NETWORK = "model.diffusion_model."  # what the names of the network's tensors begin with
+NETWORKS = (NETWORK, "joint_blocks.")  # Stable Diffusion 3's alone may go without
+VAE = ("first_stage_model.", "vae.")
 TRAINED = ("v1", "v2", "xl_base", "sd3", "sd35_medium", "sd35_large")  # of what diffusers says that a file is
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # of a pipeline's parts
 FILE_ERRORS = (*LOAD_ERRORS, ImportError, NotImplementedError)
 
 
-def in_a_folder(name: str, config: str | None, families: Mapping[str, type[CheckpointParts]]) -> str:
+def in_a_folder(name: str, config: str | None, families: Mapping[str, type[CheckpointParts]], *, cache_dir: str | None) -> str:
     """Where the parts of a checkpoint are: ``name`` itself, or what was made of it if it is a file, or a folder with one file of weights.
 
     A file is converted once, by diffusers' `from_single_file`, into a folder that is kept in `cache_folder`, without a loss of digits. One
@@ -55,6 +57,7 @@ def in_a_folder(name: str, config: str | None, families: Mapping[str, type[Check
         name: of ``--pretrained_model_name_or_path``.
         config: of ``--single_file_config``; None for what diffusers takes for a file of that kind, which comes from the hub.
         families: by the class of their pipeline, those that are trained.
+        cache_dir: where configurations of the hub are kept.
 
     Raises:
         UserError: the file is not there, cannot be read, is none of these, or lacks what its family needs.
@@ -69,7 +72,7 @@ def in_a_folder(name: str, config: str | None, families: Mapping[str, type[Check
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not (folder / "model_index.json").is_file():
-                _convert(path, config, families, folder)
+                _convert(path, folder, lambda: _read(path, config, families, cache_dir))
     except OSError as error:
         raise UserError(f"{FLAG} {name}: {folder} cannot be written: {error.strerror or error}", exit_code=1) from None
     return str(folder)
@@ -109,12 +112,12 @@ def _digest(path: Path, config: str | None) -> str:
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
-def _convert(path: Path, config: str | None, families: Mapping[str, type[CheckpointParts]], folder: Path) -> None:
+def _convert(path: Path, folder: Path, read: Callable[[], DiffusionPipeline]) -> None:
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with tqdm(total=2, desc=f"converting {path.name}", unit="half", delay=2, leave=False, disable=None) as bar:
-            pipeline = _read(path, config, families)
+            pipeline = read()
             bar.update()
             with full_disk(folder.parent):
                 pipeline.save_pretrained(partial)
@@ -126,36 +129,35 @@ def _convert(path: Path, config: str | None, families: Mapping[str, type[Checkpo
     logger.warning("%s was converted into %s (%.1f GB), which is kept for later runs and may be deleted", path, folder, size / 1e9)
 
 
-def _read(path: Path, config: str | None, families: Mapping[str, type[CheckpointParts]]) -> DiffusionPipeline:
+def _read(path: Path, config: str | None, families: Mapping[str, type[CheckpointParts]], cache_dir: str | None) -> DiffusionPipeline:
     """The pipeline in a file, on the CPU, in the file's precision if that is one."""
     import diffusers
     from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 
     try:
-        state = load_single_file_checkpoint(str(path))
-        shapes = {name: tensor.shape for name, tensor in state.items()}
-        dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+        state: Mapping[str, Tensor] = load_single_file_checkpoint(str(path))
+        names = [name for name, tensor in state.items() if isinstance(tensor, Tensor)]
     except FILE_ERRORS as error:
         raise UserError(
             f"{FLAG} {path}: not a file of weights ({first_line(error)}); a pickle is read if it holds tensors alone, else save it as "
             f".safetensors first",
             exit_code=1,
         ) from None
-    _check_whole(path, shapes)
+    _check_whole(path, names)
     name = config or _usual_configuration(path, state)
-    index = _index(path, name, given=config is not None)
+    index = _index(path, name, cache_dir, given=config is not None)
     family = families.get(index["_class_name"])
     if family is None:
         kinds = ", ".join(families)
         raise UserError(f"--single_file_config {name} is a {index['_class_name']}; {FLAG} {path} is read as one of {kinds}")
-    given = {part: None for part in UNUSED if part in index} | _absent(path, shapes, name, family, index)
-    single = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    dtype = single if single in (torch.float16, torch.bfloat16) else torch.float32
     settings = {"requires_safety_checker": False} if "safety_checker" in index else {}
     try:
-        kind: Any = getattr(diffusers, family.pipeline_class)
-        pipeline: DiffusionPipeline = kind.from_single_file(str(path), config=name, torch_dtype=dtype, **given, **settings)
+        given = {part: None for part in UNUSED if part in index} | _absent(path, names, name, family, index)
+        options: dict[str, Any] = {"config": name, "cache_dir": cache_dir, "torch_dtype": _precision(state, family), **given, **settings}
+        pipeline: DiffusionPipeline = getattr(diffusers, family.pipeline_class).from_single_file(str(path), **options)
         _check_filled(pipeline)
+    except UserError:
+        raise
     except FILE_ERRORS as error:
         raise UserError(
             f"{FLAG} {path} does not go with the configuration of {name} ({first_line(error)}); --single_file_config names a diffusers "
@@ -165,10 +167,16 @@ def _read(path: Path, config: str | None, families: Mapping[str, type[Checkpoint
     return pipeline
 
 
-def _check_whole(path: Path, names: Iterable[str]) -> None:
+def _precision(state: Mapping[str, Tensor], family: type[CheckpointParts]) -> torch.dtype:
+    """That of all parts in a file, or fp32 where they differ."""
+    starts = (*NETWORKS, *VAE, *family.in_single_file.values())
+    found = {tensor.dtype for name, tensor in state.items() if name.startswith(starts) and tensor.is_floating_point()}
+    return next(iter(found)) if found in ({torch.float16}, {torch.bfloat16}) else torch.float32
+
+
+def _check_whole(path: Path, names: Sequence[str]) -> None:
     """Whether a file holds more than adapters or one part; diffusers takes all that it does not know for Stable Diffusion 1.x."""
-    names = list(names)
-    if any(name.startswith((NETWORK, "joint_blocks.")) for name in names):
+    if any(name.startswith(NETWORKS) for name in names):
         return
     if any("lora" in name.lower() for name in names):
         raise UserError(f"{FLAG} {path} holds adapters; give the checkpoint that they are of, and these by --use_lora --network_weights")
@@ -194,12 +202,12 @@ def _usual_configuration(path: Path, state: Mapping[str, Tensor]) -> str:
     return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
 
 
-def _index(path: Path, name: str, *, given: bool) -> dict[str, Any]:
+def _index(path: Path, name: str, cache_dir: str | None, *, given: bool) -> dict[str, Any]:
     """What a configuration says of itself."""
     import diffusers
 
     try:
-        found: dict[str, Any] = diffusers.DiffusionPipeline.load_config(name)
+        found: dict[str, Any] = diffusers.DiffusionPipeline.load_config(name, cache_dir=cache_dir)
         found["_class_name"]
     except FILE_ERRORS as error:
         where = f"--single_file_config {name}" if given else f"{FLAG} {path} is read by the configuration of {name}, which"
@@ -211,12 +219,11 @@ def _index(path: Path, name: str, *, given: bool) -> dict[str, Any]:
     return found
 
 
-def _absent(path: Path, names: Iterable[str], config: str, family: type[CheckpointParts], index: Mapping[str, Any]) -> dict[str, Any]:
+def _absent(path: Path, names: Sequence[str], config: str, family: type[CheckpointParts], index: Mapping[str, Any]) -> dict[str, Any]:
     """The parts that the file lacks: from the configuration's folder, where that has weights; what a family can do without is None."""
     import diffusers
     import transformers
 
-    names = list(names)
     wanted: dict[str, tuple[str, ...]] = {"vae": VAE, **{part: (start,) for part, start in family.in_single_file.items()}}
     found: dict[str, Any] = {}
     for part, starts in wanted.items():
@@ -259,17 +266,22 @@ def save_single_file(parts: CheckpointParts, folder: Path) -> None:
     Raises:
         UserError: what `check_single_file` raises.
     """
-    from safetensors.torch import save_file
-
     whole: dict[str, Tensor] = {}
     for module, start, names in _layout(parts):
-        tensors = in_original_order(module.state_dict(), names)
-        whole |= {f"{start}{name}": tensor.cpu() for name, tensor in tensors.items()}
+        whole |= {f"{start}{name}": tensor for name, tensor in in_original_order(module.state_dict(), names).items()}
+    save_tensors(whole, folder / NAME)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes tensors by name; one of two names, as T5's embeddings have, is written twice."""
+    from safetensors.torch import save_file
+
+    held = {name: tensor.cpu() for name, tensor in tensors.items()}
     seen: set[int] = set()
-    for name, tensor in whole.items():  # two names of one tensor, which such a file cannot say
-        whole[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+    for name, tensor in held.items():
+        held[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
-    save_file(whole, folder / NAME, metadata={"format": "pt"})
+    save_file(held, path, metadata={"format": "pt"})
 
 
 def check_single_file(parts: CheckpointParts) -> None:
