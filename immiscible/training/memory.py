@@ -228,10 +228,15 @@ def step_memory(
     )
 
 
-def tensor_bytes(networks: Iterable[nn.Module], device: torch.device | None = None) -> int:
-    """Bytes of the weights and buffers of networks, each counted once; on one kind of device, or on any."""
+def tensor_bytes(networks: Iterable[nn.Module], device: torch.device | None = None, beside: nn.Module | None = None) -> int:
+    """Bytes of the weights and buffers of networks, each counted once; on one kind of device, or on any; without those that ``beside``
+    has too, as text encoders that are trained inside a network are of both.
+    """
+    known = {id(tensor) for tensor in (*beside.parameters(), *beside.buffers())} if beside else set()
     tensors = {id(tensor): tensor for network in networks for tensor in (*network.parameters(), *network.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values() if device is None or tensor.device.type == device.type)
+    return sum(
+        tensor.nbytes for key, tensor in tensors.items() if key not in known and (device is None or tensor.device.type == device.type)
+    )
 
 
 def other_networks(task: Any) -> list[nn.Module]:
@@ -307,7 +312,7 @@ def plan_table(
         the rows, and the floating-point operations of a step.
     """
     network, device, is_on = task.network, accelerator.device, config.gradient_checkpointing
-    frozen = tensor_bytes(other_networks(task), device)
+    frozen = tensor_bytes(other_networks(task), device, beside=network)
 
     def needed(checkpointing: bool | None) -> StepMemory:
         accumulation = config.gradient_accumulation_steps

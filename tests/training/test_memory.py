@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from immiscible.configs import UnconditionalConfig
 from immiscible.networks.optimization import CLASSES, OPTIMIZERS, _imported, build_optimizer
 from immiscible.training.loop import StepStats
-from immiscible.training.memory import Passes, at_first_call, optimizer_bytes, other_networks, step_memory, step_passes, table
+from immiscible.training.memory import Passes, at_first_call, optimizer_bytes, other_networks, step_memory, step_passes, table, tensor_bytes
 from immiscible.training.summary import report_plan
 
 BLOCKS = {
@@ -210,6 +210,9 @@ def test_other_networks_of_a_task_are_found_wherever_they_stand():
     network, vae, first, second = (nn.Linear(1, 1) for _ in range(4))
     task = Work(Parts(vae, network, {"one": first, "more": [second, first]}), SimpleNamespace(of=nn.Linear(1, 1)), network)
     assert sorted(map(id, other_networks(task))) == sorted(map(id, (vae, first, second)))
+    assert tensor_bytes(other_networks(task)) == 3 * 8 and tensor_bytes([network, network], torch.device("meta")) == 0
+    network.add_module("text_encoder", first)  # which is trained inside it
+    assert tensor_bytes(other_networks(task), torch.device("cpu"), beside=network) == 2 * 8
 
 
 def test_the_first_call_is_told_before_it_is_made():
