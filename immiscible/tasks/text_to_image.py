@@ -189,9 +189,8 @@ def text_to_image_task(config: TextToImageConfig, accelerator: Accelerator, seed
     share, folder = config.validation_split, config.eval_data_dir
     source, held_out = with_held_out(captioned_source, config, config.labels_for, share=share, folder=folder)
     reseed_globally(seed, "network")
-    from_main_process(
-        accelerator, lambda: with_folder(config, config.cache_dir).pretrained_model_name_or_path
-    )  # converts a file, and says so
+    # A checkpoint in one file is converted by rank 0, which says so; the others find it there.
+    from_main_process(accelerator, lambda: with_folder(config, config.cache_dir).pretrained_model_name_or_path)
     parts = load_checkpoint(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
     if config.save_single_file:
         check_single_file(parts)
