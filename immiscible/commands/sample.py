@@ -226,7 +226,7 @@ def notice(accelerator: Accelerator, loaded: Loaded, request: Request, classes: 
     if accelerator.is_main_process and prompts and (short := cut_short(loaded.pipeline, prompts)):
         most = loaded.pipeline.tokenizer.model_max_length
         accelerator.print(
-            f"{len(short)} of {len(prompts)} prompts, first line {short[0] + 1}, are cut off after the encoder's {most} tokens"
+            f"{len(short)} of {len(prompts)} prompts, first line {short[0] + 1}, are cut off after the text encoder's {most} tokens"
         )
 
 

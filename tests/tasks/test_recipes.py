@@ -265,8 +265,9 @@ def test_the_page_on_stable_diffusion_names_what_exists():
     sources = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
     tests = set(re.findall(r"`(test_\w+)`", page))
     assert len(tests) > 10 and [name for name in sorted(tests) if f"def {name}(" not in sources] == []
-    known = {item.name for config in CONFIGS.values() for item in fields(config)} | {"config", "help"}
-    scripts = "".join(path.read_text() for path in ROOT.glob("scripts/*.py"))
+    flags = [item for config in CONFIGS.values() for item in fields(config)]
+    known = {"config", "help", *(item.name for item in flags), *(item.metadata.get("alias") for item in flags)}
+    scripts = "".join(path.read_text() for path in [*ROOT.glob("scripts/*.py"), *ROOT.glob("immiscible/commands/*.py")])
     named = {flag.removeprefix("--") for flag in re.findall(r"(?<![\w-])--[a-z_0-9]+", page)}
     assert len(named) > 40 and [name for name in sorted(named - known) if f'"--{name}"' not in scripts] == []
 
