@@ -89,7 +89,7 @@ def image_folder(
         if texts is not None and not skip_bad_images:
             _check_captions(listing, paths, texts.data.column(0))
         return TableImages(*shared, texts)
-    return _with_sidecars(listing, shared, paths, caption_column, skip_bad_images)
+    return _with_sidecars(listing, shared, paths, table.column_names, caption_column, skip_bad_images)
 
 
 def _check_captions(listing: Listing, paths: Sequence[str | None], texts: Any) -> None:
@@ -103,7 +103,12 @@ def _check_captions(listing: Listing, paths: Sequence[str | None], texts: Any) -
 
 
 def _with_sidecars(
-    listing: Listing, shared: tuple[Any, ...], paths: Sequence[str | None], caption_column: str, skip_bad_images: bool
+    listing: Listing,
+    shared: tuple[Any, ...],
+    paths: Sequence[str | None],
+    columns: Sequence[str],
+    caption_column: str,
+    skip_bad_images: bool,
 ) -> SidecarImages:
     """The images with captions in files; ``text`` is ``.txt``, else ``.caption``; another name that file, or a key of ``.json``."""
     texts = (".txt", ".caption") if caption_column in ("text", "txt") else (f".{caption_column}",)
@@ -113,7 +118,7 @@ def _with_sidecars(
         key, found = caption_column, [None if path is None else _beside(listing, path, (".json",)) for path in paths]
     missing = [path for path, name in zip(paths, found, strict=True) if name is None]
     if len(missing) == len(paths):
-        _refuse_without_captions(listing, caption_column, shared[0])
+        _refuse_without_captions(listing, caption_column, columns)
     if missing and not skip_bad_images:
         raise UserError(
             f"{len(missing)} of {len(paths)} images in {listing.root} have no caption file, the first {missing[0]}: write one beside it "
@@ -138,13 +143,13 @@ def _beside(listing: Listing, path: str, extensions: Sequence[str]) -> str | Non
     return next((listing.sidecars[name] for name in names if name in listing.sidecars), None)
 
 
-def _refuse_without_captions(listing: Listing, caption_column: str, table: Any) -> None:
+def _refuse_without_captions(listing: Listing, caption_column: str, columns: Sequence[str]) -> None:
     above = [str(listing.root.parent / name) for name in METADATA if (listing.root.parent / name).is_file()]
     hint = f"; {above[0]} lies above this folder: move it here, or name its folder as --train_data_dir" if above else ""
-    columns = f"; columns of the metadata: {', '.join(table)}" if listing.metadata else ""
+    there = f"; columns of the metadata: {', '.join(columns)}" if listing.metadata else ""
     raise UserError(
         f"--caption_column {caption_column!r} is not in {listing.root}, which has no captions: neither .txt or .caption files beside the "
-        f"images nor a metadata.jsonl with that column{columns}{hint}"
+        f"images nor a metadata.jsonl with that column{there}{hint}"
     )
 
 

@@ -290,6 +290,12 @@ def test_the_files_that_img2dataset_writes(script, tmp_path):
     assert result.code == 2 and "--caption_column 'words' is not in" in result.error and "000000000.json" in result.error
 
 
+def test_metadata_without_the_captions_column_tell_their_columns(tmp_path):
+    folder = described(fill(tmp_path / "photos", "0.png"), {"0.png": "a cat"})
+    with pytest.raises(UserError, match=r"--caption_column 'words' is not in .*; columns of the metadata: image, text$"):
+        load_images(train_data_dir=str(folder), caption_column="words")
+
+
 # Links
 
 
