@@ -44,7 +44,7 @@ NETWORKS = (NETWORK, "joint_blocks.")  # Stable Diffusion 3's alone may go witho
 VAE = ("first_stage_model.", "vae.")
 TRAINED = ("v1", "v2", "xl_base", "sd3", "sd35_medium", "sd35_large")  # of what diffusers says that a file is
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # of a pipeline's parts
-FILE_ERRORS = (*LOAD_ERRORS, ImportError, NotImplementedError)
+FILE_ERRORS = (*LOAD_ERRORS, ImportError, IndexError, NotImplementedError)
 
 
 def in_a_folder(name: str, config: str | None, families: Mapping[str, type[CheckpointParts]], *, cache_dir: str | None) -> str:

@@ -165,6 +165,13 @@ def test_a_file_that_is_not_there_or_no_checkpoint(tmp_path):
         loaded(tmp_path)
 
 
+def test_a_configuration_of_another_family_is_one_line(tmp_path, cache):
+    save_single_file(parts_of("xl"), tmp_path)
+    with pytest.raises(UserError, match=r"does not go with the configuration of .*; --single_file_config names"):
+        loaded(tmp_path / NAME, single_file_config=str(model_folder("3")))
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
 @pytest.mark.slow
 def test_a_configuration_of_other_sizes_is_one_line(tmp_path):
     save_single_file(parts_of(1), tmp_path)
