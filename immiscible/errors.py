@@ -31,8 +31,9 @@ class PeerLost(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for a line of ours: its first line, or its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, for a line of ours: its first line, with the next one where a colon ends it, or its type if it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
 
 
 def short(text: str) -> str:

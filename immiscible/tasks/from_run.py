@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from immiscible.configs import TextToImageConfig, UnconditionalConfig
-from immiscible.errors import UserError
+from immiscible.errors import UserError, first_line
 from immiscible.flags import parse_config
 from immiscible.networks.adapters import ADAPTERS
 from immiscible.networks.checkpoint_parts import limit_length
@@ -223,8 +223,8 @@ def _readable(name: str) -> Iterator[None]:
     except UserError:
         raise
     except LOAD_ERRORS as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--model {name}: neither a run, nor a checkpoint of one, nor a diffusers pipeline ({line})", exit_code=1) from None
+        kinds = "neither a run, nor a checkpoint of one, nor a diffusers pipeline"
+        raise UserError(f"--model {name}: {kinds} ({first_line(error)})", exit_code=1) from None
 
 
 def _add_adapters(pipeline: DiffusionPipeline, name: str) -> None:
@@ -236,8 +236,7 @@ def _add_adapters(pipeline: DiffusionPipeline, name: str) -> None:
     try:
         pipeline.load_lora_weights(name)
     except LOAD_ERRORS as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--lora {name}: no adapters for this network found there ({line})", exit_code=1) from None
+        raise UserError(f"--lora {name}: no adapters for this network found there ({first_line(error)})", exit_code=1) from None
     if not adapted(network):  # diffusers only warns
         raise UserError(f"--lora {name} has no adapters for this network", exit_code=1)
 
