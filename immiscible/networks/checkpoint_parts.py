@@ -219,7 +219,9 @@ class CheckpointParts(ABC):
         import transformers
 
         name = str(arguments.pretrained_model_name_or_path)
-        scheduler = getattr(diffusers, cls.scheduler_class).from_pretrained(name, subfolder="scheduler", **unvaried(options))
+        noise = getattr(diffusers, cls.scheduler_class)
+        _check_noise(name, cls.family, cls.scheduler_class, noise.load_config(name, subfolder="scheduler", **unvaried(options)))
+        scheduler = noise.from_pretrained(name, subfolder="scheduler", **unvaried(options))
         tokenizers = {
             part: getattr(transformers, kind).from_pretrained(name, subfolder=part, **unvaried(options))
             for part, kind in cls.tokenizer_classes.items()
@@ -351,6 +353,21 @@ class CheckpointParts(ABC):
     def named(self) -> str:
         """The flag and its value, with which a line on these parts begins."""
         return f"--pretrained_model_name_or_path {self.name}"
+
+
+def _check_noise(name: str, family: str, trained: str, settings: Mapping[str, Any]) -> None:
+    """Whether a checkpoint's sampler is of the kind of noise that its family is trained with; another's settings would be passed over.
+
+    Raises:
+        UserError: it is not.
+    """
+    kinds = {"Flow": "flows", "EDM": "EDM's sigmas"}
+    own = str(settings.get("_class_name", trained))
+    found, wanted = (next((what for word, what in kinds.items() if word in each), "noise with betas") for each in (own, trained))
+    if found != wanted:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name}: its scheduler, {own}, is of {found}, and {family} is trained with {wanted} here"
+        )
 
 
 def _check_vae(vae: AutoencoderKL, vae_name: str, own: Mapping[str, Any], name: str) -> None:

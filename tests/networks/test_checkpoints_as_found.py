@@ -12,6 +12,8 @@ from pictures import noise, save
 from tiny_text import FINETUNE, SCRATCH, model_folder, tiny_text
 
 from immiscible.errors import UserError
+from immiscible.networks.arguments import TextModelArguments
+from immiscible.networks.families import load_checkpoint
 from immiscible.networks.latents import refuse_single_file
 
 
@@ -20,7 +22,7 @@ def run(script, tmp_path: Path, program: str = FINETUNE, **changes):
     return script(tiny_text(changes.pop("output_dir", tmp_path / "run"), **changes), program=program)
 
 
-def edited(tmp_path: Path, file: str, version: int = 1, **changes) -> Path:
+def edited(tmp_path: Path, file: str, version: int | str = 1, **changes) -> Path:
     """A copy of the checkpoint with other settings; None takes one out."""
     folder = Path(shutil.copytree(model_folder(version), tmp_path / "model"))
     settings = {**json.loads((folder / file).read_text()), **changes}
@@ -66,6 +68,13 @@ def test_pure_noise_at_the_end_is_refused_for_epsilon_alone(script, tmp_path):
         assert result.code == 2 and "rescale_betas_zero_snr" in result.error and "--prediction_type v_prediction" in result.error
         assert not (tmp_path / "run").exists()
     assert run(script, tmp_path, pretrained_model_name_or_path=model, prediction_type="v_prediction").code == 0
+
+
+@pytest.mark.parametrize(("version", "kind"), [(1, "FlowMatchEulerDiscreteScheduler"), ("xl", "EDMEulerScheduler"), ("3", "DDPMScheduler")])
+def test_a_scheduler_of_another_kind_of_noise_is_refused(tmp_path, version, kind):
+    model = edited(tmp_path, "scheduler/scheduler_config.json", version, _class_name=kind)
+    with pytest.raises(UserError, match=f"its scheduler, {kind}, is of .*, and a Stable Diffusion .* is trained with (noise|flows)"):
+        load_checkpoint(TextModelArguments(pretrained_model_name_or_path=str(model)), resolution=32, cache_dir=None, from_scratch=False)
 
 
 def test_long_captions_are_counted(script, tmp_path):
