@@ -120,6 +120,7 @@ def step_passes(
     checkpointing: bool | None = None,
     precision: torch.dtype | None = None,
     accumulation: int = 1,
+    beside: Sequence[nn.Module] = (),
 ) -> Passes:
     """What a forward pass of a mean square and its backward pass need; the network is neither run nor changed.
 
@@ -131,23 +132,26 @@ def step_passes(
         checkpointing: whether activations are computed again in the backward pass; None as the network is set.
         precision: of autocast, where ``network.forward`` does not bring its own.
         accumulation: micro-batches of a step: from the second on, gradients are there before.
+        beside: networks on that device which the passes call, too, as hooks do; they are there before.
     """
-    with torch.enable_grad(), FakeTensorMode():
+    kind = torch.device(device).type
+    place = torch.device("cpu") if kind == "cpu" else device  # of several processes each has cpu:0, which to these tensors is another
+    with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=bool(beside)) as mode:
 
         def empty(tensor: Tensor) -> Tensor:
-            made = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            made = torch.empty(tensor.shape, dtype=tensor.dtype, device=place)
             return made.contiguous(memory_format=torch.channels_last) if _channels_last(tensor) else made
 
         blank, given, named = _blank(network, empty), *(tree_map_only(Tensor, empty, each) for each in (tuple(arguments), dict(options)))
         if checkpointing is not None:
             (blank.enable_gradient_checkpointing if checkpointing else blank.disable_gradient_checkpointing)()
-        living = _Living(
-            [*blank.parameters(), *blank.buffers(), *(leaf for leaf in tree_leaves((given, named)) if isinstance(leaf, Tensor))]
-        )
+        there = [mode.from_tensor(tensor) for each in beside for tensor in (*each.parameters(), *each.buffers())]
+        told = [leaf for leaf in tree_leaves((given, named)) if isinstance(leaf, Tensor)]
+        living = _Living([*blank.parameters(), *blank.buffers(), *told, *there])
         with living:
             for _ in range(min(accumulation, 2)):
                 before = living.now
-                with torch.autocast(torch.device(device).type, precision, enabled=precision is not None):
+                with torch.autocast(kind, precision, enabled=precision is not None):
                     output = blank(*given, **named)
                 loss = (output.sample if hasattr(output, "sample") else output[0]).float().square().mean()
                 activations = living.now - before
@@ -228,19 +232,14 @@ def step_memory(
     )
 
 
-def tensor_bytes(networks: Iterable[nn.Module], device: torch.device | None = None, beside: nn.Module | None = None) -> int:
-    """Bytes of the weights and buffers of networks, each counted once; on one kind of device, or on any; without those that ``beside``
-    has too, as text encoders that are trained inside a network are of both.
-    """
-    known = {id(tensor) for tensor in (*beside.parameters(), *beside.buffers())} if beside else set()
+def tensor_bytes(networks: Iterable[nn.Module], device: torch.device | None = None) -> int:
+    """Bytes of the weights and buffers of networks, each counted once; on one kind of device, or on any."""
     tensors = {id(tensor): tensor for network in networks for tensor in (*network.parameters(), *network.buffers())}
-    return sum(
-        tensor.nbytes for key, tensor in tensors.items() if key not in known and (device is None or tensor.device.type == device.type)
-    )
+    return sum(tensor.nbytes for tensor in tensors.values() if device is None or tensor.device.type == device.type)
 
 
 def other_networks(task: Any) -> list[nn.Module]:
-    """The networks of a task beside the one that it trains: frozen ones, and targets."""
+    """The networks of a task beside the one that it trains and what that has inside: frozen ones, and targets."""
     found: dict[int, nn.Module] = {}
 
     def look(value: Any, depth: int) -> None:
@@ -254,7 +253,8 @@ def other_networks(task: Any) -> list[nn.Module]:
                 look(item, depth - 1)
 
     look(task, DEPTH)
-    return [network for key, network in found.items() if key != id(task.network)]
+    inside = {id(module) for module in task.network.modules()}
+    return [network for key, network in found.items() if key not in inside]
 
 
 @contextmanager
@@ -312,13 +312,14 @@ def plan_table(
         the rows, and the floating-point operations of a step.
     """
     network, device, is_on = task.network, accelerator.device, config.gradient_checkpointing
-    frozen = tensor_bytes(other_networks(task), device, beside=network)
+    others, accumulation = other_networks(task), config.gradient_accumulation_steps
+    frozen = tensor_bytes(others, device)
 
     def needed(checkpointing: bool | None) -> StepMemory:
-        accumulation = config.gradient_accumulation_steps
+        settings = {"device": device, "checkpointing": checkpointing, "accumulation": accumulation, "beside": others}
         return step_memory(
             network,
-            step_passes(network, arguments, options, device=device, checkpointing=checkpointing, accumulation=accumulation),
+            step_passes(network, arguments, options, **settings),
             optimizer="adamw_8bit" if config.use_8bit_adam else config.optimizer,
             device=device,
             averaged=config.use_ema and not config.offload_ema,
