@@ -163,10 +163,11 @@ class AdapterArguments:
             UserError: they contradict each other, or there are no adapters.
         """
         blank = AdapterArguments()
+        if self.rank == RANK:  # which it becomes where it is not given
+            blank.rank = RANK
         given = [item.name for item in fields(AdapterArguments) if getattr(self, item.name) != getattr(blank, item.name)]
-        if given and not self.use_lora and given != ["rank"]:
-            name = next(each for each in given if each != "rank")
-            raise UserError(f"--{name} is of adapters: give --use_lora too, or leave it out")
+        if given and not self.use_lora:
+            raise UserError(f"--{given[0]} is of adapters: give --use_lora too, or leave it out")
         if self.network_weights and self.lora_target_modules:
             raise UserError("--network_weights says which modules are adapted; leave --lora_target_modules out")
 

@@ -112,6 +112,7 @@ REQUIRED = ["--pretrained_model_name_or_path", "a/model", "--dataset_name", "som
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["--rank", "8"], "--rank is of adapters: give --use_lora too"),
         (["--lora_alpha", "2"], "--lora_alpha is of adapters: give --use_lora too"),
         (["--train_text_encoder"], "--train_text_encoder is of adapters: give --use_lora too"),
         (["--use_lora", "--text_encoder_lr", "1e-5"], "--text_encoder_lr 1e-05 is of --train_text_encoder"),
