@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -185,8 +186,9 @@ def _shard(model: ModelMixin, optimizer: torch.optim.Optimizer, accelerator: Acc
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     if not plugin.transformer_cls_names_to_wrap:
-        kinds = {type(module).__name__ for module in model.modules()}
-        plugin.transformer_cls_names_to_wrap = [name for name in BLOCKS if name in kinds]
+        kinds = Counter(type(module).__name__ for module in model.modules())
+        # One block alone would spare nothing, and diffusers' DiT calls a module in the midst of its first, which several blocks share.
+        plugin.transformer_cls_names_to_wrap = [name for name in BLOCKS if kinds[name] > 1]
     logger.info("%-18s FSDP2 over %d processes, in blocks of %s", "split", accelerator.num_processes, plugin.transformer_cls_names_to_wrap)
     try:
         sharded, prepared_optimizer = accelerator.prepare(model, optimizer)

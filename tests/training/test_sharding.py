@@ -79,6 +79,17 @@ def test_two_processes_with_a_part_each_train_what_one_trains(script, two_layers
     assert files == {STATE_FILE, *(f"shard-{rank:05}-model-00001-of-00001.safetensors" for rank in (1, 2))}  # and no pickle
 
 
+@pytest.mark.slow
+def test_a_transformer_of_one_block_is_one_group(script, two_layers, tmp_path):
+    """Diffusers' DiT calls what embeds the time in the midst of its first block, which no other has then."""
+    path = two_layers["model_config_name_or_path"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 1}))
+    split(script, tiny(tmp_path / "two", **two_layers, **EMA))
+    whole(script, tiny(tmp_path / "one", **two_layers, use_ema=True, train_batch_size=16), 1)
+    assert losses_differ(tmp_path / "two", tmp_path / "one") < 1e-6
+    assert difference(tmp_path / "two", tmp_path / "one", *averaged("transformer")) < 1e-6
+
+
 # Ten steps of a U-Net
 
 TEN = {**EMA, "max_train_steps": 10, "checkpointing_steps": 5, "learning_rate": 1e-4}
