@@ -80,7 +80,8 @@ def _wrong_in(manifest: Any) -> str | None:
     for name in ("rows_per_shard", "images", "captions"):
         if manifest.get(name, 1) < (name != "captions"):
             return f"its {name} is {manifest[name]}"
-    if lacking := {*MUST_AGREE, "flips"} - {"buckets"} - manifest["settings"].keys():  # a cache of before there were buckets has none
+    older = {"buckets", "trigger_word"}  # what a cache has none of that was made before there were these
+    if lacking := {*MUST_AGREE, "flips"} - older - manifest["settings"].keys():
         return f"its settings lack {', '.join(sorted(lacking))}"
     counts = manifest.get("bucket_images", [])
     if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):

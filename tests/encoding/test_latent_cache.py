@@ -23,7 +23,7 @@ from immiscible.data.loading import build_loader, captioned_source, images_of
 from immiscible.data.transforms import ImageTransform
 from immiscible.encoding import cache_manifest, cache_shards, cache_writing
 from immiscible.encoding.cache import open_cache
-from immiscible.encoding.cache_manifest import read_manifest
+from immiscible.encoding.cache_manifest import fingerprint, read_manifest, settings_that_differ
 from immiscible.encoding.captions import CaptionRules
 from immiscible.errors import UserError
 from immiscible.files import file_facts
@@ -564,6 +564,14 @@ def test_the_manifest_is_checked_once_and_says_what_is_wrong_with_it(tiny_sd, tm
     with pytest.raises(UserError) as caught:
         read_manifest(tmp_path)
     assert str(tmp_path / "manifest.json") in str(caught.value) and named in str(caught.value)
+
+
+def test_a_cache_of_before_there_were_buckets_and_trigger_words_serves(tiny_sd, tmp_path):
+    content = json.loads((tiny_sd["cache"] / "manifest.json").read_text())
+    settings = {name: value for name, value in content["settings"].items() if name not in ("buckets", "trigger_word")}
+    older = {**content, "settings": settings, "fingerprint": fingerprint(settings, content["files"])}
+    (tmp_path / "manifest.json").write_text(json.dumps(older))
+    assert read_manifest(tmp_path) == older and not settings_that_differ(settings, content["settings"])
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "3", "[" * 5000, "", "{"])
