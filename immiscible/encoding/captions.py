@@ -71,7 +71,8 @@ class CaptionRules:
 
     def _has_trigger(self, caption: str) -> bool:
         """As a word or a row of words, not within one."""
-        return f" {self.trigger} " in f" {' '.join(caption.replace(self.separator, ' ').split())} "
+        caption_words, trigger = (f" {' '.join(text.replace(self.separator, ' ').split())} " for text in (caption, str(self.trigger)))
+        return trigger in caption_words
 
     def _with_trigger(self, caption: str) -> str:
         return self._joined([str(self.trigger), caption])

@@ -67,6 +67,7 @@ def test_other_separators_and_triggers_of_several_words():
     rules = CaptionRules(shuffled=True, separator=" |", kept=2, trigger="my dog")
     assert rules.drawn(["a |b |c"], draws()) == ["a | b | c"]
     assert rules.told(["a | b", "x | my dog | y", "my  dog"]) == ["my dog | a | b", "x | my dog | y", "my  dog"]
+    assert CaptionRules(trigger="sks, dog").told(["red", "sks, dog, red"]) == ["sks, dog, red"] * 2
 
 
 @pytest.mark.parametrize(
