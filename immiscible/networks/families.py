@@ -71,6 +71,8 @@ def with_folder(arguments: TextModelArguments, cache_dir: str | None) -> TextMod
     """
     name = str(arguments.pretrained_model_name_or_path)
     if not is_single_file(name):
+        if arguments.single_file_config:
+            raise UserError(f"--single_file_config is of a checkpoint in one file, and {name} is none: leave it out")
         return arguments
     for option in ("revision", "variant", "non_ema_revision"):
         if value := getattr(arguments, option):

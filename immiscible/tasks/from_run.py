@@ -18,6 +18,7 @@ from immiscible.networks.adapters import ADAPTERS
 from immiscible.networks.checkpoint_parts import limit_length
 from immiscible.networks.kinds import PARTS
 from immiscible.networks.latents import load_vae
+from immiscible.networks.single_file import is_single_file
 from immiscible.networks.weights import LOAD_ERRORS, adapted, saved_network, weights_digest
 from immiscible.sampling.loaded import Loaded, freeze
 from immiscible.sampling.pipelines import TRANSFORMERS, network_of
@@ -162,7 +163,9 @@ def _started_from(path: Path, config: TextToImageConfig, base: str | None, *, fr
     from immiscible.networks.families import load_checkpoint
 
     if base:
-        config = replace_fields(config, pretrained_model_name_or_path=base, revision=None, variant=None, non_ema_revision=None)
+        single = config.single_file_config if is_single_file(base) else None
+        of_name: dict[str, Any] = {"revision": None, "variant": None, "non_ema_revision": None, "single_file_config": single}
+        config = replace_fields(config, pretrained_model_name_or_path=base, **of_name)
     with _named(path):
         parts = load_checkpoint(config, resolution=config.resolution, cache_dir=config.cache_dir, from_scratch=from_scratch)
     states = [path] if NAME.fullmatch(path.resolve().name) else list(filter(is_complete, checkpoints(path)))[-1:]

@@ -156,6 +156,8 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, cache, case):
 def test_a_file_that_is_not_there_or_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"x\.safetensors: there is no such file"):
         loaded(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="--single_file_config is of a checkpoint in one file, and some/name is none: leave it out"):
+        loaded(Path("some/name"), single_file_config="another/name")
     for name in ("y.safetensors", "y.ckpt"):
         (tmp_path / name).write_bytes(b"weights")
         with pytest.raises(UserError, match=rf"{name}: not a file of weights .*a pickle is read if it holds tensors alone"):

@@ -90,3 +90,8 @@ def test_two_processes_convert_a_file_once_and_its_adapters_are_sampled(script, 
     sampled = ["--model", tmp_path / "run", "--output_dir", tmp_path / "samples", "--prompts", tmp_path / "prompts.txt", "--num_images", 1]
     result = script([*sampled, "--num_inference_steps", 2, "--guidance_scale", 2], program="scripts/sample.py", env=env)
     assert result.code == 0 and "was converted into" not in result.stderr, result.stderr
+    sampled[3] = tmp_path / "from_folder"  # the checkpoint's parts, in the place of the file
+    result = script(
+        [*sampled, "--num_inference_steps", 2, "--guidance_scale", 2, "--base", model_folder()], program="scripts/sample.py", env=env
+    )
+    assert result.code == 0, result.stderr
