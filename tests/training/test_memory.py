@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from immiscible.configs import UnconditionalConfig
 from immiscible.networks.optimization import CLASSES, OPTIMIZERS, _imported, build_optimizer
 from immiscible.training.loop import StepStats
-from immiscible.training.memory import Passes, at_first_call, optimizer_bytes, other_networks, step_memory, step_passes, table, tensor_bytes
+from immiscible.training.memory import Passes, at_first_call, optimizer_bytes, other_networks, step_memory, step_passes, table
 from immiscible.training.summary import report_plan
 
 BLOCKS = {
