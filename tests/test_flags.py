@@ -168,7 +168,7 @@ def test_what_people_mean_is_taken():
     }
     config = parse("--bundled_data", "digits", *[word for name, value in words.items() for word in (f"--{name}", value)])
     assert {name: getattr(config, name) for name in words} == words
-    assert parse_text("--guidance_scale", 30, "--rank", 1024, "--validation_prompt", "").validation_prompt == ""
+    assert parse_text("--guidance_scale", 30, "--use_lora", "--rank", 1024, "--validation_prompt", "").validation_prompt == ""
 
 
 def test_an_alias_is_the_flag_and_errors_name_what_was_written(tmp_path):

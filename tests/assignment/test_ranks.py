@@ -219,6 +219,7 @@ def test_a_window_goes_on_where_it_was_cut(script, tmp_path, ranks):
     assert {line["paired_images"] for line in metrics(tmp_path / "whole")} == {3 * 8 * ranks}
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_shorter_one_within_a_window(script, tmp_path):
     words = {"noise_coupling": "assignment", "coupling_window": 4, "use_ema": True}
     finish([script.start(tiny(tmp_path / "whole", **words, max_train_steps=6))])

@@ -395,6 +395,7 @@ def test_text_to_image_on_shards_is_that_on_a_folder(monkeypatch, text_shards, t
     assert tars.losses == files.losses
 
 
+@pytest.mark.slow
 def test_text_to_image_streams_shards(monkeypatch, text_shards, tmp_path):
     words = {"train_data_dir": text_shards, "caption_column": "captions", "streaming": True, "shuffle_buffer": 3}
     streamed = reach(monkeypatch, tiny_text(tmp_path / "run", cache_dir=tmp_path / "cache", **words), steps=4)

@@ -53,7 +53,9 @@ def moved(network):
                 weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora_alpha": 5.0, "use_dora": True}], ids=["plain", "alpha and DoRA"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param({}, marks=pytest.mark.slow), {"lora_alpha": 5.0, "use_dora": True}], ids=["plain", "alpha and DoRA"]
+)
 @pytest.mark.parametrize("version", TRAINED)
 def test_plain_diffusers_and_a_run_that_goes_on_predict_what_training_did(version, flags, tmp_path):
     parts = loaded(version, AdapterArguments(rank=2, train_text_encoder=True, **flags))

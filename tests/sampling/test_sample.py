@@ -402,6 +402,7 @@ def test_the_checkpoint_that_a_run_started_from_may_have_moved(script, adapters,
         assert "trained with other weights" in refused(script, model, tmp_path / "out", base=model_folder(2), **options)
 
 
+@pytest.mark.slow
 def test_a_text_checkpoint_of_an_unfinished_run(script, names, tmp_path):
     folder = tmp_path / "run"
     assert script(tiny_text(folder, use_ema=True, max_train_steps=2), program="train_text_to_image.py").code == 0

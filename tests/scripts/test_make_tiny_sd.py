@@ -67,7 +67,7 @@ def test_the_versions_differ_as_those_of_stable_diffusion(models):
     assert (one.tokenizer.pad_token, two.tokenizer.pad_token, two.tokenizer.pad_token_id) == ("<|endoftext|>", "!", 0)
 
 
-@pytest.mark.parametrize("version, with_t5", [("3", True), ("3.5", False)])
+@pytest.mark.parametrize("version, with_t5", [pytest.param("3", True, marks=pytest.mark.slow), ("3.5", False)])
 def test_diffusers_loads_and_samples_stable_diffusion_3(tmp_path, version, with_t5):
     from diffusers import StableDiffusion3Pipeline
 

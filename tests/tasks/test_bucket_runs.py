@@ -65,6 +65,7 @@ def test_each_shape_has_a_reservoir_of_its_own(monkeypatch, tmp_path):
     assert {tuple(noise.shape) for noise in kept} == set(shapes_of(reached)) == LATENT_SHAPES and len(kept) == 18
 
 
+@pytest.mark.slow
 def test_sdxl_is_told_the_size_of_the_bucket_and_where_its_crop_was(monkeypatch, tmp_path):
     """In time ids: the height and width of the original, top and left of the crop, height and width of the bucket."""
     changes = {"pretrained_model_name_or_path": model_folder("xl"), "max_train_steps": 6}

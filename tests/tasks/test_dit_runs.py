@@ -119,7 +119,7 @@ def test_it_is_measured_sampled_guided_and_described(script, tmp_path, monkeypat
     assert len(said["images"]) == 8
 
 
-@pytest.mark.parametrize("training", [{"use_ema": True}, {"optimizer": "muon"}], ids=str)
+@pytest.mark.parametrize("training", [{"use_ema": True}, pytest.param({"optimizer": "muon"}, marks=pytest.mark.slow)], ids=str)
 def test_a_plan_says_what_is_stored_and_what_is_in_use(script, tmp_path, training):
     words = {"model_preset": "dit-tiny", **training}
     done = script(tiny(tmp_path / "plan", **words, plan=True))

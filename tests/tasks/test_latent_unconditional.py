@@ -320,6 +320,7 @@ def test_the_recipe_is_cached_by_its_file(script, cached, tmp_path):
 # The share of the images
 
 
+@pytest.mark.slow
 def test_a_share_of_the_images_is_the_same_for_every_seed(script, tmp_path):
     all_images = load_images(bundled_data="digits")
     tenth = load_images(bundled_data="digits", train_subset_fraction=0.1)

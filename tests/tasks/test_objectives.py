@@ -87,7 +87,7 @@ def test_the_card_says_how_fdm_with_classes_is_sampled(script, tmp_path, monkeyp
     assert len(said["images"]) == 8 and len(guided) == 2
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_resumed_through_the_curriculum(script, tmp_path, processes):
     """The number of levels changes at steps 2, 4 and 6, and the averaged teacher is in the checkpoint."""
     levels = {"objective": "consistency", "discretization_s_0": 2, "discretization_s_1": 16, "teacher": "ema"}

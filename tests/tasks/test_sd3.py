@@ -292,6 +292,7 @@ def test_adapters_of_other_networks_are_one_line(script, runs, tmp_path):
     assert result.code == 1 and "--lora" in result.error and "adapters for this network" in result.error
 
 
+@pytest.mark.slow
 def test_a_run_says_what_law_it_has(script, runs, tmp_path):
     facts = json.loads((runs / "scratch" / "summary.json").read_text())
     assert facts["timestep_sampling"].startswith("uniform") and facts["noise_process"] == "flow (shift 3, 1000 steps)"
@@ -301,6 +302,7 @@ def test_a_run_says_what_law_it_has(script, runs, tmp_path):
         assert "--weighting_scheme" not in script(tiny_sd3(tmp_path / "run", **law, plan=True), program=FINETUNE).stderr
 
 
+@pytest.mark.slow
 def test_runs_are_sampled_at_scale(script, runs, tmp_path):
     """A full run, its checkpoint and a run of adapters by scripts/sample.py."""
     (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n")
@@ -382,6 +384,7 @@ def test_two_processes_with_half_the_batch_give_the_losses_of_one(script, tmp_pa
     assert len(one) == 4 and two == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_cache_gives_the_same_run_and_tells_lengths_apart(script, tmp_path):
     common = {"center_crop": True, "max_train_steps": 2, "noise_coupling": "assignment", "proportion_empty_prompts": 0.5}
     cached = {"cache_latents": True, "latent_cache_dir": tmp_path / "cache"}

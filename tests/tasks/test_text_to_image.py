@@ -222,6 +222,7 @@ def notices(script, folder: Path, **changes) -> str:
     return result.stderr
 
 
+@pytest.mark.slow
 def test_class_names_become_prompts_by_number(script, monkeypatch, tmp_path):
     data = class_folder(tmp_path / "data", NAMES)
     common = {"train_data_dir": data, "caption_column": "kind", "noise_coupling": "assignment"}

@@ -106,6 +106,7 @@ def test_shards_with_an_index_are_planned_by_class(script, tmp_path):
     assert torch.equal(plan_of(tmp_path / "run")[1].sort().values, torch.arange(64))
 
 
+@pytest.mark.slow
 def test_captioned_images_are_planned(script, tmp_path):
     words = {"pretrained_model_name_or_path": model_folder(), "train_data_dir": data_folder(), "resolution": 32, "train_batch_size": 4}
     more = {"max_train_steps": 5, "lr_warmup_steps": 0, "report_to": "none", "seed": 0, "output_dir": tmp_path / "run"}

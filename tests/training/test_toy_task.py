@@ -139,7 +139,7 @@ def test_it_is_trained_and_sampled_by_the_script_that_samples_all(script, tmp_pa
     assert (folder / "samples" / "step-0000300.png").exists() and "assignment" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_resumed_it_is_what_it_would_have_been(script, tmp_path, processes):
     program = partial(start_toy, script, processes=processes)
     finish(program(toy_flags(tmp_path / "whole")))
