@@ -190,6 +190,7 @@ def test_equal_global_batches_have_equal_losses(script, on_one, tmp_path, ranks)
         assert several["paired_images"] == 16
 
 
+@pytest.mark.slow
 def test_a_bad_image_on_one_of_two_ranks_ends_both(script, tmp_path):
     from pictures import colored
 

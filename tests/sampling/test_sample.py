@@ -388,6 +388,7 @@ def test_prompts_that_are_cut_off_are_counted(script, tmp_path):
     assert [line["text"][:6] for line in told(tmp_path / "out")] == ["a cat", "a very", "a cat"]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_that_a_run_started_from_may_have_moved(script, adapters, names, tmp_path):
     """The path in the run's flags may be relative, or gone; other weights in its place are not taken for the right ones."""
     options = {"class_names": names, "guidance_scale": 1, "num_images": 3}

@@ -59,7 +59,7 @@ def trained(script, folder, name, **changes):
     return done
 
 
-FEW = ["pixels", "latents", "latents_learned", "masked"]
+FEW = ["pixels", "latents_learned", "masked"]
 MORE = [name for name in RUNS if name not in FEW]
 
 

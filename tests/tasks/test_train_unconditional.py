@@ -248,7 +248,7 @@ def test_push_to_hub_without_a_network_is_one_line_before_the_run(script, tmp_pa
     [
         ({"gradient_checkpointing": True, "allow_tf32": True, "local_rank": 0, "cache_dir": "cache"}, 0, 0),
         ({"dataloader_num_workers": 2}, 0, 0),
-        ({"torch_compile": True, "torch_compile_backend": "eager"}, 0, 1e-4),
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, 0, 1e-4, marks=pytest.mark.slow),
         ({"channels_last": True}, 0, 2e-3),
         ({"mixed_precision": "bf16"}, 1e-5, 2e-2),
         ({"noise_offset": 0.1}, 1e-4, 2e-2),

@@ -34,7 +34,8 @@ def test_a_stop_during_a_grid_saves_and_the_grid_comes_when_resumed(script, tmp_
         assert grid.read_bytes() == (tmp_path / "stopped" / "samples" / grid.name).read_bytes()
 
 
-@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 3])
 def test_a_stop_during_an_evaluation(script, tmp_path, step):
     """At the last step, too; the measurement is made up for, and so is all that ends a run."""
     slow = {"eval_steps": 3 if step == 3 else 2, "eval_samples": 64, "eval_inference_steps": 200, "checkpointing_steps": 1000}
