@@ -226,6 +226,7 @@ def test_the_scheduler_keeps_the_flags_schedule():
     assert torch.equal(plain.alphas_cumprod, learned.alphas_cumprod)
 
 
+@pytest.mark.slow
 def test_trained_measured_and_sampled_by_plain_diffusers(script, tmp_path):
     measured = {"eval_steps": 2, "eval_samples": 16, "eval_inference_steps": [2], "validation_split": 0.2, "eval_features": "pixels"}
     words = tiny(tmp_path / "run", learned_sigma=True, use_ema=True, max_train_steps=2, timestep_spacing="linspace", **measured)

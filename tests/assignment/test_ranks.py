@@ -229,6 +229,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one_within_a_window(script, tmp_pat
     assert final_hashes(tmp_path / "cut", 6) == final_hashes(tmp_path / "whole", 6)
 
 
+@pytest.mark.slow
 def test_a_window_brings_pairs_nearer_than_single_batches(script, tmp_path):
     distances = []
     for window in (1, 8):

@@ -344,6 +344,7 @@ def test_a_folder_without_captions_says_where_they_are_looked_for(script, tmp_pa
     assert f"{tmp_path / 'data' / 'metadata.jsonl'} lies above this folder" in result.error
 
 
+@pytest.mark.slow
 def test_an_edited_caption_file_is_noticed_by_the_cache_of_latents(script, tmp_path):
     folder = fill(tmp_path / "photos", *(f"{number}.png" for number in range(4)), *(f"{number}.txt" for number in range(4)))
     shared = {"latent_cache_dir": tmp_path / "cache", "center_crop": True}
@@ -469,6 +470,7 @@ def test_a_table_by_semicolons_and_two_metadata_files_are_told(tmp_path):
 # Pixels
 
 
+@pytest.mark.slow
 def test_transparent_images_are_laid_upon_a_color_and_counted(script, tmp_path):
     folder = fill(tmp_path / "photos", "0.png", "1.jpg")
     for number, alpha in enumerate((0, 100, 255)):

@@ -101,6 +101,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo") or not Path("/proc").is_dir(), reason="needs Linux")
 @pytest.mark.parametrize("end", ["exits", "is killed"])
 def test_workers_survive_a_signal_to_the_group_but_not_their_parent(end):

@@ -38,6 +38,7 @@ def test_digits_classifier_is_good_and_its_features_are_scaled(digits_features):
     assert torch.allclose(digits_features(DIGITS[:1]), features[:1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_digits_classifier_is_the_same_whenever_it_is_trained(cache, digits_features, tmp_path, monkeypatch):
     torch.manual_seed(99)
     threads, before = torch.get_num_threads(), random_state()

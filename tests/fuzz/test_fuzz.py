@@ -26,6 +26,7 @@ def test_flags_that_nobody_would_give(script, tmp_path):
     assert sum(tried.values()) >= 240 and problems == []
 
 
+@pytest.mark.slow
 def test_some_cases_through_whole_scripts(script, tmp_path):
     tried, problems = fuzz(share("data", "checkpoint"), 4, 5, script, tmp_path)
     assert sum(tried.values()) >= 4 and problems == []

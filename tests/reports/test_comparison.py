@@ -69,6 +69,7 @@ def test_seeds_that_the_baseline_lacks_are_compared_with_all_of_its_seeds(arms, 
     assert any("Not every seed of coupled" in note for note in comparison.notes)
 
 
+@pytest.mark.slow
 def test_two_arms_of_one_method_have_the_same_curves(script, tmp_path):
     changes = {"eval_steps": 1, "eval_samples": 70, "eval_inference_steps": [1], "eval_features": "pixels", "noise_coupling": "assignment"}
     arms = {name: [tmp_path / f"{name}-seed0"] for name in ("one", "other")}

@@ -9,6 +9,7 @@ from immiscible.reports.figures import looks
 from immiscible.reports.page import html_report
 
 
+@pytest.mark.slow
 def test_many_arms_have_looks_of_their_own_and_a_figure_each(arms, tmp_path):
     arms |= {f"a_long_name_{number}": [write_run(tmp_path / str(number), {5: decay(), 20: decay()})] for number in range(9)}
     assert len({(look["color"], str(look["linestyle"]), look["marker"]) for look in looks(compare(arms)).values()}) == 12

@@ -307,6 +307,7 @@ def test_a_run_of_before_is_sampled_as_it_was(script, conditional, tmp_path):
         assert sampled(script, model, tmp_path / model.name / "out") == now
 
 
+@pytest.mark.slow
 def test_guidance_of_classes(script, guidable, tmp_path):
     options = {"num_images": 12, "scheduler": "ddim"}
     plain, one, strong, none, early = (
@@ -370,6 +371,7 @@ def test_guidance_and_the_order_of_prompts(script, tmp_path):
     assert all(turned[name] != strong[name] for name in strong)
 
 
+@pytest.mark.slow
 def test_adapters_of_a_run_its_checkpoint_and_by_hand(script, adapters, names, tmp_path):
     options = {"class_names": names, "guidance_scale": 1, "num_images": 3}
     of_run = sampled(script, adapters, tmp_path / "run", **options)

@@ -146,6 +146,7 @@ def test_finished_runs_are_skipped_without_a_process(script, grid, capsys):
     assert starts()[len(before) :] == ["fast-seed1"]
 
 
+@pytest.mark.slow
 def test_changed_settings_and_longer_runs_are_given_to_the_training_script(script, grid):
     script.main(grid("plain", "fast", seeds=[0]))
     before = starts()
@@ -245,6 +246,7 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_continues(script, grid, how,
     assert steps == list(range(10, 101, 10))
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_leaves_a_run_that_is_not_disturbed_and_then_continued(script, grid, tmp_path):
     command = grid("wait", seeds=[0])
     command[command.index("fake.py")] = fake = str(tmp_path / "fake.py")
@@ -400,6 +402,7 @@ def test_an_arms_own_flag_that_it_does_not_use_is_left_to_its_run(script, grid):
     assert "plain.yaml" in commands()["plain"] and "--asymmetric_k" not in commands()["plain"]
 
 
+@pytest.mark.slow
 def test_a_run_that_refuses_its_own_flag_is_named(script, grid):
     """The real script, whose error this is."""
     Path("task.yaml").write_text("bundled_data: digits\nmax_train_steps: 1\neval_steps: 1\n")

@@ -128,6 +128,7 @@ def test_classes_and_half_precision(script, tmp_path):
     assert [image.size for image in images] == [(32, 32)] * 2
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_latents_that_one_trains(script, tmp_path):
     assert script(latent(tmp_path / "one")).code == 0
     results = [run.wait() for run in script.start_ranks(latent(tmp_path / "two", train_batch_size=4))]
@@ -262,6 +263,7 @@ def test_a_cache_of_something_else_is_refused(cached, changes, reason):
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_caches_with_and_without_texts_flips_and_precision(script, tmp_path):
     root = tmp_path
     shutil.copytree(data_folder(), root / "images")
@@ -339,6 +341,7 @@ def test_the_share_continues_only_as_it_was(script, tmp_path):
     assert script(tiny(tmp_path / "run", max_train_samples=359, **common)).code == 0  # the same images by another name
 
 
+@pytest.mark.slow
 def test_a_run_of_latents_and_its_checkpoint_are_sampled(script, run, tmp_path):
     def sampled(name: str, model: Path, **changes) -> list[bytes]:
         words = {"model": model, "output_dir": tmp_path / name, "num_images": 5, "num_inference_steps": 3, "batch_size": 2, **changes}

@@ -184,6 +184,7 @@ def test_killed_and_resumed_is_never_killed(script, tmp_path, changes):
     assert [line["loss"] for line in metrics(tmp_path / "run")] == [line["loss"] for line in metrics(tmp_path / "whole")]
 
 
+@pytest.mark.slow
 def test_resume_from_elsewhere_and_never_beyond_the_last_step(script, runs, tmp_path):
     """A path outside the run's folder goes on, foreign names are left alone, and a finished run takes no step."""
     folder = tmp_path / "run"
@@ -212,6 +213,7 @@ def test_two_processes_with_half_the_batch_give_the_losses_of_one(script, tmp_pa
     assert "4 images x 2 processes" in results[0].stderr
 
 
+@pytest.mark.slow
 def test_samples_have_the_runs_resolution_however_old_the_checkpoint_is(script, tmp_path):
     """diffusers takes sizes below 512 pixels for a mistake in configurations as old as Stable Diffusion 1.4's."""
     model = edited(tmp_path / "model", "unet", _diffusers_version="0.2.2")

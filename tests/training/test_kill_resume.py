@@ -86,6 +86,7 @@ def kill_at_random_points(script, tmp_path, *, kills, processes, steps, checkpoi
     return final_hashes(folder, steps), during_saves, number + 1
 
 
+@pytest.mark.slow
 def test_killed_three_times(script, tmp_path):
     steps = 9
     changes = {"dataloader_num_workers": 2}

@@ -78,6 +78,7 @@ def test_classes_are_assigned_whatever_is_in_a_batch(script, tmp_path):
     assert 5 < metrics(tmp_path / "run")[-1]["paired_images"] < 10
 
 
+@pytest.mark.slow
 def test_latents_are_assigned_by_what_is_expected_of_them(script, tmp_path):
     common = {**EPOCH, **LATENTS, "vae_model_name_or_path": model_folder(), "max_train_steps": 2}
     argv = tiny(tmp_path / "run", **common)

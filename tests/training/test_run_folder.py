@@ -104,6 +104,7 @@ def test_subsets_of_one_size_are_different_data():
     assert Subset(source, [0, 1, 2]).fingerprint != Subset(source, [0, 1, 3]).fingerprint
 
 
+@pytest.mark.slow
 def test_metrics_after_a_kill_are_those_of_the_whole_run(script, tmp_path):
     flags = {"max_train_steps": 8, "logging_steps": 4, "checkpointing_steps": 3}
     for name in ("whole", "cut"):
@@ -159,6 +160,7 @@ def test_held_out_images_give_a_loss_per_noise_level(script, tmp_path):
     assert line["held_out_images"] == 90 and line["frechet_distance_held_out"]["1"] > 0 and 0.5 < line["nearest_neighbor_ratio"]["1"] < 2
 
 
+@pytest.mark.slow
 def test_the_weights_are_measured_beside_their_average(script, tmp_path):
     """As the run without an average measures them; the average, of constant decay from its second update on, is elsewhere."""
     flags = {"eval_steps": 4, "eval_samples": 70, "eval_inference_steps": [1], "validation_split": 0.05, "eval_features": "pixels"}
@@ -171,6 +173,7 @@ def test_the_weights_are_measured_beside_their_average(script, tmp_path):
     assert (plain["weights"], averaged["weights"]) == ("raw", "ema") and "raw" not in plain
 
 
+@pytest.mark.slow
 def test_images_of_another_folder_are_measured_against(script, tmp_path):
     colored(tmp_path / "bright", count=12)
     flags = {"eval_steps": 4, "eval_samples": 6, "eval_inference_steps": [1], "eval_feature_directions": 3, "eval_features": "pixels"}

@@ -122,6 +122,7 @@ def toy_flags(folder: Path, **changes: Any) -> list[str]:
     return tiny(folder, **{"max_train_steps": 60, "checkpointing_steps": 10, "use_ema": True, "noise_coupling": "assignment", **changes})
 
 
+@pytest.mark.slow
 def test_it_is_trained_and_sampled_by_the_script_that_samples_all(script, tmp_path):
     folder, samples = tmp_path / "run", tmp_path / "samples"
     result = script(toy_flags(folder, max_train_steps=300, learning_rate=0.01), program=PROGRAM)
