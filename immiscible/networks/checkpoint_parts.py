@@ -191,6 +191,14 @@ class CheckpointParts(ABC):
             network = kind.from_pretrained(name, subfolder=cls.network_part, **options)
         return network
 
+    @classmethod  # noqa: B027 (most families need nothing)
+    def fit(cls, network: ModelMixin, arguments: TextModelArguments, vae: AutoencoderKL, *, resolution: int) -> None:
+        """Lets a network that was built be called as ``network(xt, time, **told)``, where diffusers has its arguments in another way.
+
+        Raises:
+            UserError: it cannot take images of this resolution.
+        """
+
     def place_frozen(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves VAE and text encoders to ``device``, in ``dtype``."""
         for part in self.frozen.values():
@@ -233,6 +241,7 @@ class CheckpointParts(ABC):
             limit_length(tokenizer, encoder)
         own = {**options, "revision": arguments.non_ema_revision or arguments.revision}
         network = cls.build_network(arguments, own, vae, encoders, resolution=resolution, from_scratch=from_scratch)
+        cls.fit(network, arguments, vae, resolution=resolution)
         loaded = cls(
             network=network.float(),
             vae=vae,

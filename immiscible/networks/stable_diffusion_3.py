@@ -18,7 +18,7 @@ from immiscible.networks.latents import latent_downsampling
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 CLIP = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # the two whose states stand side by side, and their tokenizers
 T5, T5_TOKENIZER = "text_encoder_3", "tokenizer_3"
@@ -131,22 +131,12 @@ class StableDiffusion3(CheckpointParts):
         return super().load(arguments, options, parts, resolution=resolution, from_scratch=from_scratch)
 
     @classmethod
-    def build_network(
-        cls,
-        arguments: TextModelArguments,
-        options: dict[str, Any],
-        vae: AutoencoderKL,
-        encoders: Mapping[str, PreTrainedModel],
-        *,
-        resolution: int,
-        from_scratch: bool,
-    ) -> ModelMixin:
-        """See `CheckpointParts.build_network`; diffusers has the time fourth among this network's arguments, and here it may be second.
+    def fit(cls, network: ModelMixin, arguments: TextModelArguments, vae: AutoencoderKL, *, resolution: int) -> None:
+        """See `CheckpointParts.fit`; diffusers has the time fourth among this network's arguments, and here it may be second.
 
         Raises:
-            UserError: it cannot take images of this resolution, or a preset is asked for.
+            UserError: it cannot take images of this resolution.
         """
-        network = super().build_network(arguments, options, vae, encoders, resolution=resolution, from_scratch=from_scratch)
         step = latent_downsampling(vae) * int(network.config.patch_size)
         if resolution % step:
             raise UserError(f"--resolution {resolution} must be a multiple of {step}: its VAE divides images, and its network latents")
@@ -154,7 +144,6 @@ class StableDiffusion3(CheckpointParts):
             raise UserError(f"--resolution {resolution} must be at most {most}: its network knows no positions beyond")
         network.register_forward_pre_hook(_time_by_name, with_kwargs=True)
         network.register_to_config(**{TOKENS_READ: arguments.max_sequence_length})
-        return network
 
     def place_frozen(self, device: torch.device, dtype: torch.dtype) -> None:
         """See `CheckpointParts.place_frozen`; the VAE keeps its 32 bits, as in diffusers' script."""

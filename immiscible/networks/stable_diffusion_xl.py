@@ -15,7 +15,6 @@ from immiscible.networks.checkpoint_parts import CheckpointParts, check_end, che
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ModelMixin
-    from transformers import PreTrainedModel
 
 SIZES = 6  # numbers in an image's geometry; the refiner of these checkpoints, which is not trained here, is told five
 
@@ -98,20 +97,9 @@ class StableDiffusionXL(CheckpointParts):
         check_end(self)
 
     @classmethod
-    def build_network(
-        cls,
-        arguments: TextModelArguments,
-        options: dict[str, Any],
-        vae: AutoencoderKL,
-        encoders: Mapping[str, PreTrainedModel],
-        *,
-        resolution: int,
-        from_scratch: bool,
-    ) -> ModelMixin:
-        """See `CheckpointParts.build_network`; diffusers has the last two of `told` in a mapping, and here they are arguments as well."""
-        network = super().build_network(arguments, options, vae, encoders, resolution=resolution, from_scratch=from_scratch)
+    def fit(cls, network: ModelMixin, arguments: TextModelArguments, vae: AutoencoderKL, *, resolution: int) -> None:
+        """See `CheckpointParts.fit`; diffusers has the last two of `told` in a mapping, and here they are arguments as well."""
         network.register_forward_pre_hook(_gather_added, with_kwargs=True)
-        return network
 
 
 def _gather_added(network: nn.Module, words: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
